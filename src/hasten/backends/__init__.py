@@ -1,0 +1,1 @@
+"""Mechanism: run one batch on one kind of device."""

@@ -1,0 +1,1 @@
+"""What a model is: its architecture, its weights, its tokenizer. Imports numpy, never torch."""
