@@ -1,0 +1,62 @@
+// One weight matrix [n, k] as the kernels read it, and the rows it is multiplied with.
+//
+// Rows are interleaved by 16 (a "row block": one lane a row), each block's columns in the order in which they are used, so
+// that a product reads the weights once, front to back. n is padded to 16 and k to 64 (with zero weights).
+//
+//   F32   [n/16][k][16]        f32            F16  [n/16][k][16]    f16
+//   BF16  [n/16][k/2][16][2]   bf16
+//   I8    [n/16][k/4][16][4]   u8 = value + 128
+//   I4    [n/16][k/8][16][4]   byte j of a row: low nibble column 8i + j, high nibble column 8i + 4 + j; 0..15
+//   scales f16 [n/16][groups][16], relative to `multiplier`, a power of two that keeps them normal; zeros u8 likewise.
+//
+// All instruction sets read this one layout.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hasten {
+
+enum class Kind : uint8_t { F32, F16, BF16, I8, I4 };
+
+constexpr int kBlockRows = 16;  // rows of a row block
+constexpr int kPadK = 64;       // k is padded to a multiple of this
+
+struct Matrix {
+  Kind kind;
+  int n, k;              // as the model knows them
+  int n_pad, k_pad;
+  int group;             // columns a scale covers; k_pad for one scale a row. Integer kinds only.
+  int act_group;         // columns an activation scale covers: 32, 64 or 128 (128 where group is larger)
+  uint8_t* data;         // 64-byte aligned, from memory.h
+  uint16_t* scales;      // integer kinds
+  uint8_t* zeros;        // asymmetric I4, else nullptr (zero point 8)
+  float multiplier;
+  float* bias;           // [n_pad] or nullptr
+  const int32_t* perm;   // [k] or nullptr: column j multiplies input perm[j]
+};
+
+// Source rows as a checkpoint stores them (see Weight in model/formats.py).
+struct Source {
+  Kind kind;
+  int n, k, group;       // group 0: one scale a row
+  const void* data;
+  const float* scales;   // [n, ceil(k / group)]
+  const uint8_t* zeros;  // same shape or nullptr
+};
+
+// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, Q8 the integer kinds.
+enum class ActKind : uint8_t { F32, BF16, Q8 };
+
+// Rows [rows, k_pad] in tiles of at most Kernels::tile_rows rows, all but the tail as equal as can be (tile_bounds in
+// linear.h). Within a tile of m rows: F32 [k][m]; BF16 [k/2][m][2]; Q8 [k/4][m][4] signed, with f32 scales [groups][m] and
+// i32 sums [groups][m] (sums of the quantised values, for the zero points).
+struct Activations {
+  ActKind kind;
+  int rows, k_pad, group;
+  uint8_t* data;
+  float* scales;
+  int32_t* sums;
+};
+
+}  // namespace hasten

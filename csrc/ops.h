@@ -1,0 +1,60 @@
+// Everything of a decoder step but the products: norms, rotary positions, activations, attention, sampling's hot loops.
+// ops.inc and attention.inc implement them once, over simd.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hasten {
+
+enum class KvKind : uint8_t { F32, BF16, I8 };
+enum class Act : uint8_t { Silu, Gelu, GeluTanh };
+
+constexpr int kTileKeys = 16;  // keys of one KV tile; a block is a multiple of it
+
+// The KV cache of one layer: [block][kv_head] of {K tiles, V tiles}.
+//   F32  K [d][16], V [16][d]       BF16  K [d/2][16][2], V [16/2][d][2]
+//   I8   K [d/4][16][4] signed, V [16][d] signed, f32 scales [16] for K and for V (one a token and head)
+// d is padded to a multiple of 16 with zeros.
+struct KvLayout {
+  KvKind kind;
+  int block_size, num_kv_heads, head_dim, head_dim_pad;
+  size_t tile_bytes() const;   // K and V of one tile, scales included
+  size_t head_bytes() const;   // one head of one block
+  size_t block_bytes() const;
+};
+
+// Attention of `num_queries` consecutive queries of one sequence for one kv head and its group of query heads.
+struct AttentionJob {
+  const KvLayout* layout;
+  const uint8_t* cache;        // this layer's
+  const int32_t* block_table;
+  int kv_head, group;          // group: query heads that share this kv head
+  int first_position;          // of the first query
+  int num_queries;
+  int window;                  // 0: all
+  float scale, softcap;
+  const float* q;              // [query][group][head_dim], strides below
+  ptrdiff_t q_stride;          // between queries
+  float* out;
+  ptrdiff_t out_stride;
+};
+
+struct OpKernels {
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);   // out may be x; weight may be null
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* out);
+  void (*rope)(float* x, const float* cosine, const float* sine, int rotary_dim);        // one head, half-split pairs
+  void (*activate)(Act act, const float* gate, const float* up, int n, float* out);      // up may be null: ungated
+  void (*add)(float* x, const float* y, float scale, int n);                             // x += scale * y
+  void (*softcap)(float* x, float cap, int n);
+  void (*scale)(float* x, float factor, int n);
+  void (*write_kv)(const KvLayout& layout, uint8_t* cache, int slot, int kv_head, const float* k, const float* v);
+  void (*attend)(const AttentionJob& job, uint8_t* scratch);
+  int (*argmax)(const float* x, int n);                                                  // lowest index wins; -1 if any NaN
+  float (*max)(const float* x, int n);
+  double (*sum_exp)(const float* x, float max, float scale, int n);                      // sum exp((x - max) * scale)
+};
+
+size_t attention_scratch_bytes(const KvLayout& layout, int max_queries, int group);
+
+}  // namespace hasten

@@ -1,0 +1,40 @@
+// A thread pool for phases of microseconds, built to survive a busy neighbour on its cores.
+//
+// A phase is a number of chunks. Threads claim chunks one by one; the phase is over when every *chunk* is done, not when
+// every thread has arrived: a worker that the system has descheduled before it claimed anything is not waited for, the
+// caller does its share. Workers spin for a bounded time between phases and then sleep on a futex.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace hasten {
+
+class Pool {
+ public:
+  // num_threads counts the caller. 0 takes one for each core this process may run on. Workers are pinned node by node only
+  // where the machine has several NUMA nodes.
+  explicit Pool(int num_threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const;
+
+  // Calls fn(chunk, thread) once for each chunk in [0, num_chunks), thread in [0, size()); returns when all are done.
+  // Chunks are claimed in rising order. Not reentrant; one caller at a time. fn must not throw.
+  template <class F>
+  void run(int num_chunks, F&& fn) {
+    run_erased(num_chunks, const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int chunk, int thread) {
+      (*static_cast<std::remove_reference_t<F>*>(f))(chunk, thread);
+    });
+  }
+
+ private:
+  void run_erased(int num_chunks, void* context, void (*call)(void*, int, int));
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace hasten

@@ -1,0 +1,21 @@
+// The 16-lane vectors that linear.inc, ops.inc and attention.inc are written over. Each simd_*.h defines, inside an unnamed
+// namespace, the same names; the file that includes it is compiled with that instruction set's flags. Code compiled so must
+// not instantiate templates of the standard library: the linker would keep one copy for all, perhaps the one this CPU lacks.
+//
+//   F (16 float), I (16 int32)
+//   F  load(const float*)  store(float*, F)  set1(float)  zero()
+//   F  add sub mul div min max (F, F)   fma(a, b, c) = a * b + c   fnma(a, b, c) = c - a * b   sqrt(F)   neg(F)   abs(F)
+//   float reduce_add(F)  reduce_max(F)          one fixed tree of additions in every instruction set
+//   F  load_bf16(const uint16_t*)  store_bf16(uint16_t*, F)   round to nearest even
+//   F  load_f16(const uint16_t*)
+//   F  load_i8(const int8_t*)                    16 signed bytes to float
+//   F  exp(F)  tanh(F)  erf(F)                   relative error under 2e-7, 2e-6, 2e-6; exp(-inf) = 0
+//   I  izero()  iset1(int32_t)  iload  istore  iadd  imul;   F to_float(I);   I to_int(F)   round to nearest even
+//   I  dot4_u8s8(I acc, const uint8_t* w, int32_t a)    acc[r] += sum_j w[4r + j] * (int8 j of a); exact, 64 bytes of w
+//   F  dot2_bf16(F acc, const uint16_t* w, uint32_t a)  acc[r] += sum_j w[2r + j] * (bf16 j of a)
+//   U8 (64 bytes) loads and the int4 unpacking, private to linear.inc
+//
+// F16C and FMA come with AVX2 in every CPU that has it; the portable path uses plain C++ and lets the compiler vectorise.
+#pragma once
+
+#include <cstdint>
