@@ -1,7 +1,6 @@
 """Recipe: an ordered list of Steps and how to run the result. The same data in Python, YAML, tune and a saved folder.
 
-Knows the names and shapes of a model's matrices (from its ModelSpec), so that a recipe is checked before any weight is
-read. Knows nothing of how a step is carried out: see compress/.
+Checks itself as it is made. Knows no model: compress/plan.py checks a recipe against one, compress/ carries it out.
 
     steps:
       - quantize: {format: int4, group_size: 32, targets: [Linear]}
@@ -15,26 +14,18 @@ earlier one on the matrices that both name, and starts from the original numbers
 """
 
 import difflib
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import singledispatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from hasten.errors import RecipeError
-from hasten.model.formats import Format
-from hasten.model.spec import ModelSpec
 
 KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
 KV_CACHES = ("fp32", "bf16", "int8")
 SPECULATIONS = ("none", "ngram")
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
-CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 
 T = TypeVar("T")
 
@@ -60,6 +51,8 @@ class Quantize:
         _choose("format", self.format, KINDS)
         if self.group_size is not None:
             _check_group(self.format, self.group_size)
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"symmetric is {self.symmetric!r}, expected true or false")
         if not self.symmetric and self.format != "int4":
             raise RecipeError(f"symmetric: false is for int4, found it with {self.format}: remove it")
         if self.fallback is not None:
@@ -68,13 +61,6 @@ class Quantize:
             object.__setattr__(self, key, _names(key, getattr(self, key)))
         if not self.targets:
             raise RecipeError("targets is empty: name at least one, such as Linear")
-
-    @property
-    def stored_as(self) -> Format:
-        """The Format that this step asks for."""
-        default = 32 if self.format == "int4" else 0
-        group = default if self.group_size is None else self.group_size
-        return Format(self.format, group, self.symmetric)  # type: ignore[arg-type]
 
 
 Step = Quantize
@@ -149,7 +135,7 @@ class Recipe:
         if path.is_dir():
             path = path / "recipe.yaml"
         if not path.is_file():
-            raise RecipeError(f"no preset and no file is named '{source}'{_nearest(str(source), known)}")
+            raise RecipeError(f"no preset and no file is named '{source}'{did_you_mean(str(source), known)}")
         try:
             return Recipe.from_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -173,132 +159,18 @@ def presets() -> dict[str, Recipe]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a recipe does to a model: the Format of every matrix that a step targets, and what fell back, in words."""
-
-    formats: dict[str, Format]
-    fallbacks: tuple[str, ...] = ()
-
-
-def resolve(recipe: Recipe, spec: ModelSpec) -> Plan:
-    """Check a recipe against an architecture; nothing is read. RecipeError names the layer and the choices."""
-    plan = Plan({})
-    for step in recipe.steps:
-        plan = apply_to_plan(step, spec, plan)
-    return plan
-
-
-@singledispatch
-def apply_to_plan(step: object, spec: ModelSpec, plan: Plan) -> Plan:
-    """The plan after one more step."""
-    raise RecipeError(f"no way to apply a step of type {type(step).__name__}")
-
-
-@apply_to_plan.register
-def _(step: Quantize, spec: ModelSpec, plan: Plan) -> Plan:
-    shapes = matrix_shapes(spec)
-    chosen = select(shapes, step.targets, spec.tied_head)
-    ignored = set(select(shapes, step.ignore, spec.tied_head)) if step.ignore else set()
-    formats, notes = dict(plan.formats), {note.split(":")[0]: note for note in plan.fallbacks}
-    for name in chosen:
-        if name in ignored:
-            continue
-        notes.pop(name, None)
-        wanted = step.stored_as
-        formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
-        if formats[name] != wanted:
-            notes[name] = f"{name}: {describe(formats[name])} instead of {describe(wanted)}"
-    return Plan(formats, tuple(notes.values()))
-
-
-def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Shape [N, K] of every matrix that a recipe can target, by canonical name, in the order of use."""
-    shapes = {"embed": (spec.vocab_size, spec.hidden_size)}
-    for index, layer in enumerate(spec.layers):
-        heads, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        own = {"q": (heads, spec.hidden_size), "k": (kv, spec.hidden_size), "v": (kv, spec.hidden_size)}
-        own["o"] = (spec.hidden_size, heads)
-        if spec.gated_mlp:
-            own["gate"] = (layer.intermediate_size, spec.hidden_size)
-        own["up"] = (layer.intermediate_size, spec.hidden_size)
-        own["down"] = (spec.hidden_size, layer.intermediate_size)
-        shapes |= {f"layers.{index}.{key}": shape for key, shape in own.items()}
-    if not spec.tied_head:
-        shapes["head"] = (spec.vocab_size, spec.hidden_size)
-    return shapes
-
-
-def select(names: Iterable[str], targets: Iterable[str], tied_head: bool) -> list[str]:
-    """The names that some target matches, in their order. RecipeError on a target that matches none."""
-    names = list(names)
-    found: set[str] = set()
-    for target in targets:
-        hits = {name for name in names if _matches(name, target, tied_head)}
-        if not hits:
-            parts = {name.rsplit(".", 1)[-1] for name in names}
-            known = [*CLASS_WORDS, *names, *(f"layers.*.{part}" for part in sorted(parts) if part not in names)]
-            raise RecipeError(
-                f"target '{target}' matches no matrix of this model{_nearest(target, known, CLASS_WORDS)}"
-            )
-        found |= hits
-    return [name for name in names if name in found]
-
-
-def legal_groups(kind: str, num_inputs: int) -> list[int]:
-    """Group sizes that a matrix with K inputs can have; 0 is one scale a row."""
-    if kind not in ("int8", "int4"):
-        return [0]
-    return [group for group in (32, 64, 128) if num_inputs % group == 0] + [0]
-
-
-def describe(fmt: Format) -> str:
-    """A format in a word: int4-g32, int4-g32-asym, int8, bf16."""
-    return fmt.kind + (f"-g{fmt.group_size}" if fmt.group_size else "") + ("" if fmt.symmetric else "-asym")
-
-
-def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | None) -> Format:
-    odd = wanted.kind == "int4" and num_inputs % 2
-    if not odd and (wanted.group_size == 0 or num_inputs % wanted.group_size == 0):
-        return wanted
-    if fallback is not None:
-        smaller = [g for g in legal_groups(wanted.kind, num_inputs) if 0 < g < wanted.group_size and not odd]
-        return Format(wanted.kind, max(smaller), wanted.symmetric) if smaller else Format("int8")
-    if odd:
-        raise RecipeError(f"{name} has {num_inputs} inputs, int4 needs an even number: use int8, or fallback: int8")
-    choices = ", ".join(str(group) for group in legal_groups(wanted.kind, num_inputs))
-    raise RecipeError(
-        f"{name} has {num_inputs} inputs, not a multiple of group_size {wanted.group_size}: use one of {choices} "
-        "(0 is one scale a row), ignore it, or set fallback: int8"
-    )
-
-
-def _matches(name: str, target: str, tied_head: bool) -> bool:
-    part = name.rsplit(".", 1)[-1]
-    match target:
-        case "Linear":
-            return name.startswith("layers.")
-        case "attention":
-            return part in ATTENTION
-        case "mlp":
-            return part in MLP
-        case "head":
-            return name == "head" or (tied_head and name == "embed")
-        case "embedding":
-            return name == "embed"
-    if target.startswith("re:"):
-        try:
-            return re.fullmatch(target[3:], name) is not None
-        except re.error as error:
-            raise RecipeError(f"target '{target}' is not a regular expression: {error}") from None
-    return fnmatch.fnmatchcase(name, target)
-
-
 def _check_group(kind: str, group: object) -> None:
     if not _is_int(group) or group not in (0, 32, 64, 128):
         raise RecipeError(f"group_size is {group!r}, expected 0 (one scale a row), 32, 64 or 128")
     if group and kind not in ("int8", "int4"):
         raise RecipeError(f"{kind} has no groups, found group_size {group}: remove it")
+
+
+def did_you_mean(found: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """The end of a message on an unknown name: the nearest of `known`, and `listed` (else `known`) to choose from."""
+    close = difflib.get_close_matches(found, list(known), n=1)
+    meant = f": did you mean '{close[0]}'?" if close else ","
+    return f"{meant} expected one of {', '.join(listed or known)}" + ("" if listed is None else ", a name or a glob")
 
 
 def _step(item: object) -> Step:
@@ -309,7 +181,7 @@ def _step(item: object) -> Step:
         raise RecipeError(f"a step has {len(data)} names, expected one, such as quantize: {{format: int8}}")
     name, body = next(iter(data.items()))
     if name not in _STEPS:
-        raise RecipeError(f"unknown step '{name}'{_nearest(str(name), _STEPS)}")
+        raise RecipeError(f"unknown step '{name}'{did_you_mean(str(name), _STEPS)}")
     return _build(_STEPS[name], str(name), body or {})
 
 
@@ -338,7 +210,7 @@ def _mapping(what: str, data: object) -> dict[str, Any]:
 def _known_keys(what: str, data: Mapping[str, Any], known: Iterable[str]) -> None:
     for key in data:
         if key not in known:
-            raise RecipeError(f"unknown key '{key}' in {what}{_nearest(str(key), known)}")
+            raise RecipeError(f"unknown key '{key}' in {what}{did_you_mean(str(key), known)}")
 
 
 def _names(key: str, value: object) -> tuple[str, ...]:
@@ -354,10 +226,4 @@ def _is_int(value: object) -> bool:
 
 def _choose(key: str, value: object, known: Iterable[str]) -> None:
     if value not in tuple(known):
-        raise RecipeError(f"{key} is {value!r}{_nearest(str(value), known)}")
-
-
-def _nearest(found: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
-    close = difflib.get_close_matches(found, list(known), n=1)
-    meant = f": did you mean '{close[0]}'?" if close else ","
-    return f"{meant} expected one of {', '.join(listed or known)}" + ("" if listed is None else ", a name or a glob")
+        raise RecipeError(f"{key} is {value!r}{did_you_mean(str(value), known)}")

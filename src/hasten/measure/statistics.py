@@ -26,7 +26,7 @@ def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confiden
     """sum(numerator) / sum(denominator) over blocks [B], with a t interval.
 
     The classical ratio estimator (Cochran, Sampling Techniques, 1977, ch. 6): its error is that of the sum of
-    numerator - ratio * denominator, block by block. Blocks are taken as independent. One block has no interval: the ends
+    numerator - ratio * denominator, block by block. Blocks are taken as independent. One block: the ends
     are infinitely far.
     """
     count, total = len(numerator), float(denominator.sum())

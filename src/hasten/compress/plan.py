@@ -1,0 +1,151 @@
+"""A recipe against an architecture: which matrix takes which Format. Sees names and shapes, never a weight."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import singledispatch
+
+from hasten.errors import RecipeError
+from hasten.model.formats import Format
+from hasten.model.spec import ModelSpec
+from hasten.recipe import Quantize, Recipe, did_you_mean
+
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe does to a model. formats: of every matrix that a step targets. asked: what the recipe wanted where
+    that did not fit and the step allowed a fallback."""
+
+    formats: dict[str, Format]
+    asked: dict[str, Format]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for every matrix that fell back."""
+        return tuple(
+            f"{name}: {describe(self.formats[name])} instead of {describe(f)}" for name, f in self.asked.items()
+        )
+
+
+def resolve(recipe: Recipe, spec: ModelSpec) -> Plan:
+    """Check a recipe against an architecture; nothing is read. RecipeError names the layer and the choices."""
+    plan = Plan({}, {})
+    for step in recipe.steps:
+        plan = plan_step(step, spec, plan)
+    return plan
+
+
+@singledispatch
+def plan_step(step: object, spec: ModelSpec, plan: Plan) -> Plan:
+    """The plan after one more step."""
+    raise RecipeError(f"no way to apply a step of type {type(step).__name__}")
+
+
+@plan_step.register
+def _(step: Quantize, spec: ModelSpec, plan: Plan) -> Plan:
+    shapes = matrix_shapes(spec)
+    chosen = select(shapes, step.targets, spec.tied_head)
+    ignored = set(select(shapes, step.ignore, spec.tied_head)) if step.ignore else set()
+    formats, asked, wanted = dict(plan.formats), dict(plan.asked), stored_as(step)
+    for name in chosen:
+        if name in ignored:
+            continue
+        asked.pop(name, None)
+        formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
+        if formats[name] != wanted:
+            asked[name] = wanted
+    return Plan(formats, asked)
+
+
+def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Shape [N, K] of every matrix that a recipe can target, by canonical name, in the order of use."""
+    shapes = {"embed": (spec.vocab_size, spec.hidden_size)}
+    for index, layer in enumerate(spec.layers):
+        heads, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        own = {"q": (heads, spec.hidden_size), "k": (kv, spec.hidden_size), "v": (kv, spec.hidden_size)}
+        own["o"] = (spec.hidden_size, heads)
+        if spec.gated_mlp:
+            own["gate"] = (layer.intermediate_size, spec.hidden_size)
+        own["up"] = (layer.intermediate_size, spec.hidden_size)
+        own["down"] = (spec.hidden_size, layer.intermediate_size)
+        shapes |= {f"layers.{index}.{key}": shape for key, shape in own.items()}
+    if not spec.tied_head:
+        shapes["head"] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def select(names: Iterable[str], targets: Iterable[str], tied_head: bool) -> list[str]:
+    """The names that some target matches, in their order. RecipeError on a target that matches none."""
+    names = list(names)
+    found: set[str] = set()
+    for target in targets:
+        hits = {name for name in names if _matches(name, target, tied_head)}
+        if not hits:
+            parts = {name.rsplit(".", 1)[-1] for name in names}
+            known = [*CLASS_WORDS, *names, *(f"layers.*.{part}" for part in sorted(parts) if part not in names)]
+            raise RecipeError(
+                f"target '{target}' matches no matrix of this model{did_you_mean(target, known, CLASS_WORDS)}"
+            )
+        found |= hits
+    return [name for name in names if name in found]
+
+
+def legal_groups(kind: str, num_inputs: int) -> list[int]:
+    """Group sizes that a matrix with K inputs can have; 0 is one scale a row."""
+    if kind not in ("int8", "int4"):
+        return [0]
+    return [group for group in (32, 64, 128) if num_inputs % group == 0] + [0]
+
+
+def stored_as(step: Quantize) -> Format:
+    """The Format that a step asks for."""
+    default = 32 if step.format == "int4" else 0
+    group = default if step.group_size is None else step.group_size
+    return Format(step.format, group, step.symmetric)  # type: ignore[arg-type]
+
+
+def describe(fmt: Format) -> str:
+    """A format in a word: int4-g32, int4-g32-asym, int8, bf16."""
+    return fmt.kind + (f"-g{fmt.group_size}" if fmt.group_size else "") + ("" if fmt.symmetric else "-asym")
+
+
+def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | None) -> Format:
+    odd = wanted.kind == "int4" and num_inputs % 2
+    if not odd and (wanted.group_size == 0 or num_inputs % wanted.group_size == 0):
+        return wanted
+    if fallback is not None:
+        smaller = [g for g in legal_groups(wanted.kind, num_inputs) if 0 < g < wanted.group_size and not odd]
+        return Format(wanted.kind, max(smaller), wanted.symmetric) if smaller else Format("int8")
+    if odd:
+        raise RecipeError(f"{name} has {num_inputs} inputs, int4 needs an even number: use int8, or fallback: int8")
+    choices = ", ".join(str(group) for group in legal_groups(wanted.kind, num_inputs))
+    raise RecipeError(
+        f"{name} has {num_inputs} inputs, not a multiple of group_size {wanted.group_size}: use one of {choices} "
+        "(0 is one scale a row), ignore it, or set fallback: int8"
+    )
+
+
+def _matches(name: str, target: str, tied_head: bool) -> bool:
+    part = name.rsplit(".", 1)[-1]
+    match target:
+        case "Linear":
+            return name.startswith("layers.")
+        case "attention":
+            return part in ATTENTION
+        case "mlp":
+            return part in MLP
+        case "head":
+            return name == "head" or (tied_head and name == "embed")
+        case "embedding":
+            return name == "embed"
+    if target.startswith("re:"):
+        try:
+            return re.fullmatch(target[3:], name) is not None
+        except re.error as error:
+            raise RecipeError(f"target '{target}' is not a regular expression: {error}") from None
+    return fnmatch.fnmatchcase(name, target)

@@ -1,0 +1,142 @@
+"""Recipes: the same in Python and YAML, refused with a useful line, resolved against an architecture."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hasten.compress.plan import describe, matrix_shapes, resolve
+from hasten.errors import RecipeError
+from hasten.model.formats import Format
+from hasten.model.spec import Layer, ModelSpec
+from hasten.recipe import KINDS, KV_CACHES, SPECULATIONS, Quantize, Recipe, Run, presets
+
+
+def spec(tied: bool = True, gated: bool = True, intermediate: int = 256) -> ModelSpec:
+    return ModelSpec(
+        family="llama", vocab_size=96, hidden_size=128, max_position=64, layers=(Layer(4, 2, 32, intermediate),) * 3,
+        ropes=(), norm="rms", norm_eps=1e-5, norm_offset=0, pre_norm=True, post_norm=False, parallel_residual=False,
+        qk_norm="none", activation="silu", gated_mlp=gated, learned_positions=False, attention_scale=1.0,
+        attention_softcap=0, final_softcap=0, embedding_scale=1, residual_scale=1, logit_scale=1, tied_head=tied,
+        dtype="bf16",
+    )  # fmt: skip
+
+
+names = st.lists(st.sampled_from(["Linear", "head", "layers.0.q", "re:.*down", "layers.*.up"]), max_size=3)
+quantizes = st.builds(
+    Quantize,
+    st.sampled_from(["int8", "int4"]),
+    st.sampled_from([None, 0, 32, 64, 128]),
+    targets=names.filter(bool),
+    ignore=names,
+    fallback=st.sampled_from([None, "int8"]),
+)
+runs = st.builds(
+    Run,
+    st.sampled_from([None, *KV_CACHES]),
+    st.sampled_from([None, *SPECULATIONS]),
+    st.none() | st.integers(1, 64),
+)
+
+
+@given(st.builds(Recipe, st.lists(quantizes, max_size=3).map(tuple), runs))
+def test_yaml_and_back(recipe: Recipe) -> None:
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_load_by_name_and_round_trip(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    plan = resolve(recipe, spec())
+    assert set(plan.formats) == set(matrix_shapes(spec()))
+    assert describe(plan.formats["layers.1.down"]) == name.removesuffix("-head8")
+    assert describe(plan.formats["embed"]) == ("int8" if name.endswith("-head8") else name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: []", r"unknown key 'stepz' in recipe: did you mean 'steps'\?"),
+        ("steps: [{quantise: {}}]", r"unknown step 'quantise': did you mean 'quantize'\?"),
+        ("steps: [{quantize: {fromat: int8}}]", r"unknown key 'fromat' in quantize: did you mean 'format'\?"),
+        ("steps: [{quantize: {format: int9}}]", r"format is 'int9': did you mean 'int8'\?.*int4"),
+        ("steps: [{quantize: {group_size: 48}}]", "group_size is 48, expected 0"),
+        ("steps: [{quantize: {group_size: true}}]", "group_size is True"),
+        ("steps: [{quantize: {format: bf16, group_size: 32}}]", "bf16 has no groups"),
+        ("steps: [{quantize: {symmetric: false}}]", "symmetric: false is for int4"),
+        ("steps: [{quantize: {symmetric: 3}}]", "symmetric is 3"),
+        ("steps: [{quantize: {targets: 3}}]", "targets is 3, expected a list"),
+        ("steps: [{quantize: {targets: []}}]", "targets is empty"),
+        ("steps: [{quantize: {}, prune: {}}]", "a step has 2 names"),
+        ("steps: 3", "steps is int"),
+        ("run: {kv_cache: int4}", "kv_cache is 'int4'"),
+        ("run: {thread: 2}", r"did you mean 'threads'\?"),
+        ("run: {threads: 0}", "threads is 0"),
+        ("[1, 2]", "a recipe is list"),
+        ("{", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_says_what_was_meant(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe.from_yaml(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_takes_files_and_names_what_is_near(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: [{quantize: {format: int4}}]")
+    assert Recipe.load(tmp_path) == Recipe.load(tmp_path / "recipe.yaml") == Recipe((Quantize("int4"),))
+    with pytest.raises(RecipeError, match=r"named 'int4-g33': did you mean 'int4-g3"):
+        Recipe.load("int4-g33")
+
+
+def test_later_steps_override() -> None:
+    recipe = Recipe((Quantize("int4", 32, targets=("Linear", "head")), Quantize("int8", targets=("layers.1.*",))))
+    formats = resolve(recipe, spec(tied=False)).formats
+    assert formats["layers.0.q"] == formats["head"] == Format("int4", 32)
+    assert formats["layers.1.down"] == Format("int8")
+    assert "embed" not in formats
+
+
+def test_targets_by_class_name_glob_and_expression() -> None:
+    def found(*targets: str, **options: object) -> set[str]:
+        return set(resolve(Recipe((Quantize("int8", targets=targets, **options),)), spec()).formats)  # type: ignore[arg-type]
+
+    assert found("attention") == {f"layers.{i}.{m}" for i in range(3) for m in "qkvo"}
+    assert found("mlp", ignore=("layers.0.*",)) == {f"layers.{i}.{m}" for i in (1, 2) for m in ("gate", "up", "down")}
+    assert found("head") == found("embedding") == {"embed"}
+    assert found("layers.2.o", r"re:layers\.[01]\.down") == {"layers.2.o", "layers.0.down", "layers.1.down"}
+    assert found("Linear") == found("attention", "mlp")
+
+
+def test_a_target_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'layers.3.q' matches no matrix .* did you mean 'layers"):
+        resolve(Recipe((Quantize(targets=("layers.3.q",)),)), spec())
+    with pytest.raises(RecipeError, match="'mpl' matches no matrix"):
+        resolve(Recipe((Quantize(targets=("mpl",)),)), spec())
+    with pytest.raises(RecipeError, match="gate"):
+        resolve(Recipe((Quantize(targets=("layers.0.gate",)),)), spec(gated=False))
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        resolve(Recipe((Quantize(targets=("re:(",)),)), spec())
+
+
+def test_a_group_that_does_not_divide_names_layer_and_choices() -> None:
+    odd = spec(intermediate=160)
+    with pytest.raises(RecipeError, match=r"layers.0.down has 160 inputs, .* 64: use one of 32, 0"):
+        resolve(Recipe((Quantize("int4", 64),)), odd)
+    plan = resolve(Recipe((Quantize("int4", 64, fallback="int8"),)), odd)
+    assert plan.formats["layers.0.down"] == Format("int4", 32)
+    assert plan.formats["layers.0.up"] == Format("int4", 64)
+    assert plan.notes[0] == "layers.0.down: int4-g32 instead of int4-g64"
+    plan = resolve(Recipe((Quantize("int4", 32, fallback="int8"),)), spec(intermediate=172))
+    assert plan.formats["layers.0.down"] == Format("int8")
+    assert len(plan.notes) == 3
+
+
+def test_fields_agree_with_formats() -> None:
+    """Every kind that a recipe accepts is a kind of Format."""
+    for kind in KINDS:
+        assert replace(Quantize(), format=kind).format == Format(kind).kind  # type: ignore[arg-type]
