@@ -1,0 +1,135 @@
+"""Quality on held-out text: bits per byte, and divergence and agreement against the original on the same text.
+
+Works on backends and windows of tokens (measure/text.py); knows no files, engines or formats. Logits are compared
+in full, chunk by chunk, so that memory stays bounded: a distribution over 150,000 tokens is never kept.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.backends.base import Backend, Batch
+from hasten.errors import ModelError
+from hasten.measure.statistics import Float64, ratio_interval, share_interval
+from hasten.measure.text import Window
+from hasten.receipt import Measurement, Quality
+
+Float32 = NDArray[np.float32]
+
+BLOCK_SIZE = 16  # slots of a KV block
+_LOGITS_BYTES = 64 << 20  # at most, of one chunk of one model
+_CACHE_ELEMENTS = 1 << 16  # rows are compared in runs of about this many logits, to stay in a core's own cache
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Sums over each block of text (a window), arrays [B]: nll of the tokens in nats, divergence from the original in
+    nats, agreements of the likeliest token; and how many tokens were predicted, spelling how many bytes."""
+
+    nll: Float64
+    divergence: Float64
+    agreements: Float64
+    num_tokens: Float64
+    num_bytes: Float64
+
+
+def kv_blocks(windows: Sequence[Window]) -> int:
+    """KV blocks that `score` needs of each backend."""
+    return max(-(-len(window.tokens) // BLOCK_SIZE) for window in windows)
+
+
+def score(backends: Mapping[str, Backend], windows: Sequence[Window], vocab_size: int) -> dict[str, Scores]:
+    """Run every window through every backend; the first is the original that the others are compared with.
+
+    Each backend is loaded and has kv_blocks(windows) blocks of BLOCK_SIZE, whose contents are lost. Raises ModelError
+    where a model gives logits that are not numbers.
+    """
+    names = list(backends)
+    sums = {name: np.zeros((3, len(windows))) for name in names}
+    for index, window in enumerate(windows):
+        for batch, targets in _batches(window, vocab_size):
+            original = np.empty(0, np.float32)
+            for name in names:
+                logits = backends[name].forward(batch)[: len(targets)]
+                if name == names[0]:
+                    original = logits
+                rows = compare_rows(original, logits, targets)
+                if not np.isfinite(rows).all():
+                    raise ModelError(f"{name} gives logits that are not numbers: a weight is damaged or overflowed")
+                sums[name][:, index] += rows.sum(axis=1)
+    tokens = np.array([len(window.tokens) - 1 for window in windows], np.float64)
+    num_bytes = np.array([window.num_bytes for window in windows], np.float64)
+    return {name: Scores(*sums[name], tokens, num_bytes) for name in names}
+
+
+def summarize(scores: Scores, original: Scores | None = None) -> Quality:
+    """Totals with 95 % intervals over blocks; relative to `original`, on the same windows, where it is given."""
+    bits = ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte")
+    nll = ratio_interval(scores.nll, scores.num_tokens, "nats/token")
+    perplexity = Measurement(
+        *(float(np.exp(min(x, 700))) for x in (nll.median, nll.low, nll.high)), nll.n, "perplexity"
+    )
+    counts = int(scores.num_tokens.sum()), int(scores.num_bytes.sum()), len(scores.nll)
+    if original is None:
+        return Quality(bits, perplexity, *counts)
+    return Quality(
+        bits,
+        perplexity,
+        *counts,
+        loss=ratio_interval(scores.nll - original.nll, original.nll, "relative"),
+        divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token"),
+        top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share"),
+    )
+
+
+def compare_rows(original: Float32, other: Float32, targets: NDArray[np.int32]) -> Float64:
+    """Per row of logits [R, V]: -log q(target), KL(p || q) and whether both have one argmax; float64 [3, R].
+
+    p is `original`'s distribution, q `other`'s. With the same array twice the KL is exactly 0.
+    """
+    count, vocab = other.shape
+    out = np.empty((3, count))
+    step = max(1, _CACHE_ELEMENTS // vocab)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        p, q, ids = original[rows], other[rows], targets[rows, None]
+        log_q, _ = _log_sum_exp(q)
+        out[0, rows] = log_q - np.take_along_axis(q, ids, 1)[:, 0]
+        if original is other:
+            out[1, rows], out[2, rows] = 0, 1
+            continue
+        log_p, weights = _log_sum_exp(p)
+        mean_gap = np.einsum("rv,rv->r", weights, p - q) / weights.sum(axis=1)
+        out[1, rows] = np.maximum(mean_gap - log_p + log_q, 0)  # below 0 only by rounding
+        out[2, rows] = p.argmax(axis=1) == q.argmax(axis=1)
+    return out
+
+
+def _log_sum_exp(logits: Float32) -> tuple[Float64, Float32]:
+    """log(sum(exp)) [R], and exp(logits - max) [R, V]."""
+    peak = logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits - peak)
+    return peak[:, 0].astype(np.float64) + np.log(weights.sum(axis=1, dtype=np.float64)), weights
+
+
+def _batches(window: Window, vocab_size: int) -> Iterator[tuple[Batch, NDArray[np.int32]]]:
+    """The window in chunks whose logits fit, with the tokens that each chunk's rows are to predict."""
+    tokens = window.tokens
+    length = len(tokens) - 1  # the last token is only predicted
+    table = np.arange(-(-len(tokens) // BLOCK_SIZE), dtype=np.int32)[None]
+    step = max(1, _LOGITS_BYTES // (4 * vocab_size))
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        places = np.arange(start, end, dtype=np.int32)
+        batch = Batch(
+            tokens=np.ascontiguousarray(tokens[start:end]),
+            positions=places,
+            slots=places,
+            query_lens=np.array([end - start], np.int32),
+            context_lens=np.array([end], np.int32),
+            block_tables=table,
+            rows=np.arange(end - start, dtype=np.int32),
+        )
+        yield batch, tokens[start + 1 : end + 1]
