@@ -1,0 +1,304 @@
+"""The loop: schedule -> forward -> sample -> update, over a Backend and a vocabulary of numbers.
+
+Knows tokens and, through a decoder it is handed, their text; no files, prompts or threads. step() is the only thing
+that drives it, so whoever owns the engine (LLM, a server) decides when it runs. Not thread-safe: one owner.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from hasten.backends.base import Backend, Sampled, SamplingBatch
+from hasten.engine.batch import BatchBuilder, wanted_positions
+from hasten.engine.blocks import BlockPool
+from hasten.engine.request import Delta, Request, RequestOutput, SamplingParams, Sequence, TokenLogprob
+from hasten.engine.sampling import greedy_batch, prepare, sampling_batch
+from hasten.engine.scheduler import Scheduler, Step
+from hasten.engine.speculate import Speculator
+from hasten.engine.text import TextStream, TokenDecoder
+from hasten.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes of one engine. Lengths in tokens.
+
+    num_blocks, block_size: the KV cache, already allocated by the backend. max_len: prompt and output of one sequence.
+    max_step_tokens: tokens of one step; a longer prompt runs in chunks. max_sequences: that run at once.
+    max_extra_rows: rows of logits in a step beyond one a sequence (a row takes 4 * vocab_size bytes).
+    """
+
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    max_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    max_step_tokens: int = 512
+    max_sequences: int = 64
+    max_extra_rows: int = 64
+
+
+class Engine:
+    """Requests in, tokens out. `defaults` fill sampling parameters that a request does not give."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: EngineConfig,
+        *,
+        new_decoder: Callable[[Seq[int], bool], TokenDecoder] | None = None,
+        defaults: Mapping[str, object] | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
+        self.config = config
+        self.speculator = speculator
+        self._backend = backend
+        self._new_decoder = new_decoder
+        self._defaults = dict(defaults or {})
+        pool = BlockPool(config.num_blocks, config.block_size)
+        self.scheduler = Scheduler(pool, config.max_step_tokens, config.max_sequences, config.max_extra_rows)
+        self._max_len = min(config.max_len, config.num_blocks * config.block_size)
+        max_blocks = -(-self._max_len // config.block_size)
+        self._batches = BatchBuilder(config.block_size, config.max_sequences, max_blocks)
+        self._requests: dict[str, Request] = {}
+        self._num_added = 0
+        self._inconsistent = False  # an exception cut schedule or update short
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def add(self, prompt_ids: Seq[int], params: SamplingParams | None = None, prompt: str | None = None) -> str:
+        """Queue one request; its id. Raises RequestError where it can never be served."""
+        params = (params or SamplingParams()).with_defaults(self._defaults)
+        limit = self._check(prompt_ids, params)
+        arrival = self._num_added
+        self._num_added += 1
+        request = Request(str(arrival), list(prompt_ids), params, prompt)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        stop_tokens = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else self.config.eos_token_ids
+        )
+        for index in range(params.n):
+            sequence = Sequence(request, index, arrival, seed, limit)
+            sequence.stop_tokens = stop_tokens
+            prepare(sequence)
+            if self._new_decoder is not None:
+                decoder = self._new_decoder(request.prompt_ids, params.skip_special_tokens)
+                sequence.text = TextStream(decoder, params.stop_strings, params.include_stop_str)
+            request.sequences.append(sequence)
+            self.scheduler.add(sequence)
+        self._requests[request.id] = request
+        return request.id
+
+    def cancel(self, request_id: str) -> RequestOutput | None:
+        """End a request now; what it has so far. None where it is not running any more."""
+        if self._inconsistent:
+            self.abort()
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.scheduler.remove(sequence)
+                sequence.finish_reason = "cancelled"
+        request.metrics.finish_time = time.perf_counter()
+        return request.output()
+
+    def abort(self) -> None:
+        """End every request and forget the cache: the way back from an exception in the midst of a step."""
+        self._requests.clear()
+        self.scheduler.clear()
+        self._inconsistent = False
+
+    def step(self) -> list[Delta]:
+        """Run one step and return what it added, at most one Delta a sequence. [] when there is nothing to do.
+
+        An exception of the backend (KeyboardInterrupt included) leaves the requests as they were before the step; one
+        in the midst of the engine's own books ends every request at the next call.
+        """
+        if self._inconsistent:
+            self.abort()
+        start = time.perf_counter()
+        self._inconsistent = True
+        if self.speculator is not None:
+            self.speculator.draft(self.scheduler.running)
+        step = self.scheduler.schedule()
+        if not step.sequences:
+            assert not self._requests, "requests are waiting that can never be scheduled"
+            self._inconsistent = False
+            return []
+        batch = self._batches.build(step)
+        num_rows = len(batch.rows)
+        params = self._sampling(step, num_rows)
+        self._inconsistent = False
+        if step.copies:
+            self._backend.copy_blocks(step.copies)
+            self.scheduler.confirm_copies()
+        logits = self._backend.forward(batch)
+        sampled = self._backend.sample(logits, params) if num_rows else None
+        self._inconsistent = True
+        now = time.perf_counter()
+        if self.speculator is not None and num_rows == len(batch.tokens):
+            self.speculator.cost.record(num_rows, now - start)
+        deltas = self._update(step, sampled, now)
+        self._inconsistent = False
+        return deltas
+
+    def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
+        """The length at which the request's sequences must end."""
+        vocab, num_prompt, most = self.config.vocab_size, len(prompt_ids), self._max_len
+        if num_prompt == 0:
+            raise RequestError("the prompt is empty, expected at least one token")
+        for name, ids in (
+            ("prompt", prompt_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            if ids and (min(ids) < 0 or max(ids) >= vocab):
+                wrong = next(i for i in ids if not 0 <= i < vocab)
+                raise RequestError(f"{name} holds token {wrong}, expected 0 to {vocab - 1}")
+        if params.stop_strings and self._new_decoder is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            raise RequestError("max_tokens is 0, expected at least 1 (or prompt_logprobs, to score the prompt only)")
+        room = most - num_prompt
+        if room < min(1, params.max_tokens if params.max_tokens is not None else 1):
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but {self._room()}: shorten it, or raise max_len or memory"
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"{num_prompt} prompt tokens and max_tokens {params.max_tokens} make {num_prompt + params.max_tokens}, "
+                f"but {self._room()}: lower max_tokens to {room}, or raise max_len or memory"
+            )
+        return num_prompt + (room if params.max_tokens is None else params.max_tokens)
+
+    def _room(self) -> str:
+        config = self.config
+        capacity = config.num_blocks * config.block_size
+        if capacity < config.max_len:
+            return f"the KV cache holds {capacity} tokens ({config.num_blocks} blocks of {config.block_size})"
+        return f"a sequence may have {config.max_len} (max_len)"
+
+    def _sampling(self, step: Step, num_rows: int) -> SamplingBatch:
+        if not any(s.special or s.score_from < s.num_prompt - 1 for s in step.sequences):
+            return greedy_batch(num_rows)
+        rows: list[tuple[Sequence, int, int]] = []
+        for sequence, count in zip(step.sequences, step.query_lens, strict=True):
+            last = len(sequence.tokens) - 1
+            for position in wanted_positions(sequence, count):
+                if position < last:
+                    rows.append((sequence, 0, sequence.tokens[position + 1]))
+                else:
+                    rows.append((sequence, position - last, -1))
+        return sampling_batch(rows) if rows else greedy_batch(0)
+
+    def _update(self, step: Step, sampled: Sampled | None, now: float) -> list[Delta]:
+        """Take the step's results into the books."""
+        deltas: list[Delta] = []
+        tokens = [] if sampled is None else sampled.tokens.tolist()
+        row = 0
+        for sequence, count in zip(step.sequences, step.query_lens, strict=True):
+            last = len(sequence.tokens) - 1
+            end = sequence.num_computed + count
+            if sequence.score_from < sequence.num_prompt - 1:
+                assert sampled is not None
+                row = self._score(sequence, min(end, sequence.num_prompt - 1), sampled, row)
+            if end <= last:
+                self.scheduler.advance(sequence, end)
+            elif len(sequence.tokens) == sequence.limit:  # nothing is to be sampled: max_tokens is 0
+                self.scheduler.advance(sequence, end)
+                deltas.append(self._finish(sequence, Delta(sequence.request.id, sequence.index, "", []), "length", now))
+            else:
+                num_rows = end - last
+                deltas.append(self._accept(sequence, tokens[row : row + num_rows], sampled, row, now))
+                row += num_rows
+        return deltas
+
+    def _score(self, sequence: Sequence, end: int, sampled: Sampled, row: int) -> int:
+        """Log-probabilities of the prompt tokens that follow positions score_from .. end - 1; the next row."""
+        scores = sequence.request.prompt_logprobs
+        assert scores is not None
+        assert sampled.target_logprobs is not None
+        for position in range(sequence.score_from, end):
+            value = float(sampled.target_logprobs[row])
+            top = _top(sampled, row, sequence.request.params.prompt_logprobs or 0)
+            scores.append(TokenLogprob(sequence.tokens[position + 1], value, top))
+            row += 1
+        return row
+
+    def _accept(self, sequence: Sequence, drawn: list[int], sampled: Sampled | None, row: int, now: float) -> Delta:
+        """Verify the drafts: the token drawn at each position is the one that counts; the next is of use only where the
+        draft that it was conditioned on is what was drawn."""
+        request, drafts = sequence.request, sequence.drafts
+        if request.metrics.first_token_time != request.metrics.first_token_time:  # NaN: its first
+            request.metrics.first_token_time = now
+        delta = Delta(request.id, sequence.index, "", [])
+        reason: str | None = None
+        for i, token in enumerate(drawn):
+            reason = self._append(sequence, token, delta)
+            if sequence.logprobs is not None:
+                assert sampled is not None
+                assert sampled.logprobs is not None
+                top = _top(sampled, row + i, request.params.logprobs or 0)
+                entry = TokenLogprob(token, float(sampled.logprobs[row + i]), top)
+                sequence.logprobs.append(entry)
+                delta.logprobs = [*(delta.logprobs or ()), entry]
+            if reason is not None or i == len(drafts) or token != drafts[i]:
+                break
+        if drafts:
+            num_accepted = len(delta.token_ids) - 1
+            request.metrics.num_drafted += len(drafts)
+            request.metrics.num_accepted += num_accepted
+            assert sequence.ngrams is not None
+            sequence.ngrams.record(len(drafts), num_accepted)
+            sequence.drafts = []
+        self.scheduler.advance(sequence, len(sequence.tokens) - 1)
+        return delta if reason is None else self._finish(sequence, delta, reason, now)
+
+    def _append(self, sequence: Sequence, token: int, delta: Delta) -> str | None:
+        """Take one sampled token; the reason if it is the last."""
+        params = sequence.request.params
+        sequence.tokens.append(token)
+        delta.token_ids.append(token)
+        if sequence.seen is not None:
+            sequence.seen.add(token)
+        may_stop = sequence.num_output >= params.min_tokens
+        stops = token in sequence.stop_tokens
+        if sequence.text is not None and (not stops or params.include_stop_str):
+            delta.text += sequence.text.push(token, may_stop)
+        if stops:
+            sequence.stop_reason = token if token in params.stop_token_ids else None
+            return "stop"
+        if sequence.text is not None and sequence.text.stopped_by is not None:
+            sequence.stop_reason = sequence.text.stopped_by
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def _finish(self, sequence: Sequence, delta: Delta, reason: str, now: float) -> Delta:
+        request, metrics = sequence.request, sequence.request.metrics
+        assert reason in ("stop", "length")
+        if sequence.text is not None and sequence.text.stopped_by is None:
+            delta.text += sequence.text.finish()
+        sequence.finish_reason = delta.finish_reason = reason  # type: ignore[assignment]
+        self.scheduler.remove(sequence)
+        metrics.num_output_tokens += sequence.num_output
+        metrics.longest_output = max(metrics.longest_output, sequence.num_output)
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            metrics.finish_time = now
+            del self._requests[request.id]
+            delta.output = request.output()
+        return delta
+
+
+def _top(sampled: Sampled, row: int, most: int) -> tuple[tuple[int, float], ...]:
+    if most == 0:
+        return ()
+    assert sampled.top_ids is not None
+    assert sampled.top_logprobs is not None
+    ids, values = sampled.top_ids[row, :most].tolist(), sampled.top_logprobs[row, :most].tolist()
+    return tuple((i, v) for i, v in zip(ids, values, strict=True) if i >= 0)
