@@ -4,13 +4,21 @@ Knows nothing of files (checkpoint.py) nor of the interleaved layouts that kerne
 here is the slow numpy reference of what a backend does fast.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.errors import ModelError, RecipeError
+
 Kind = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+ScaleDtype = Literal["fp32", "fp16", "bf16"]
+Floats = NDArray[np.float32]
+
+DENSE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_CHUNK = 1 << 22  # numbers handled at once, so that quantising a large matrix needs little memory beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +52,227 @@ class Weight:
     scales: NDArray[np.float32] | None = None
     zeros: NDArray[np.uint8] | None = None
     perm: NDArray[np.int32] | None = None
+
+
+def to_bf16(values: Floats) -> NDArray[np.uint16]:
+    """float32 -> the bits of bfloat16, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> Floats:
+    """The bits of bfloat16 -> float32, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to(values: Floats, dtype: ScaleDtype) -> Floats:
+    """float32 values rounded to what `dtype` can hold, as float32."""
+    if dtype == "bf16":
+        return from_bf16(to_bf16(values))
+    if dtype == "fp16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    return values
+
+
+def dense_weight(values: NDArray[Any], kind: Kind = "fp32") -> Weight:
+    """A dense Weight of float values [N, K], or of a vector [N], which becomes [N, 1]."""
+    matrix = values.reshape(len(values), -1)
+    data: NDArray[Any]
+    if kind == "bf16":
+        data = to_bf16(matrix)
+    else:
+        data = np.ascontiguousarray(matrix, np.float16 if kind == "fp16" else np.float32)
+    return Weight(Format(kind), (matrix.shape[0], matrix.shape[1]), data)
+
+
+def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [N, K] of values 0..15 -> uint8 [N, K / 2], column 2j in the low nibble of byte j."""
+    return values[:, 0::2] | (values[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The inverse of pack_nibbles."""
+    values = np.empty((packed.shape[0], 2 * packed.shape[1]), np.uint8)
+    values[:, 0::2] = packed & 15
+    values[:, 1::2] = packed >> 4
+    return values
+
+
+def check_format(format: Format, shape: tuple[int, int]) -> None:
+    """Raise RecipeError where a matrix of this shape cannot be stored so."""
+    columns = shape[1]
+    if format.kind in DENSE_BYTES:
+        return
+    if format.group_size < 0 or (format.group_size and columns % format.group_size):
+        raise RecipeError(
+            f"{format.kind} with groups of {format.group_size} does not fit a matrix of {columns} columns: "
+            f"{format.group_size} does not divide {columns}; take another group size, or one scale a row"
+        )
+    if format.kind == "int4" and columns % 2:
+        raise RecipeError(f"int4 does not fit a matrix of {columns} columns: an even number is needed; take int8")
+    if format.kind == "int8" and not format.symmetric:
+        raise RecipeError("int8 weights are always symmetric here; take symmetric int8 or asymmetric int4")
+
+
+def num_groups(format: Format, columns: int) -> int:
+    """How many scales a row of `columns` columns has."""
+    return -(-columns // format.group_size) if format.group_size else 1
+
+
+def bytes_of(format: Format, shape: tuple[int, int]) -> int:
+    """Bytes that a product reads of one matrix: numbers, scales (2 bytes each) and zero points (1 byte each)."""
+    rows, columns = shape
+    if format.kind in DENSE_BYTES:
+        return rows * columns * DENSE_BYTES[format.kind]
+    data = rows * columns if format.kind == "int8" else rows * -(-columns // 2)
+    return data + rows * num_groups(format, columns) * (2 if format.symmetric else 3)
+
+
+def quantize(values: Floats, format: Format, scale_dtype: ScaleDtype = "bf16", search: bool = False) -> Weight:
+    """Round float32 [N, K] to the nearest values of `format`.
+
+    Scales are rounded to scale_dtype, in which a checkpoint stores them, before they are used: nothing is lost on saving.
+    search: try narrower ranges for each group too, and keep the one of least squared error (e.g. OMSE, Choukroun et al.
+    2019). Raises RecipeError where the format does not fit the shape, ModelError for values that are not finite or whose
+    scale overflows scale_dtype.
+    """
+    rows, columns = values.shape
+    if format.kind in DENSE_BYTES:
+        return dense_weight(values, format.kind)
+    check_format(format, (rows, columns))
+    groups = num_groups(format, columns)
+    numbers = np.empty((rows, columns), np.int8 if format.kind == "int8" else np.uint8)
+    scales = np.empty((rows, groups), np.float32)
+    zeros = np.empty((rows, groups), np.uint8)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        grouped = np.asarray(values[part], np.float32).reshape(-1, groups, columns // groups)
+        q, scale, zero = _quantize_groups(grouped, format, scale_dtype, search)
+        numbers[part], scales[part], zeros[part] = q.reshape(-1, columns), scale, zero
+    data = pack_nibbles(numbers.view(np.uint8)) if format.kind == "int4" else numbers
+    return Weight(format, (rows, columns), data, scales, None if format.symmetric else zeros)
+
+
+def _quantize_groups(
+    grouped: Floats, format: Format, scale_dtype: ScaleDtype, search: bool
+) -> tuple[Floats, Floats, Floats]:
+    """[N, G, size] -> numbers as stored [N, G, size], scales [N, G], zeros [N, G]; all as float32."""
+    low, high = grouped.min(axis=2), grouped.max(axis=2)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ModelError("cannot quantise a matrix that holds NaN or infinity")
+    best: tuple[Floats, Floats, Floats] | None = None
+    best_error = np.full(low.shape, np.inf, np.float32)
+    for shrink in np.arange(1.0, 0.69, -0.05, dtype=np.float32) if search else (np.float32(1),):
+        scale, zero = _scales(low * shrink, high * shrink, format, scale_dtype)
+        smallest, largest = {"int8": (-127, 127), "int4": (0, 15)}[format.kind]
+        q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], smallest, largest)
+        if best is None and not search:
+            return q, scale, zero
+        error = np.square((q - zero[..., None]) * scale[..., None] - grouped).sum(axis=2)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        old = best or (q, scale, zero)
+        best = (np.where(better[..., None], q, old[0]), np.where(better, scale, old[1]), np.where(better, zero, old[2]))
+    assert best is not None
+    return best
+
+
+def _scales(low: Floats, high: Floats, format: Format, scale_dtype: ScaleDtype) -> tuple[Floats, Floats]:
+    if format.symmetric:
+        # int4 counts from -8 to 7: dividing by 7.5 spends half a step of clipping on one side to gain finer steps.
+        scale = np.maximum(-low, high) / np.float32(127 if format.kind == "int8" else 7.5)
+    else:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        scale = (high - low) / np.float32(15)
+    scale = round_to(scale.astype(np.float32), scale_dtype)
+    if not np.isfinite(scale).all():
+        raise ModelError(f"a scale overflows {scale_dtype}; store scales as fp32 or bf16")
+    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    if format.symmetric:
+        return scale, np.full_like(scale, 0 if format.kind == "int8" else 8)
+    return scale, np.clip(np.rint(-low / scale), 0, 15).astype(np.float32)
+
+
+def dequantize(weight: Weight) -> Floats:
+    """The numbers a Weight stands for, float32 [N, K], columns in the order of the input (perm undone)."""
+    kind = weight.format.kind
+    data: NDArray[Any] = weight.data
+    if kind == "fp32":
+        return np.asarray(data, np.float32)
+    if kind == "fp16":
+        return data.astype(np.float32)
+    if kind == "bf16":
+        return from_bf16(data)
+    values = np.empty(weight.shape, np.float32)
+    for part, chunk in _integer_chunks(weight):
+        values[part] = chunk
+    if weight.perm is None:
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, weight.perm] = values
+    return ordered
+
+
+def _integer_chunks(weight: Weight) -> Iterator[tuple[slice, Floats]]:
+    assert weight.scales is not None
+    rows, columns = weight.shape
+    group = weight.format.group_size or columns
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        numbers = centred(weight, part).astype(np.float32)
+        yield part, numbers * np.repeat(weight.scales[part], group, axis=1)[:, :columns]
+
+
+def centred(weight: Weight, rows: slice = slice(None)) -> NDArray[np.int8]:
+    """The integers of a quantised Weight less their zero points, int8 [n, K], columns in the order of `data`."""
+    data: NDArray[Any] = weight.data[rows]
+    if weight.format.kind == "int8":
+        return data
+    numbers = unpack_nibbles(data).astype(np.int8)
+    if weight.zeros is None:
+        return numbers - np.int8(8)
+    group = weight.format.group_size or weight.shape[1]
+    return numbers - np.repeat(weight.zeros[rows], group, axis=1)[:, : weight.shape[1]].astype(np.int8)
+
+
+def activation_group(format: Format) -> int:
+    """Input columns that share an activation scale in products with this format: min(group, 128), 128 for one a row."""
+    return min(format.group_size, 128) if format.group_size else 128
+
+
+def quantize_activations(x: Floats, group: int) -> tuple[NDArray[np.int8], Floats]:
+    """Rows [T, K] -> int8 [T, K] and scales float32 [T, ceil(K / group)]: max|x| / 127 a group, nearest even."""
+    rows, columns = x.shape
+    groups = -(-columns // group)
+    padded = np.zeros((rows, groups * group), np.float32)
+    padded[:, :columns] = x
+    grouped = padded.reshape(rows, groups, group)
+    scales = np.abs(grouped).max(axis=2) / np.float32(127)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    q = np.clip(np.rint(grouped * inverse[..., None]), -127, 127).astype(np.int8)
+    return q.reshape(rows, -1)[:, :columns], scales
+
+
+def product(x: Floats, weight: Weight, quantize_inputs: bool = True) -> Floats:
+    """x [T, K] times W.T -> float32 [T, N]: what a backend's product must give, up to the rounding of its sums.
+
+    Integer formats multiply inputs quantised to 8 bits by group (quantize_inputs False: as they are); the sums of each
+    group are exact integers, scaled and added in float64.
+    """
+    if weight.scales is None or not quantize_inputs:
+        return x @ dequantize(weight).T
+    columns = weight.shape[1]
+    size = activation_group(weight.format)
+    q, x_scales = quantize_activations(x if weight.perm is None else x[:, weight.perm], size)
+    numbers = centred(weight)
+    scales = np.repeat(weight.scales, weight.format.group_size or columns, axis=1)[:, :columns]
+    total = np.zeros((len(x), weight.shape[0]), np.float64)
+    for group, first in enumerate(range(0, columns, size)):
+        part = slice(first, min(first + size, columns))
+        sums = q[:, part].astype(np.int32) @ numbers[:, part].T.astype(np.int32)
+        total += sums * x_scales[:, group, None].astype(np.float64) * scales[:, first]
+    return total.astype(np.float32)

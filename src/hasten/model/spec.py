@@ -10,27 +10,29 @@ Knows nothing of files or devices. The canonical weight names that the rest of h
 Matrices come as formats.Weight; vectors too, with shape (n, 1) and kind fp32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from hasten.errors import ModelError
+from hasten.model.families import GUARDS, Config, Family, family_of
+from hasten.model.rope import Rope, rope_from_parameters
 
+__all__ = ["Layer", "ModelSpec", "Rope", "config_of_text", "spec_from_config"]
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rope:
-    """Rotary positions, half-split pairing (x[i], x[i + rotary_dim / 2]): Su et al. 2021, as Hugging Face stores it.
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+Dtype = Literal["fp32", "fp16", "bf16"]
 
-    inv_freq: float32 [rotary_dim / 2], scaling already applied (llama3, linear, yarn, longrope).
-    scale: multiplies cos and sin (yarn, longrope). long_inv_freq is used once a sequence's length exceeds original_max
-    (Phi-3 longrope); None elsewhere.
-    """
-
-    rotary_dim: int
-    inv_freq: NDArray[np.float32]
-    scale: float = 1.0
-    long_inv_freq: NDArray[np.float32] | None = None
-    original_max: int = 0
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+DTYPES: Mapping[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class ModelSpec:
     post_norm: bool
     parallel_residual: bool
     qk_norm: Literal["none", "head", "full"]
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: Activation
     gated_mlp: bool
     learned_positions: bool
     attention_scale: float
@@ -81,6 +83,160 @@ class ModelSpec:
     residual_scale: float
     logit_scale: float
     tied_head: bool
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: Dtype
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+
+def spec_from_config(config: Config) -> ModelSpec:
+    """The architecture that a config.json describes.
+
+    Raises ModelError for an architecture, or a feature of one, that is not supported, and for values that make no sense.
+    Keys that Transformers does not read for the architecture have no effect, as there.
+    """
+    config = config_of_text(config)
+    family = family_of(config.get("model_type"))
+    config = _with_defaults(config, family)
+    _check_guards(config, family)
+    layers = tuple(_layer(config, family, index) for index in range(_count(config, "num_hidden_layers")))
+    head_dim = layers[0].head_dim
+    return ModelSpec(
+        family=str(config["model_type"]),
+        vocab_size=_count(config, "vocab_size"),
+        hidden_size=_count(config, "hidden_size"),
+        max_position=_count(config, "max_position_embeddings"),
+        layers=layers,
+        ropes=_ropes(config, family, head_dim),
+        norm=family.norm,
+        norm_eps=_real(config, family.eps_key),
+        norm_offset=family.norm_offset,
+        pre_norm=family.pre_norm,
+        post_norm=family.post_norm,
+        parallel_residual=bool(config.get("use_parallel_residual", False))
+        and "use_parallel_residual" in family.defaults,
+        qk_norm=family.qk_norm,
+        activation=_activation(config, family),
+        gated_mlp=family.gated_mlp,
+        learned_positions=family.learned_positions,
+        attention_scale=family.attention_scale(config, head_dim),
+        attention_softcap=_softcap(config, family, "attn_logit_softcapping"),
+        final_softcap=_softcap(config, family, "final_logit_softcapping"),
+        embedding_scale=family.embedding_scale(config) if family.embedding_scale else 1.0,
+        residual_scale=_real(config, "residual_multiplier") if "residual_multiplier" in family.defaults else 1.0,
+        logit_scale=1.0 / _real(config, "logits_scaling") if "logits_scaling" in family.defaults else 1.0,
+        tied_head=bool(config["tie_word_embeddings"]),
+        dtype=_dtype(config),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_token_ids(config.get("eos_token_id")),
+    )
+
+
+def config_of_text(config: Config) -> dict[str, Any]:
+    """The configuration of the text model: `config` itself, or its `text_config` part for a multimodal gemma3, with what
+    the outer one says of the whole (tied embeddings, dtype, end-of-sequence ids, quantisation)."""
+    if config.get("model_type") != "gemma3":
+        return dict(config)
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ModelError("config.json of gemma3 has no text_config; only its text part is supported")
+    outer = {
+        key: config[key] for key in ("dtype", "torch_dtype", "eos_token_id", "quantization_config") if key in config
+    }
+    tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    return {**text, **{k: v for k, v in outer.items() if v is not None}, **tied, "model_type": "gemma3_text"}
+
+
+def _with_defaults(config: Config, family: Family) -> dict[str, Any]:
+    spelt = {family.aliases.get(key, key): value for key, value in config.items()}
+    filled = {**family.defaults, **spelt}
+    if not family.own_head_dim:
+        filled.update(num_key_value_heads=None, head_dim=None)
+    if family.layout == "gpt2" and filled.get("intermediate_size") is None:
+        filled["intermediate_size"] = 4 * _count(filled, "hidden_size")
+    return filled
+
+
+def _check_guards(config: Config, family: Family) -> None:
+    for key, allowed in {**GUARDS, **family.guards}.items():
+        if key in config and config[key] not in allowed:
+            raise ModelError(f"config.json: {key} = {config[key]!r} is not supported for {config['model_type']}")
+    for name in config.get("architectures") or []:
+        if "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            raise ModelError(f"config.json: {name} does not generate text; expected a ...ForCausalLM checkpoint")
+
+
+def _layer(config: Config, family: Family, index: int) -> Layer:
+    heads = _count(config, "num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else _count(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise ModelError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if config.get("head_dim") is None and config["hidden_size"] % heads:
+        raise ModelError(f"hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
+    head_dim = config["hidden_size"] // heads if config.get("head_dim") is None else _count(config, "head_dim")
+    window = family.window(config, index)
+    return Layer(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=_count(config, "intermediate_size"),
+        rope=family.rope_index(config, index),
+        window=0 if window >= config["max_position_embeddings"] else window,
+    )
+
+
+def _ropes(config: Config, family: Family, head_dim: int) -> tuple[Rope, ...]:
+    sets = family.rope_sets(config)
+    if any(isinstance(value, Mapping) for parameters in sets for value in parameters.values()):
+        raise ModelError(f"rope parameters for each type of layer are not supported for {config['model_type']}")
+    return tuple(
+        rope_from_parameters(
+            parameters,
+            head_dim=head_dim,
+            max_position=config["max_position_embeddings"],
+            default_theta=family.default_theta,
+            partial=family.partial_rotary,
+            aliases=family.rope_aliases,
+        )
+        for parameters in sets
+    )
+
+
+def _activation(config: Config, family: Family) -> Activation:
+    name = config[family.activation_key]
+    if name not in ACTIVATIONS:
+        raise ModelError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _dtype(config: Config) -> Dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _softcap(config: Config, family: Family, key: str) -> float:
+    return _real(config, key) if key in family.defaults and config.get(key) is not None else 0.0
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) for item in ids):
+        raise ModelError(f"config.json: eos_token_id is {value!r}, expected a number or a list of numbers")
+    return tuple(ids)
+
+
+def _count(config: Config, key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"config.json: {key} is {value!r}, expected a positive whole number")
+    return value
+
+
+def _real(config: Config, key: str) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelError(f"config.json: {key} is {value!r}, expected a positive number")
+    return float(value)

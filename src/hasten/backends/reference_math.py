@@ -1,0 +1,58 @@
+"""The pieces of a decoder layer as pure functions of numpy arrays. Know no weights by name, no cache, no batch."""
+
+import math
+
+import numpy as np
+
+from hasten.backends.base import Float32
+from hasten.model.rope import Rope
+from hasten.model.spec import Activation
+
+# erf as in Abramowitz and Stegun 7.1.26 is too coarse (1e-7 absolute): the exact one, element by element.
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def rms_norm(x: Float32, weight: Float32 | None, eps: float) -> Float32:
+    """x / root(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
+    normed = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
+    return normed if weight is None else normed * weight
+
+
+def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
+    """(x - mean) / root(variance + eps) * weight + bias over the last axis (Ba et al. 2016)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(np.square(centred), axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + np.float32(eps)) * weight + bias
+
+
+def rotate(x: Float32, rope: Rope, position: int, length: int) -> Float32:
+    """Rotate heads x [heads, d] of the token at `position` in a sequence that is now `length` long."""
+    long = rope.long_inv_freq is not None and length > rope.original_max
+    frequencies = rope.long_inv_freq if long and rope.long_inv_freq is not None else rope.inv_freq
+    angles = np.float32(position) * frequencies
+    cosine, sine = np.cos(angles) * np.float32(rope.scale), np.sin(angles) * np.float32(rope.scale)
+    half = rope.rotary_dim // 2
+    first, second, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=1)
+
+
+def activate(kind: Activation, x: Float32) -> Float32:
+    """SiLU, exact GELU, or GELU's tanh approximation (Hendrycks and Gimpel 2016)."""
+    if kind == "silu":
+        with np.errstate(over="ignore"):
+            return x / (1 + np.exp(-x))
+    if kind == "gelu":
+        return (0.5 * x * (1 + _erf(x / math.sqrt(2)))).astype(np.float32)
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return np.float32(0.5) * x * (1 + np.tanh(inner))
+
+
+def softcap(x: Float32, cap: float) -> Float32:
+    """cap * tanh(x / cap); 0 is off (Gemma 2)."""
+    return x if cap == 0 else np.float32(cap) * np.tanh(x / np.float32(cap))
+
+
+def softmax(scores: Float32) -> Float32:
+    """Over the last axis, shifted by the maximum."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)

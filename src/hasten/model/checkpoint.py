@@ -1,0 +1,271 @@
+"""A model folder as Hugging Face writes it -> its configuration, ModelSpec, and a stream of canonical weights.
+
+Knows which tensors an architecture must have (names.py) and refuses a folder where one is missing, left over, wrongly
+shaped or not finite. Weights are views of mapped files, given back to the system as soon as the next one is asked for.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.errors import ModelError
+from hasten.model.formats import DENSE_BYTES, Format, Kind, Weight, from_bf16
+from hasten.model.names import Part, Source, base_prefix, sources
+from hasten.model.quantized import Quantization, quantization_of
+from hasten.model.spec import ModelSpec, config_of_text, spec_from_config
+from hasten.model.tensors import TensorFolder
+
+_DENSE: dict[str, Kind] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+# Buffers that older Transformers versions saved: computed from the configuration, never read.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\battn\.(bias|masked_bias)|\battention\.(bias|masked_bias))$")
+_VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_CHECK_CHUNK = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened model folder. config is config.json as written; spec what it describes, dtype and tied head as found."""
+
+    path: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    _tensors: TensorFolder
+    _names: dict[str, str]  # module name + parameter, as names.py spells it -> tensor name in the files
+    _quantization: Quantization
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Every weight once, in the order of the forward pass. Raises ModelError for numbers that are not finite.
+
+        A Weight's arrays may be views of the file: copy what is to outlive the checkpoint's files.
+        """
+        for source in sources(self.spec, self.config):
+            yield from self._read(source)
+            for name in self._tensor_names(source):
+                self._tensors.release(name)
+
+    def matrices(self) -> Iterator[tuple[str, tuple[int, int], Format]]:
+        """Canonical name, shape and format of every matrix, without reading any."""
+        for source in sources(self.spec, self.config):
+            if source.role == "norm":
+                continue
+            for part in source.parts:
+                rows = len(np.arange(source.shape[0])[part.rows])
+                yield part.name, (rows, source.shape[1]), self._format(source)
+
+    def _tensor_names(self, source: Source) -> list[str]:
+        prefix = source.module + "."
+        parameters = (*self._quantization.parameters(source.module), "weight", "bias")
+        return [self._names[prefix + name] for name in parameters if prefix + name in self._names]
+
+    def _format(self, source: Source) -> Format:
+        found = self._quantization.format_of(source.module)
+        if found is not None:
+            return found
+        return Format(_DENSE[self._tensors.infos[self._names[f"{source.module}.weight"]].dtype])
+
+    def _read(self, source: Source) -> Iterator[tuple[str, Weight]]:
+        if source.role == "norm":
+            weight = self._vector(f"{source.module}.weight")
+            if self.spec.norm_offset:
+                weight = weight + np.float32(self.spec.norm_offset)
+            yield source.parts[0].name, _as_weight(weight)
+        else:
+            whole = self._matrix(source)
+            for part in source.parts:
+                yield part.name, _take_rows(whole, part)
+        if source.bias:
+            bias = self._vector(f"{source.module}.bias")
+            for part in source.parts:
+                yield f"{part.name}.bias", _as_weight(bias[part.rows])
+
+    def _vector(self, key: str) -> NDArray[np.float32]:
+        name = self._names[key]
+        info = self._tensors.infos[name]
+        values = self._tensors.read(name)
+        check_finite(values, info.dtype, f"{info.file}: tensor {name!r}")
+        return from_bf16(values) if info.dtype == "BF16" else values.astype(np.float32)
+
+    def _matrix(self, source: Source) -> Weight:
+        if self._quantization.format_of(source.module) is not None:
+            read = {
+                parameter: self._tensors.read(self._names[f"{source.module}.{parameter}"])
+                for parameter in self._quantization.parameters(source.module)
+                if f"{source.module}.{parameter}" in self._names
+            }
+            return self._quantization.read(source.module, source.shape, read, str(self.path))
+        name = self._names[f"{source.module}.weight"]
+        info = self._tensors.infos[name]
+        values = self._tensors.read(name)
+        check_finite(values, info.dtype, f"{info.file}: tensor {name!r}")
+        if source.transposed:
+            values = np.ascontiguousarray(values.T)
+        return Weight(Format(_DENSE[info.dtype]), source.shape, values)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model folder; reads config.json and the tensors' headers, no weight.
+
+    Raises ModelError where the folder or a file of it is missing or damaged, the architecture is not supported, or a
+    tensor is missing, left over or has another shape than the configuration asks for.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    spec = spec_from_config(config)
+    tensors = TensorFolder(folder)
+    names = _module_names(tensors, config, spec)
+    quantization = quantization_of(config, {key: tensors.infos[name] for key, name in names.items()})
+    spec = _as_stored(spec, config, tensors, names)
+    _check_tensors(folder, config, spec, tensors, names, quantization)
+    return Checkpoint(folder, config, spec, tensors, names, quantization)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError where it is missing or is not a JSON object."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder") from None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def check_finite(values: NDArray[Any], dtype: str, where: str) -> None:
+    """Raise ModelError if floats (bfloat16 as bits) hold NaN or infinity.
+
+    Two integer maxima a chunk in cache, without a temporary: exponent bits all set make the largest signed numbers, or,
+    with the sign, the largest unsigned ones.
+    """
+    exponent = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}.get(dtype)
+    if exponent is None:
+        raise ModelError(f"{where} has dtype {dtype}, expected F32, F16 or BF16")
+    width = 32 if dtype == "F32" else 16
+    flat = values.reshape(-1)
+    signed, unsigned = flat.view(f"i{width // 8}"), flat.view(f"u{width // 8}")
+    negative = exponent | (1 << (width - 1))
+    for first in range(0, flat.size, _CHECK_CHUNK):
+        part = slice(first, first + _CHECK_CHUNK)
+        if signed[part].max() >= exponent or unsigned[part].max() >= negative:
+            raise ModelError(f"{where} holds NaN or infinity: the checkpoint is damaged")
+
+
+def _module_names(tensors: TensorFolder, config: dict[str, Any], spec: ModelSpec) -> dict[str, str]:
+    """Tensor names as names.py spells them -> as the files do: multimodal and bare-model checkpoints differ."""
+    prefix = base_prefix(spec)
+    multimodal = config.get("model_type") == "gemma3"
+    bare = not any(prefix in name for name in tensors.infos)
+    names = {}
+    for name in tensors.infos:
+        if _BUFFERS.search(name) or (multimodal and _VISION.match(name)):
+            continue
+        key = name
+        if multimodal:
+            key = re.sub(
+                r"^model\.language_model\.", "model.", re.sub(r"^language_model\.(?=model\.|lm_head)", "", key)
+            )
+        if spec.family == "gpt_neox":
+            key = re.sub(r"^lm_head\.", "embed_out.", key)
+        if bare and not key.startswith(("lm_head.", "embed_out.")):
+            key = prefix + key
+        names[key] = name
+    return names
+
+
+def _as_stored(spec: ModelSpec, config: dict[str, Any], tensors: TensorFolder, names: dict[str, str]) -> ModelSpec:
+    """The spec with what only the tensors tell: a head of its own despite the configuration, and an unstated dtype."""
+    modules = {role.parts[0].name: role.module for role in sources(replace(spec, tied_head=False), config)}
+    embed, head = modules["embed"], modules["head"]
+    if spec.tied_head and any(key.startswith(head + ".") for key in names):
+        embed_name, head_name = names.get(f"{embed}.weight"), names.get(f"{head}.weight")
+        if embed_name is None and head_name is not None:
+            names[f"{embed}.weight"] = names.pop(f"{head}.weight")
+        elif head_name is not None and embed_name is not None and _equal(tensors, embed_name, head_name):
+            del names[f"{head}.weight"]
+        else:
+            spec = replace(spec, tied_head=False)  # as Transformers: two different matrices are not tied
+    text = config_of_text(config)
+    if not (text.get("dtype") or text.get("torch_dtype")) and f"{embed}.weight" in names:
+        kind = _DENSE.get(tensors.infos[names[f"{embed}.weight"]].dtype)
+        if kind in ("fp32", "fp16", "bf16"):
+            spec = replace(spec, dtype=kind)
+    return spec
+
+
+def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
+    a, b = tensors.infos[one], tensors.infos[other]
+    same = (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(tensors.read(one), tensors.read(other))
+    tensors.release(one)
+    tensors.release(other)
+    return same
+
+
+def _check_tensors(
+    folder: Path,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    tensors: TensorFolder,
+    names: dict[str, str],
+    quantization: Quantization,
+) -> None:
+    left = set(names)
+    for source in sources(spec, config):
+        expected = _expected_shapes(source, quantization)
+        for parameter, shape in expected.items():
+            key = f"{source.module}.{parameter}"
+            if key not in names:
+                raise ModelError(f"{folder}: tensor {key!r} of shape {list(shape)} is missing")
+            left.discard(key)
+            info = tensors.infos[names[key]]
+            if info.shape != shape:
+                raise ModelError(f"{folder}: tensor {key!r} has shape {list(info.shape)}, expected {list(shape)}")
+            if parameter in ("weight", "bias") and quantization.format_of(source.module) is None:
+                _check_dense(folder, key, info.dtype)
+        left -= {f"{source.module}.{parameter}" for parameter in quantization.optional(source.module)}
+    for key in sorted(left):
+        raise ModelError(
+            f"{folder}: tensor {names[key]!r} is not part of a {spec.family} model with this configuration"
+        )
+
+
+def _check_dense(folder: Path, key: str, dtype: str) -> None:
+    if dtype not in _DENSE:
+        raise ModelError(f"{folder}: tensor {key!r} has dtype {dtype}; supported: {', '.join(_DENSE)}")
+
+
+def _expected_shapes(source: Source, quantization: Quantization) -> dict[str, tuple[int, ...]]:
+    rows, columns = source.shape
+    bias: dict[str, tuple[int, ...]] = {"bias": (rows,)} if source.bias else {}
+    if source.role == "norm":
+        return {"weight": (rows,), **bias}
+    if quantization.format_of(source.module) is not None:
+        return {**quantization.shapes(source.module, source.shape), **bias}
+    return {"weight": (columns, rows) if source.transposed else (rows, columns), **bias}
+
+
+def _take_rows(weight: Weight, part: Part) -> Weight:
+    if isinstance(part.rows, slice) and part.rows == slice(0, weight.shape[0]):
+        return weight
+    data = weight.data[part.rows]
+    scales = None if weight.scales is None else weight.scales[part.rows]
+    zeros = None if weight.zeros is None else weight.zeros[part.rows]
+    return replace(weight, shape=(data.shape[0], weight.shape[1]), data=data, scales=scales, zeros=zeros)
+
+
+def _as_weight(vector: NDArray[np.float32]) -> Weight:
+    return Weight(Format("fp32"), (len(vector), 1), np.ascontiguousarray(vector).reshape(-1, 1))
+
+
+assert set(_DENSE.values()) == set(DENSE_BYTES)
