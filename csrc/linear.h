@@ -31,11 +31,12 @@ struct LinearKernels {
 ActKind act_kind(Kind weight);
 size_t act_bytes(ActKind kind, int rows, int k_pad, int group);             // size of all three arrays together
 Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory);
-size_t scratch_bytes(const Matrix& w);
+size_t scratch_bytes(const Matrix& w);                                      // of one thread's scratch, for any number of rows
 int num_tiles(int rows, int tile_rows);
 int tile_first_row(int rows, int tile_rows, int tile);                      // tile in [0, num_tiles]; last gives rows
 
-// Allocates (huge pages where the system gives them) and packs, on all threads. Throws std::bad_alloc.
+// Allocates (huge pages where the system gives them) and packs, on all threads. Throws std::bad_alloc. bias and perm are
+// left null and stay the caller's.
 Matrix pack(const Source* parts, int num_parts, Pool& pool);                // parts stacked by rows; one kind and group
 void release(Matrix& w);
 

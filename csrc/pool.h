@@ -11,11 +11,14 @@
 
 namespace hasten {
 
+constexpr int kSpinMicroseconds = 50;  // how long a worker without work, or a caller waiting for one, spins before it sleeps
+
 class Pool {
  public:
-  // num_threads counts the caller. 0 takes one for each core this process may run on. Workers are pinned node by node only
-  // where the machine has several NUMA nodes.
-  explicit Pool(int num_threads);
+  // num_threads counts the caller. 0 takes one for each core this process may run on (affinity and cgroup quota counted).
+  // num_nodes 0 takes the machine's NUMA nodes. Workers are pinned, node by node, only where there are several; each node's
+  // threads then claim first the chunks of their share of [0, num_chunks), so that what was packed there is read there.
+  explicit Pool(int num_threads, int spin_microseconds = kSpinMicroseconds, int num_nodes = 0);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -23,7 +26,7 @@ class Pool {
   int size() const;
 
   // Calls fn(chunk, thread) once for each chunk in [0, num_chunks), thread in [0, size()); returns when all are done.
-  // Chunks are claimed in rising order. Not reentrant; one caller at a time. fn must not throw.
+  // Chunks are claimed in rising order (within a node). Not reentrant; one caller at a time. fn must not throw.
   template <class F>
   void run(int num_chunks, F&& fn) {
     run_erased(num_chunks, const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int chunk, int thread) {
@@ -36,5 +39,7 @@ class Pool {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+int available_cores();  // what Pool(0) takes
 
 }  // namespace hasten

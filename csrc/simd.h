@@ -20,7 +20,7 @@
 //   I  dot4_u8s8(I acc, const uint8_t* w, int32_t a)    acc[r] += sum_j w[4r + j] * (int8 j of a); exact, 64 bytes of w,
 //                                                       a in [-127, 127]
 //   F  dot2_bf16(F acc, const uint16_t* w, uint32_t a)  acc[r] += sum_j w[2r + j] * (bf16 j of a)
-//   U8 (64 bytes) loads and the int4 unpacking, private to linear.inc
+//   Bytes, Partial, Pairs, Columns, their loads and products, and the tile sizes: for linear.inc (see simd_avx512.h)
 //
 // F16C and FMA come with AVX2 in every CPU that has it; the portable path uses plain C++ and lets the compiler vectorise.
 #pragma once
@@ -28,3 +28,5 @@
 #include <cstdint>
 
 #define HASTEN_INLINE inline __attribute__((always_inline))
+// Before a loop whose vectors must stay in registers: a compiler left alone gives up on tiles of this size.
+#define HASTEN_UNROLL _Pragma("GCC unroll 16")

@@ -15,7 +15,6 @@ namespace {
 
 using F = __m512;
 using I = __m512i;
-using U8 = __m512i;
 
 HASTEN_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 HASTEN_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -79,20 +78,51 @@ HASTEN_INLINE F select_lt(I a, I b, F yes, F no) { return _mm512_mask_blend_ps(_
 HASTEN_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 HASTEN_INLINE I to_int(F a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-HASTEN_INLINE I dot4_u8s8(I acc, const uint8_t* w, int32_t a) {
-  return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w), _mm512_set1_epi32(a));
+// What the products are made of. A weight vector holds 64 bytes: 4 columns of 16 rows at int8, 8 at int4, 2 at bf16.
+using Bytes = __m512i;      // weights as dot4 takes them
+using Partial = __m512i;    // dot4_small's sum over at most 32 columns, before it is folded into an I
+using Pairs = __m512i;      // bf16 weights as dot2 takes them
+using Columns = __m512i;    // one row's activations of those columns, in every lane
+constexpr int kByteOffset = 128;  // load_bytes keeps the offset that matrix.h adds to int8 weights
+
+HASTEN_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+HASTEN_INLINE Bytes low_nibbles(const uint8_t* p) {
+  return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15));
 }
-HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) {
-  const I v = _mm512_loadu_si512(w);
+HASTEN_INLINE Bytes high_nibbles(const uint8_t* p) {
+  return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
+}
+HASTEN_INLINE Columns columns(const uint8_t* p) {
+  int32_t a;
+  __builtin_memcpy(&a, p, 4);
+  return _mm512_set1_epi32(a);
+}
+HASTEN_INLINE I dot4(I acc, Bytes w, Columns a) { return _mm512_dpbusd_epi32(acc, w, a); }
+HASTEN_INLINE Partial open(I acc) { return acc; }
+HASTEN_INLINE Partial dot4_small(Partial acc, Bytes w, Columns a) { return _mm512_dpbusd_epi32(acc, w, a); }
+HASTEN_INLINE I close(I, Partial part) { return part; }
+
 #ifdef __AVX512BF16__
-  return _mm512_dpbf16_ps(acc, (__m512bh)v, (__m512bh)_mm512_set1_epi32((int)a));
+HASTEN_INLINE Pairs load_pairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
+HASTEN_INLINE F dot2(F acc, Pairs w, Columns a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
 #else
+HASTEN_INLINE Pairs load_pairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
+HASTEN_INLINE F dot2(F acc, Pairs w, Columns a) {
   const I odd = _mm512_set1_epi32((int)0xffff0000);
-  acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(_mm512_set1_epi32((int)(a << 16))), acc);
-  return fma(_mm512_castsi512_ps(_mm512_and_si512(v, odd)),
-             _mm512_castsi512_ps(_mm512_set1_epi32((int)(a & 0xffff0000))), acc);
-#endif
+  acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), acc);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(w, odd)), _mm512_castsi512_ps(_mm512_and_si512(a, odd)), acc);
 }
+#endif
+
+HASTEN_INLINE I dot4_u8s8(I acc, const uint8_t* w, int32_t a) { return dot4(acc, load_bytes(w), _mm512_set1_epi32(a)); }
+HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) {
+  return dot2(acc, load_pairs((const uint8_t*)w), _mm512_set1_epi32((int)a));
+}
+
+// Tiles of a product: rows of activations, and row blocks of weights at once for that many rows. 32 registers.
+constexpr int kTileRows = 12;
+constexpr int integer_blocks(int rows) { return rows >= 9 ? 2 : 1; }
+constexpr int dense_blocks(int rows) { return rows <= 6 ? 4 : 2; }
 
 #include "simd_math.h"
 

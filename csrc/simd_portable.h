@@ -112,16 +112,66 @@ HASTEN_INLINE I to_int(F a) {
   HASTEN_LANES(I, (int32_t)b.v[i]);
 }
 
-HASTEN_INLINE I dot4_u8s8(I acc, const uint8_t* w, int32_t a) {
+// What the products are made of; see simd_avx512.h.
+struct Bytes {
+  uint8_t v[64];
+};
+using Partial = I;
+struct Pairs {
+  F even, odd;
+};
+using Columns = uint32_t;
+constexpr int kByteOffset = 128;
+
+HASTEN_INLINE Bytes load_bytes(const uint8_t* p) {
+  Bytes r;
+  memcpy(r.v, p, 64);
+  return r;
+}
+HASTEN_INLINE Bytes low_nibbles(const uint8_t* p) {
+  Bytes r;
+  for (int i = 0; i < 64; i++) r.v[i] = p[i] & 15;
+  return r;
+}
+HASTEN_INLINE Bytes high_nibbles(const uint8_t* p) {
+  Bytes r;
+  for (int i = 0; i < 64; i++) r.v[i] = p[i] >> 4;
+  return r;
+}
+HASTEN_INLINE Columns columns(const uint8_t* p) {
+  uint32_t a;
+  memcpy(&a, p, 4);
+  return a;
+}
+HASTEN_INLINE I dot4(I acc, const Bytes& w, Columns a) {
   int8_t b[4];
   memcpy(b, &a, 4);
-  HASTEN_LANES(I, acc.v[i] + w[4 * i] * b[0] + w[4 * i + 1] * b[1] + w[4 * i + 2] * b[2] + w[4 * i + 3] * b[3]);
+  HASTEN_LANES(I, acc.v[i] + w.v[4 * i] * b[0] + w.v[4 * i + 1] * b[1] + w.v[4 * i + 2] * b[2] + w.v[4 * i + 3] * b[3]);
 }
-HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) {
-  const float even = bits_to_float(a << 16), odd = bits_to_float(a & 0xffff0000);
-  HASTEN_LANES(F, (acc.v[i] + bits_to_float((uint32_t)w[2 * i] << 16) * even) +
-                      bits_to_float((uint32_t)w[2 * i + 1] << 16) * odd);
+HASTEN_INLINE Partial open(I acc) { return acc; }
+HASTEN_INLINE Partial dot4_small(Partial acc, const Bytes& w, Columns a) { return dot4(acc, w, a); }
+HASTEN_INLINE I close(I, Partial part) { return part; }
+
+HASTEN_INLINE Pairs load_pairs(const uint8_t* p) {
+  uint32_t u[16];
+  memcpy(u, p, 64);
+  Pairs r;
+  for (int i = 0; i < 16; i++) {
+    r.even.v[i] = bits_to_float(u[i] << 16);
+    r.odd.v[i] = bits_to_float(u[i] & 0xffff0000);
+  }
+  return r;
 }
+HASTEN_INLINE F dot2(F acc, const Pairs& w, Columns a) {
+  return fma(w.odd, set1(bits_to_float(a & 0xffff0000)), fma(w.even, set1(bits_to_float(a << 16)), acc));
+}
+
+HASTEN_INLINE I dot4_u8s8(I acc, const uint8_t* w, int32_t a) { return dot4(acc, load_bytes(w), (Columns)a); }
+HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) { return dot2(acc, load_pairs((const uint8_t*)w), a); }
+
+constexpr int kTileRows = 4;
+constexpr int integer_blocks(int) { return 1; }
+constexpr int dense_blocks(int) { return 1; }
 
 #include "simd_math.h"
 

@@ -1,0 +1,250 @@
+// The parts of linear.h that need no vectors: layouts, packing, and the division of a product among threads.
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "memory.h"
+
+namespace hasten {
+namespace {
+
+constexpr int kMaxTileVectors = 32;  // float sums of one tile, at most; every kTileRows * blocks stays below
+
+int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
+bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I4; }
+
+int num_groups(const Matrix& w) { return is_integer(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
+
+size_t data_bytes(const Matrix& w) {
+  const size_t values = static_cast<size_t>(w.n_pad) * w.k_pad;
+  switch (w.kind) {
+    case Kind::F32: return values * 4;
+    case Kind::F16:
+    case Kind::BF16: return values * 2;
+    case Kind::I8: return values;
+    case Kind::I4: break;
+  }
+  return values / 2;
+}
+
+size_t scale_count(const Matrix& w) { return static_cast<size_t>(w.n_pad) * num_groups(w); }
+size_t total_bytes(const Matrix& w, bool zeros) { return data_bytes(w) + scale_count(w) * (zeros ? 3 : 2); }
+
+// Round to nearest even. Values whose f16 is subnormal take the slow way.
+uint16_t to_f16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x38800000) return static_cast<uint16_t>(sign | std::lrint(std::ldexp(std::fabs(value), 24)));
+  return static_cast<uint16_t>(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
+}
+
+// One row of the stacked parts.
+struct SourceRow {
+  const uint8_t* data;  // nullptr: padding
+  const float* scales;
+  const uint8_t* zeros;
+};
+
+size_t source_row_bytes(Kind kind, int k) {
+  switch (kind) {
+    case Kind::F32: return static_cast<size_t>(k) * 4;
+    case Kind::F16:
+    case Kind::BF16: return static_cast<size_t>(k) * 2;
+    case Kind::I8: return static_cast<size_t>(k);
+    case Kind::I4: break;
+  }
+  return static_cast<size_t>(k + 1) / 2;
+}
+
+SourceRow source_row(const Source* parts, int num_parts, int row) {
+  for (int i = 0; i < num_parts; i++) {
+    const Source& part = parts[i];
+    if (row < part.n) {
+      const size_t r = static_cast<size_t>(row);
+      const size_t groups = part.group ? divide_up(part.k, part.group) : 1;
+      return {static_cast<const uint8_t*>(part.data) + r * source_row_bytes(part.kind, part.k),
+              part.scales ? part.scales + r * groups : nullptr, part.zeros ? part.zeros + r * groups : nullptr};
+    }
+    row -= part.n;
+  }
+  return {nullptr, nullptr, nullptr};
+}
+
+// Eight int4 columns c0..c7, lowest nibble first, to c0 c4 c1 c5 c2 c6 c3 c7: a shuffle of bytes, then of nibbles.
+uint32_t interleave_nibbles(uint32_t x) {
+  uint32_t t = (x ^ (x >> 8)) & 0x0000ff00;
+  x ^= t ^ (t << 8);
+  t = (x ^ (x >> 4)) & 0x00f000f0;
+  return x ^ t ^ (t << 4);
+}
+
+// A row block is a transposition of words of `Word`, each changed on the way: rows[16][words] to [words][16].
+template <class Word, class Change>
+void transpose_block(const SourceRow* rows, size_t row_bytes, int num_words, uint8_t* to, Change change) {
+  const int whole = static_cast<int>(row_bytes / sizeof(Word));
+  Word empty[kBlockRows] = {};
+  for (int i = 0; i < num_words; i++) {
+    Word line[kBlockRows];
+    for (int r = 0; r < kBlockRows; r++) {
+      Word word = empty[r];
+      if (rows[r].data && i < whole)
+        std::memcpy(&word, rows[r].data + static_cast<size_t>(i) * sizeof(Word), sizeof(Word));
+      else if (rows[r].data && static_cast<size_t>(i) * sizeof(Word) < row_bytes)
+        std::memcpy(&word, rows[r].data + static_cast<size_t>(i) * sizeof(Word), row_bytes - static_cast<size_t>(i) * sizeof(Word));
+      line[r] = change(word);
+    }
+    std::memcpy(to + static_cast<size_t>(i) * sizeof(line), line, sizeof(line));
+  }
+}
+
+void pack_data(const Matrix& w, const SourceRow* rows, int block) {
+  const size_t block_bytes = data_bytes(w) / static_cast<size_t>(w.n_pad / kBlockRows);
+  const size_t row_bytes = source_row_bytes(w.kind, w.k);
+  uint8_t* to = w.data + static_cast<size_t>(block) * block_bytes;
+  const auto same = [](auto word) { return word; };
+  switch (w.kind) {
+    case Kind::F32: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad, to, same);
+    case Kind::F16: return transpose_block<uint16_t>(rows, row_bytes, w.k_pad, to, same);
+    case Kind::BF16: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 2, to, same);
+    case Kind::I8:
+      return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 4, to, [](uint32_t x) { return x ^ 0x80808080u; });
+    case Kind::I4: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 8, to, interleave_nibbles);
+  }
+}
+
+void pack_scales(const Matrix& w, const SourceRow* rows, int block) {
+  const int groups = num_groups(w), given = divide_up(w.k, std::min(w.group, w.k));
+  const size_t first = static_cast<size_t>(block) * groups * kBlockRows;
+  const float factor = 1.0f / w.multiplier;
+  for (int g = 0; g < groups; g++)
+    for (int r = 0; r < kBlockRows; r++) {
+      const bool real = rows[r].data && g < given;
+      const size_t at = first + static_cast<size_t>(g) * kBlockRows + r;
+      w.scales[at] = real ? to_f16(rows[r].scales[g] * factor) : uint16_t{0};
+      if (w.zeros) w.zeros[at] = real && rows[r].zeros ? rows[r].zeros[g] : uint8_t{8};
+    }
+}
+
+// The power of two that brings the largest scale to [2^14, 2^15): 28 binades below it stay normal f16.
+float scale_multiplier(const Source* parts, int num_parts, Pool& pool) {
+  std::vector<float> largest(pool.size(), 0.0f);
+  for (int i = 0; i < num_parts; i++) {
+    const Source& part = parts[i];
+    const size_t count = static_cast<size_t>(part.n) * (part.group ? divide_up(part.k, part.group) : 1);
+    constexpr size_t kChunk = 16384;
+    pool.run(static_cast<int>((count + kChunk - 1) / kChunk), [&](int chunk, int thread) {
+      const size_t end = std::min(count, (static_cast<size_t>(chunk) + 1) * kChunk);
+      float top = largest[thread];
+      for (size_t j = static_cast<size_t>(chunk) * kChunk; j < end; j++) {
+        const float s = std::fabs(part.scales[j]);
+        top = s > top && s <= 3.4e38f ? s : top;
+      }
+      largest[thread] = top;
+    });
+  }
+  const float top = *std::max_element(largest.begin(), largest.end());
+  if (top == 0) return 1.0f;
+  int exponent;
+  std::frexp(top, &exponent);  // top = [0.5, 1) * 2^exponent
+  return std::ldexp(1.0f, std::max(exponent - 15, -125));
+}
+
+}  // namespace
+
+ActKind act_kind(Kind weight) {
+  return is_integer(weight) ? ActKind::Q8 : weight == Kind::BF16 ? ActKind::BF16 : ActKind::F32;
+}
+
+size_t act_bytes(ActKind kind, int rows, int k_pad, int group) {
+  const size_t values = static_cast<size_t>(rows) * k_pad;
+  if (kind == ActKind::F32) return values * 4;
+  if (kind == ActKind::BF16) return values * 2;
+  return values + static_cast<size_t>(rows) * divide_up(k_pad, group) * 8;
+}
+
+Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory) {
+  Activations act{kind, rows, k_pad, group, memory, nullptr, nullptr};
+  if (kind == ActKind::Q8) {
+    const size_t values = static_cast<size_t>(rows) * k_pad, groups = divide_up(k_pad, group);
+    act.scales = reinterpret_cast<float*>(memory + values);
+    act.sums = reinterpret_cast<int32_t*>(memory + values + static_cast<size_t>(rows) * groups * 4);
+  }
+  return act;
+}
+
+size_t scratch_bytes(const Matrix&) { return kMaxTileVectors * 64; }
+
+int num_tiles(int rows, int tile_rows) { return divide_up(rows, tile_rows); }
+
+int tile_first_row(int rows, int tile_rows, int tile) {
+  const int num = num_tiles(rows, tile_rows);
+  return tile * (rows / num) + std::min(tile, rows % num);
+}
+
+Matrix pack(const Source* parts, int num_parts, Pool& pool) {
+  Matrix w{};
+  w.kind = parts[0].kind;
+  w.k = parts[0].k;
+  bool zeros = false;
+  for (int i = 0; i < num_parts; i++) {
+    w.n += parts[i].n;
+    zeros = zeros || parts[i].zeros;
+  }
+  w.n_pad = round_up(w.n, kBlockRows);
+  w.k_pad = round_up(w.k, kPadK);
+  w.multiplier = 1.0f;
+  if (is_integer(w.kind)) {
+    w.group = parts[0].group ? parts[0].group : w.k_pad;
+    w.act_group = std::min(w.group, 128);
+    w.multiplier = scale_multiplier(parts, num_parts, pool);
+  }
+  w.data = static_cast<uint8_t*>(allocate(total_bytes(w, zeros)));
+  if (is_integer(w.kind)) {
+    w.scales = reinterpret_cast<uint16_t*>(w.data + data_bytes(w));
+    if (zeros) w.zeros = w.data + data_bytes(w) + scale_count(w) * 2;
+  }
+  const int num_blocks = w.n_pad / kBlockRows, step = std::max(1, num_blocks / (16 * pool.size()));
+  pool.run(divide_up(num_blocks, step), [&](int chunk, int) {
+    for (int block = chunk * step; block < std::min(num_blocks, (chunk + 1) * step); block++) {
+      SourceRow rows[kBlockRows];
+      for (int r = 0; r < kBlockRows; r++) rows[r] = source_row(parts, num_parts, block * kBlockRows + r);
+      pack_data(w, rows, block);
+      if (w.scales) pack_scales(w, rows, block);
+    }
+  });
+  return w;
+}
+
+void release(Matrix& w) {
+  if (w.data) deallocate(w.data, total_bytes(w, w.zeros != nullptr));
+  w.data = nullptr;
+  w.scales = nullptr;
+  w.zeros = nullptr;
+}
+
+void linear(Pool& pool, const LinearKernels& kernels, const Matrix& w, const Activations& act, const Output& out,
+            uint8_t* const* scratch) {
+  // What one row block costs a thread, roughly: its bytes at 16 GB/s or its products at 400 GOPS.
+  const int num_blocks = w.n_pad / kBlockRows;
+  const double bytes = static_cast<double>(total_bytes(w, w.zeros != nullptr)) / num_blocks;
+  const double microseconds = std::max(bytes / 16e3, 2.0 * kBlockRows * w.k_pad * act.rows / 400e3);
+  constexpr double kShortest = 0.5, kLongest = 50;  // microseconds a chunk: claiming one costs 0.03
+  constexpr int kChunksPerThread = 8;
+  int step = divide_up(num_blocks, kChunksPerThread * pool.size());
+  step = std::max(step, static_cast<int>(kShortest / microseconds));
+  step = std::min(step, static_cast<int>(kLongest / microseconds));
+  step = std::max(round_up(step, 4), 4);  // whole passes of the kernels that take several row blocks at once
+  if (num_blocks < 8 * pool.size()) step = divide_up(num_blocks, std::min(num_blocks, 4 * pool.size()));
+  pool.run(divide_up(num_blocks, step), [&](int chunk, int thread) {
+    kernels.product(w, act, chunk * step, std::min(num_blocks, (chunk + 1) * step), out, scratch[thread]);
+  });
+}
+
+}  // namespace hasten
