@@ -17,10 +17,11 @@ export PEERS HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The versions the published tables were measured with. torch comes first in each environment and is pinned: a newer one
 # resolved by a dependency would replace the CPU build by one with gigabytes of GPU libraries.
 torch="torch==2.13.0"
-transformers=(transformers==5.23.0 accelerate==1.15.0)
+transformers=(transformers==5.23.0 accelerate==1.15.0 sentencepiece==0.2.3)  # the last for llama.cpp's converter
 llama_cpp=(llama-cpp-python==0.3.36)
 llama_cpp_tools=(cmake==4.4.4 ninja==1.13.2 scikit-build-core pathspec pyproject-metadata numpy typing-extensions diskcache jinja2)
-openvino=(openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 nncf==3.4.0 optimum-intel==2.2.0)
+openvino=(openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 nncf==3.4.0
+  optimum-intel==2.2.0 transformers==5.5.4)
 onnxruntime=(onnxruntime==1.32.0 onnxruntime-genai==0.18.0 onnx==1.23.2 onnx-ir==1.1.0 transformers)
 models=(llama-15m qwen3-0.6b)
 
@@ -32,7 +33,9 @@ step() {
   shift
   [[ -e $PEERS/stamps/$name ]] && return 0
   echo "$(date +%H:%M:%S) $name"
-  if ! "$@" >"$PEERS/logs/$name.log" 2>&1; then
+  # In the background, because "set -e" is off inside anything that "if" tests.
+  "$@" >"$PEERS/logs/$name.log" 2>&1 &
+  if ! wait $!; then
     echo "failed: $name, see $PEERS/logs/$name.log; its last lines:" >&2
     tail -n 5 "$PEERS/logs/$name.log" >&2
     return 1
@@ -108,9 +111,15 @@ to_openvino() {
     --weight-format "$width" "${flags[@]}" "$PEERS/openvino/$model-$width"
 }
 
+# torchvision, which optimum-intel asks for, comes for a GPU build of torch and then breaks every import of transformers.
+openvino_environment() {
+  environment openvino "${openvino[@]}"
+  "$PEERS/venvs/openvino/bin/pip" uninstall --quiet --yes torchvision
+}
+
 set_up_openvino() {
   set_up_models
-  step openvino-install environment openvino "${openvino[@]}"
+  step openvino-install openvino_environment
   for model in "${models[@]}"; do
     for width in int8 int4; do step "openvino-$model-$width" to_openvino "$model" "$width"; done
   done

@@ -4,21 +4,17 @@ The converter recognises a BPE tokenizer by a hash of its output and refuses oth
 tokenizer of their own and are prompted with token ids, so any pre-tokenizer name will do; nothing else is changed.
 """
 
-import sys
 from typing import Any
 
-import convert_hf_to_gguf  # from llama.cpp's source folder, on PYTHONPATH
+# Both from llama.cpp's source folder, on PYTHONPATH.
+import convert_hf_to_gguf
+from conversion.base import TextModel
 
 
 def gpt2_pre_tokenizer(*_: Any) -> str:
     return "gpt-2"
 
 
-def main() -> None:
-    base = getattr(convert_hf_to_gguf, "TextModel", None) or sys.modules["conversion.base"].TextModel
-    base.get_vocab_base_pre = gpt2_pre_tokenizer
-    convert_hf_to_gguf.main()
-
-
 if __name__ == "__main__":
-    main()
+    TextModel.get_vocab_base_pre = gpt2_pre_tokenizer
+    convert_hf_to_gguf.main()
