@@ -1,0 +1,92 @@
+"""Speed of models that are loaded: decode, prefill and time to first token, through the real engine.
+
+Several models are measured in interleaved rounds, so that what the machine does meanwhile slows all alike and ratios
+hold. Knows backends and tokens; no files, no text.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hasten.backends.base import Backend
+from hasten.engine.engine import Engine, EngineConfig
+from hasten.engine.request import RequestOutput, SamplingParams
+from hasten.engine.speculate import Speculator
+from hasten.model.spec import ModelSpec
+from hasten.recipe import Run
+
+BLOCK_SIZE = 16
+DEFAULT_KV_CACHE = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One run: tokens/s after the first token of every stream, prompt tokens/s until then, and that time in seconds."""
+
+    decode: float
+    prefill: float
+    ttft: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is timed: one prompt a stream, all sent at once, each continued by num_tokens. temperature 0 is greedy;
+    above it, a seed of each stream's own makes every run draw the same tokens."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    num_tokens: int
+    temperature: float = 0.0
+
+
+def make_engine(spec: ModelSpec, backend: Backend, run: Run, streams: int, max_len: int) -> Engine:
+    """An engine over a loaded backend, with KV cache for `streams` sequences of max_len tokens."""
+    num_blocks = streams * -(-max_len // BLOCK_SIZE) + streams
+    backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or DEFAULT_KV_CACHE)
+    config = EngineConfig(
+        vocab_size=spec.vocab_size, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_len=max_len, max_sequences=streams
+    )
+    return Engine(backend, config, speculator=Speculator() if run.speculation == "ngram" else None)
+
+
+def time_workload(engine: Engine, work: Workload) -> Timing:
+    """Run a workload once, from an empty prefix cache."""
+    engine.abort()
+    start = time.perf_counter()
+    for stream, prompt in enumerate(work.prompts):
+        seed = stream if work.temperature else None
+        params = SamplingParams(
+            max_tokens=work.num_tokens, ignore_eos=True, temperature=work.temperature, seed=seed, top_k=0, top_p=1.0
+        )
+        engine.add(prompt, params)
+    outputs: list[RequestOutput] = []
+    while engine.num_unfinished:
+        outputs += [delta.output for delta in engine.step() if delta.output is not None]
+    first = max(output.metrics.first_token_time for output in outputs)
+    last = max(output.metrics.finish_time for output in outputs)
+    num_prompt = sum(len(prompt) for prompt in work.prompts)
+    num_after = len(work.prompts) * (work.num_tokens - 1)
+    decode = num_after / (last - first) if last > first else math.nan
+    return Timing(decode, num_prompt / (first - start), first - start)
+
+
+def interleave(runs: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
+    """`rounds` timings of each, all of them once a round; the order turns by one each round, so that none always
+    comes first. One unmeasured run of each comes before."""
+    names = list(runs)
+    for name in names:
+        runs[name]()
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            timings[name].append(runs[name]())
+    return timings
+
+
+def prompts_from(tokens: Sequence[int], streams: int, length: int) -> tuple[tuple[int, ...], ...]:
+    """`streams` different prompts of `length` tokens out of a text's tokens, evenly spaced; a short text repeats."""
+    enough = list(tokens) * (-(-(length + streams) // max(1, len(tokens))))
+    last = len(enough) - length
+    starts = [index * last // max(1, streams - 1) if streams > 1 else 0 for index in range(streams)]
+    return tuple(tuple(enough[start : start + length]) for start in starts)
