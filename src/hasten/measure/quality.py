@@ -101,17 +101,19 @@ def compare_rows(original: Float32, other: Float32, targets: NDArray[np.int32]) 
             out[1, rows], out[2, rows] = 0, 1
             continue
         log_p, weights = _log_sum_exp(p)
-        mean_gap = np.einsum("rv,rv->r", weights, p - q) / weights.sum(axis=1)
-        out[1, rows] = np.maximum(mean_gap - log_p + log_q, 0)  # below 0 only by rounding
+        total = weights.sum(axis=1)
+        # log p - log q, with what they have in common taken off first: in float32 only the small rest is summed.
+        weights *= p - q - (log_p - log_q)[:, None].astype(np.float32)
+        out[1, rows] = np.maximum(weights.sum(axis=1) / total, 0)  # below 0 only by rounding
         out[2, rows] = p.argmax(axis=1) == q.argmax(axis=1)
     return out
 
 
 def _log_sum_exp(logits: Float32) -> tuple[Float64, Float32]:
     """log(sum(exp)) [R], and exp(logits - max) [R, V]."""
-    peak = logits.max(axis=1, keepdims=True)
-    weights = np.exp(logits - peak)
-    return peak[:, 0].astype(np.float64) + np.log(weights.sum(axis=1, dtype=np.float64)), weights
+    peak = logits.max(axis=1)
+    weights = np.exp(logits - peak[:, None])
+    return peak + np.log(weights.sum(axis=1, dtype=np.float64)), weights
 
 
 def _batches(window: Window, vocab_size: int) -> Iterator[tuple[Batch, NDArray[np.int32]]]:
