@@ -1,4 +1,4 @@
-"""The reference backend against Transformers in float32, for every family: logits of a whole prompt, then token by token."""
+"""The reference backend against Transformers in float32, for every family: a prompt at once, and in chunks."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -10,6 +10,11 @@ from typing import Any
 
 VOCAB = 307  # 256 bytes and 51 merged or special tokens
 
+PAIRS = (
+    "th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or", "te", "of", "ed", "is", "it",
+    "al", "ar", "st", "to", "nt", "ng", "se", "ha", "as", "ou", "io", "le",
+)  # fmt: skip
+
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 72,
@@ -117,7 +122,7 @@ def write_tokenizer(path: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     merges: list[tuple[str, str]] = []
-    for pair in ["th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or", "te", "of", "ed", "is", "it", "al", "ar", "st", "to", "nt", "ng", "se", "ha", "as", "ou", "io", "le"]:
+    for pair in PAIRS:
         vocab[pair] = len(vocab)
         merges.append((pair[0], pair[1]))
     for left, right in (("Ġ", "th"), ("Ġ", "a"), ("th", "e"), ("Ġ", "to"), ("in", "g"), ("an", "d"), ("Ġ", "of")):

@@ -1,4 +1,4 @@
-"""The slow, clear backend in numpy: what every other backend must agree with, and an engine's device without a compiler.
+"""The slow, clear backend in numpy: what others must agree with, and a device for an engine without a compiler.
 
 Computes in float32, one token and one head after the other, so that no result depends on what shares the batch. Knows
 the whole of ModelSpec, every Format and the three kinds of KV cache; knows no speed.
@@ -51,7 +51,7 @@ class ReferenceBackend:
                 self._weights["head"] = self._weights["embed"]
 
     def block_bytes(self, block_size: int, dtype: str) -> int:
-        """Bytes of one KV block over all layers: keys, values and, for int8, a float32 scale for each token and head."""
+        """Bytes of one KV block over all layers: keys, values and, for int8, a float32 scale a token and head."""
         numbers = sum(layer.num_kv_heads * layer.head_dim for layer in self._model.layers)
         heads = sum(layer.num_kv_heads for layer in self._model.layers)
         return 2 * block_size * (numbers * _kv_bytes(dtype) + (4 * heads if dtype == "int8" else 0))

@@ -8,21 +8,22 @@ from hasten.backends.base import Float32
 from hasten.model.rope import Rope
 from hasten.model.spec import Activation
 
-# erf as in Abramowitz and Stegun 7.1.26 is too coarse (1e-7 absolute): the exact one, element by element.
+# numpy has no erf: the standard library's, element by element.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def rms_norm(x: Float32, weight: Float32 | None, eps: float) -> Float32:
     """x / root(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019)."""
-    normed = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
+    normed: Float32 = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
     return normed if weight is None else normed * weight
 
 
 def layer_norm(x: Float32, weight: Float32, bias: Float32, eps: float) -> Float32:
     """(x - mean) / root(variance + eps) * weight + bias over the last axis (Ba et al. 2016)."""
-    centred = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(np.square(centred), axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + np.float32(eps)) * weight + bias
+    centred: Float32 = x - np.mean(x, axis=-1, keepdims=True)
+    variance: Float32 = np.mean(np.square(centred), axis=-1, keepdims=True)
+    normed: Float32 = centred / np.sqrt(variance + np.float32(eps))
+    return normed * weight + bias
 
 
 def rotate(x: Float32, rope: Rope, position: int, length: int) -> Float32:
@@ -40,19 +41,22 @@ def activate(kind: Activation, x: Float32) -> Float32:
     """SiLU, exact GELU, or GELU's tanh approximation (Hendrycks and Gimpel 2016)."""
     if kind == "silu":
         with np.errstate(over="ignore"):
-            return x / (1 + np.exp(-x))
-    if kind == "gelu":
-        return (0.5 * x * (1 + _erf(x / math.sqrt(2)))).astype(np.float32)
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    return np.float32(0.5) * x * (1 + np.tanh(inner))
+            out = x / (1 + np.exp(-x))
+    elif kind == "gelu":
+        out = 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    else:
+        inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+        out = np.float32(0.5) * x * (1 + np.tanh(inner))
+    return np.asarray(out, np.float32)
 
 
 def softcap(x: Float32, cap: float) -> Float32:
     """cap * tanh(x / cap); 0 is off (Gemma 2)."""
-    return x if cap == 0 else np.float32(cap) * np.tanh(x / np.float32(cap))
+    return x if cap == 0 else np.asarray(np.float32(cap) * np.tanh(x / np.float32(cap)))
 
 
 def softmax(scores: Float32) -> Float32:
     """Over the last axis, shifted by the maximum."""
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    weights: Float32 = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    total: Float32 = weights.sum(axis=-1, keepdims=True)
+    return weights / total

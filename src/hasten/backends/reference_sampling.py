@@ -25,8 +25,8 @@ def sample_rows(logits: Float32, params: SamplingBatch) -> Sampled:
 
 
 def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1) that depends on the two 64-bit numbers only: the first 53 bits of Philox 4x32-10 (Salmon et al.
-    2011), key (seed low, seed high), counter (counter low, counter high, 0, 0)."""
+    """A number in [0, 1) that depends on the two 64-bit numbers only: the first 53 bits of Philox 4x32-10 (Salmon et
+    al. 2011), key (seed low, seed high), counter (counter low, counter high, 0, 0)."""
     high, low = philox((counter & _MASK, counter >> 32, 0, 0), (seed & _MASK, seed >> 32))[:2]
     return ((high << 32 | low) >> 11) * 2.0**-53
 

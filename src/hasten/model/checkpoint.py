@@ -30,7 +30,7 @@ _CHECK_CHUNK = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened model folder. config is config.json as written; spec what it describes, dtype and tied head as found."""
+    """An opened model folder. config: config.json as written; spec: what it describes, dtype and tied head as found."""
 
     path: Path
     config: dict[str, Any]

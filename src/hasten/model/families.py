@@ -16,12 +16,19 @@ Config = Mapping[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Keys that change no logits: training, generation defaults (read elsewhere), class metadata.
-HARMLESS = frozenset(
-    ["transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "initializer_range", "use_cache", "pad_token_id", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "classifier_dropout", "pretraining_tp", "is_decoder", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn"]
-)
-COMMON = frozenset(
-    ["model_type", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
-)
+HARMLESS = frozenset({
+    "transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "initializer_range",
+    "use_cache", "pad_token_id", "attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout",
+    "classifier_dropout", "pretraining_tp", "is_decoder", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn"
+})  # fmt: skip
+COMMON = frozenset({
+    "model_type", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "vocab_size",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
+    "partial_rotary_factor", "original_max_position_embeddings"
+})  # fmt: skip
 GUARDS: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -170,9 +177,9 @@ def _root_hidden(config: Config) -> float:
 class Family:
     """One architecture. See ModelSpec for what the features mean.
 
-    layout: how its checkpoints name and fuse tensors (model/names.py). biases: which matrices have one: always, or where
-    a config key says so. aliases: config keys that the family spells differently. keys: config keys read beyond COMMON
-    and `defaults`. guards: keys that must have one of the given values, because another would change results.
+    layout: how its checkpoints name and fuse tensors (model/names.py). biases: which matrices have one: always, or
+    where a config key says so. aliases: config keys that the family spells differently. keys: config keys read beyond
+    COMMON and `defaults`. guards: keys that must have one of the given values, because another would change results.
     """
 
     defaults: Config
@@ -225,8 +232,9 @@ FAMILIES: Mapping[str, Family] = {
         keys=frozenset({"layer_types"}),
     ),
     "smollm3": Family(
-        {**LLAMA_DEFAULTS, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
-         "num_key_value_heads": 4, "max_position_embeddings": 32768, "bos_token_id": 128000, "eos_token_id": 128001,
+        {**LLAMA_DEFAULTS, "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36,
+         "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+         "bos_token_id": 128000, "eos_token_id": 128001,
          "tie_word_embeddings": True},
         default_theta=2000000.0,
         rope_index=lambda config, layer: 0 if smollm3_has_rope(config, layer) else -1,

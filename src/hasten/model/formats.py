@@ -89,7 +89,8 @@ def dense_weight(values: NDArray[Any], kind: Kind = "fp32") -> Weight:
 
 def pack_nibbles(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8 [N, K] of values 0..15 -> uint8 [N, K / 2], column 2j in the low nibble of byte j."""
-    return values[:, 0::2] | (values[:, 1::2] << 4)
+    packed: NDArray[np.uint8] = values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
+    return packed
 
 
 def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -133,10 +134,10 @@ def bytes_of(format: Format, shape: tuple[int, int]) -> int:
 def quantize(values: Floats, format: Format, scale_dtype: ScaleDtype = "bf16", search: bool = False) -> Weight:
     """Round float32 [N, K] to the nearest values of `format`.
 
-    Scales are rounded to scale_dtype, in which a checkpoint stores them, before they are used: nothing is lost on saving.
-    search: try narrower ranges for each group too, and keep the one of least squared error (e.g. OMSE, Choukroun et al.
-    2019). Raises RecipeError where the format does not fit the shape, ModelError for values that are not finite or whose
-    scale overflows scale_dtype.
+    Scales come from each group's range and are rounded to scale_dtype, in which a checkpoint stores them, before they
+    are used: nothing is lost on saving. search: try narrower ranges for each group too, and keep the one of least
+    squared error. Raises RecipeError where the format does not fit the shape, ModelError for values that are not finite
+    or whose scale overflows scale_dtype.
     """
     rows, columns = values.shape
     if format.kind in DENSE_BYTES:
@@ -160,37 +161,45 @@ def _quantize_groups(
     grouped: Floats, format: Format, scale_dtype: ScaleDtype, search: bool
 ) -> tuple[Floats, Floats, Floats]:
     """[N, G, size] -> numbers as stored [N, G, size], scales [N, G], zeros [N, G]; all as float32."""
-    low, high = grouped.min(axis=2), grouped.max(axis=2)
+    low, high = np.asarray(grouped.min(axis=2)), np.asarray(grouped.max(axis=2))
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ModelError("cannot quantise a matrix that holds NaN or infinity")
-    best: tuple[Floats, Floats, Floats] | None = None
-    best_error = np.full(low.shape, np.inf, np.float32)
-    for shrink in np.arange(1.0, 0.69, -0.05, dtype=np.float32) if search else (np.float32(1),):
+    scale, zero = _scales(low, high, format, scale_dtype)
+    best = (_round(grouped, scale, zero, format), scale, zero)
+    for shrink in np.arange(0.95, 0.69, -0.05, dtype=np.float32) if search else ():
         scale, zero = _scales(low * shrink, high * shrink, format, scale_dtype)
-        smallest, largest = {"int8": (-127, 127), "int4": (0, 15)}[format.kind]
-        q = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], smallest, largest)
-        if best is None and not search:
-            return q, scale, zero
-        error = np.square((q - zero[..., None]) * scale[..., None] - grouped).sum(axis=2)
-        better = error < best_error
-        best_error = np.where(better, error, best_error)
-        old = best or (q, scale, zero)
-        best = (np.where(better[..., None], q, old[0]), np.where(better, scale, old[1]), np.where(better, zero, old[2]))
-    assert best is not None
+        numbers = _round(grouped, scale, zero, format)
+        better = _squared_error(grouped, numbers, scale, zero) < _squared_error(grouped, *best)
+        best = (
+            np.where(better[..., None], numbers, best[0]),
+            np.where(better, scale, best[1]),
+            np.where(better, zero, best[2]),
+        )
     return best
+
+
+def _round(grouped: Floats, scale: Floats, zero: Floats, format: Format) -> Floats:
+    smallest, largest = (-127, 127) if format.kind == "int8" else (0, 15)
+    numbers: Floats = np.clip(np.rint(grouped / scale[..., None]) + zero[..., None], smallest, largest)
+    return numbers
+
+
+def _squared_error(grouped: Floats, numbers: Floats, scale: Floats, zero: Floats) -> Floats:
+    error: Floats = np.square((numbers - zero[..., None]) * scale[..., None] - grouped).sum(axis=2)
+    return error
 
 
 def _scales(low: Floats, high: Floats, format: Format, scale_dtype: ScaleDtype) -> tuple[Floats, Floats]:
     if format.symmetric:
         # int4 counts from -8 to 7: dividing by 7.5 spends half a step of clipping on one side to gain finer steps.
-        scale = np.maximum(-low, high) / np.float32(127 if format.kind == "int8" else 7.5)
+        reach, codes = np.maximum(-low, high), 127 if format.kind == "int8" else 7.5
     else:
-        low, high = np.minimum(low, 0), np.maximum(high, 0)
-        scale = (high - low) / np.float32(15)
-    scale = round_to(scale.astype(np.float32), scale_dtype)
+        low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+        reach, codes = high - low, 15
+    scale = round_to(np.asarray(reach / np.float32(codes), np.float32), scale_dtype)
     if not np.isfinite(scale).all():
         raise ModelError(f"a scale overflows {scale_dtype}; store scales as fp32 or bf16")
-    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
+    scale[scale == 0] = 1
     if format.symmetric:
         return scale, np.full_like(scale, 0 if format.kind == "int8" else 8)
     return scale, np.clip(np.rint(-low / scale), 0, 15).astype(np.float32)

@@ -1,7 +1,7 @@
 """Where a checkpoint keeps each weight: Hugging Face module names, fused and transposed matrices -> canonical names.
 
-Knows the spec and the family's row; opens no file. One Source is one module of the Transformers model; its Parts are the
-rows that each canonical matrix takes from it. Reader and writer both go by this table.
+Knows the spec and the family's row; opens no file. One Source is one module of the Transformers model; its Parts are
+the rows that each canonical matrix takes from it. Reader and writer both go by this table.
 """
 
 from collections.abc import Iterator

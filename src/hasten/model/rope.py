@@ -49,10 +49,10 @@ def rope_from_parameters(
     partial: bool = False,
     aliases: Mapping[str, str] | None = None,
 ) -> Rope:
-    """Frequencies for one set of rope parameters (Transformers' `rope_parameters` dictionary, missing keys defaulted).
+    """Frequencies for one set of rope parameters (Transformers' `rope_parameters`, missing keys defaulted).
 
-    partial: whether the family rotates only the first `partial_rotary_factor` of each head. aliases: other names of rope
-    types in this family. Raises ModelError for a rope type or value that is not supported.
+    partial: whether the family rotates only the first `partial_rotary_factor` of each head. aliases: other names of
+    rope types in this family. Raises ModelError for a rope type or value that is not supported.
 
     "dynamic" NTK scaling changes nothing up to max_position, and no request may be longer: it is the default there.
     """

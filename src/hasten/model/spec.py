@@ -37,8 +37,8 @@ DTYPES: Mapping[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16":
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's own widths. rope: index into ModelSpec.ropes, or -1 for none. window: a query at position p sees
-    keys p - window + 1 .. p; 0 means all."""
+    """One decoder layer's own widths. rope: index into ModelSpec.ropes, or -1 for none. window: a query at position p
+    sees keys p - window + 1 .. p; 0 means all."""
 
     num_heads: int
     num_kv_heads: int
@@ -50,14 +50,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelSpec:
-    """A decoder-only transformer, described. `family` is config.json's model_type, for messages only: nothing branches on it.
+    """A decoder-only transformer, described. `family` is config.json's model_type: names the row of families.py that
+    files are read and written by; no backend branches on it.
 
-    norm: "rms" or "layer". norm_offset: added to norm weights (Gemma stores w - 1); the loader adds it, so backends never do.
+    norm: "rms" or "layer". norm_offset: added to norm weights (Gemma stores w - 1) by the loader, so backends never do.
     pre_norm / post_norm: norms before, and after (before the residual is added), each of attention and MLP.
     parallel_residual: x + attn(norm1 x) + mlp(norm2 x) (GPT-NeoX).
-    qk_norm: "none"; "head", an RMS norm over each head's dims (Qwen3, Gemma 3); "full", over all heads at once (OLMo-2). Before rope.
-    attention_scale multiplies q.k. softcaps: c * tanh(x / c), 0 is off. residual_scale multiplies what is added to the residual.
-    embedding_scale multiplies embeddings; logit_scale multiplies logits (before the soft cap).
+    qk_norm: "none"; "head", an RMS norm over each head's dims (Qwen3, Gemma 3); "full", over all heads at once
+    (OLMo-2); before rope. attention_scale multiplies q.k. softcaps: c * tanh(x / c), 0 is off. residual_scale
+    multiplies what is added to the residual. embedding_scale multiplies embeddings; logit_scale multiplies logits
+    (before the soft cap).
     """
 
     family: str
@@ -91,8 +93,8 @@ class ModelSpec:
 def spec_from_config(config: Config) -> ModelSpec:
     """The architecture that a config.json describes.
 
-    Raises ModelError for an architecture, or a feature of one, that is not supported, and for values that make no sense.
-    Keys that Transformers does not read for the architecture have no effect, as there.
+    Raises ModelError for an architecture, or a feature of one, that is not supported, and for values that make no
+    sense. Keys that Transformers does not read for the architecture have no effect, as there.
     """
     config = config_of_text(config)
     family = family_of(config.get("model_type"))
@@ -132,7 +134,7 @@ def spec_from_config(config: Config) -> ModelSpec:
 
 
 def config_of_text(config: Config) -> dict[str, Any]:
-    """The configuration of the text model: `config` itself, or its `text_config` part for a multimodal gemma3, with what
+    """The configuration of the text model: `config` itself, or the `text_config` part of a multimodal gemma3, with what
     the outer one says of the whole (tied embeddings, dtype, end-of-sequence ids, quantisation)."""
     if config.get("model_type") != "gemma3":
         return dict(config)

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read in place: a folder's files, their headers checked, each tensor a view of mapped memory.
+"""Tensors in safetensors files, read in place: headers checked, each tensor a view of the mapped file.
 
 Knows nothing of models. bfloat16 comes as uint16 bits. A header is not trusted: every offset is held against the file's
 size, the shape and its neighbours before anything is read (the format: huggingface.co/docs/safetensors).
@@ -43,8 +43,8 @@ class TensorInfo:
 class TensorFolder:
     """All tensors of a folder's safetensors files, by name.
 
-    Files are mapped when first read. A view stays valid as long as it is referenced; release() gives its pages back to the
-    system, and touching the view again reads them from the file.
+    Files are mapped when first read. A view stays valid as long as it is referenced; release() gives its pages back to
+    the system, and touching the view again reads them from the file.
     """
 
     def __init__(self, folder: Path) -> None:
