@@ -13,16 +13,19 @@ enum class Act : uint8_t { Silu, Gelu, GeluTanh };
 constexpr int kTileKeys = 16;  // keys of one KV tile; a block is a multiple of it
 
 // The KV cache of one layer: [block][kv_head] of {K tiles, V tiles}.
-//   F32  K [d][16], V [16][d]       BF16  K [d/2][16][2], V [16/2][d][2]
-//   I8   K [d/4][16][4] signed, V [16][d] signed, f32 scales [16] for K and for V (one a token and head)
-// d is padded to a multiple of 16 with zeros.
+//   F32   K [d][16], V [16][d]
+//   BF16  K [d/2][16][2], V [16/2][d][2]
+//   I8    K [d/4][16][4] as value + 128, V [16][d] signed, each followed by f32 scales [16]: one a token and head
+// d is head_dim padded to a multiple of 16 with zeros. Plain data: the sizes are filled in by make_kv_layout.
 struct KvLayout {
   KvKind kind;
   int block_size, num_kv_heads, head_dim, head_dim_pad;
-  size_t tile_bytes() const;   // K and V of one tile, scales included
-  size_t head_bytes() const;   // one head of one block
-  size_t block_bytes() const;
+  size_t k_bytes, v_bytes;  // one tile of K, of V, scales included
+  size_t head_bytes;        // one head of one block
+  size_t block_bytes;
 };
+
+KvLayout make_kv_layout(KvKind kind, int block_size, int num_kv_heads, int head_dim);
 
 // Attention of `num_queries` consecutive queries of one sequence for one kv head and its group of query heads.
 struct AttentionJob {
@@ -31,7 +34,7 @@ struct AttentionJob {
   const int32_t* block_table;
   int kv_head, group;          // group: query heads that share this kv head
   int first_position;          // of the first query
-  int num_queries;
+  int num_queries;             // at most attention_queries(group)
   int window;                  // 0: all
   float scale, softcap;
   const float* q;              // [query][group][head_dim], strides below
@@ -41,20 +44,27 @@ struct AttentionJob {
 };
 
 struct OpKernels {
-  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);   // out may be x; weight may be null
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* out);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);   // out may be x
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* out);  // bias: or null
   void (*rope)(float* x, const float* cosine, const float* sine, int rotary_dim);        // one head, half-split pairs
   void (*activate)(Act act, const float* gate, const float* up, int n, float* out);      // up may be null: ungated
   void (*add)(float* x, const float* y, float scale, int n);                             // x += scale * y
   void (*softcap)(float* x, float cap, int n);
-  void (*scale)(float* x, float factor, int n);
+  // Keys and values of one token and head. A tile that a sequence has just begun must have been cleared (clear_values).
   void (*write_kv)(const KvLayout& layout, uint8_t* cache, int slot, int kv_head, const float* k, const float* v);
   void (*attend)(const AttentionJob& job, uint8_t* scratch);
   int (*argmax)(const float* x, int n);                                                  // lowest index wins; -1 if any NaN
-  float (*max)(const float* x, int n);
-  double (*sum_exp)(const float* x, float max, float scale, int n);                      // sum exp((x - max) * scale)
+  float (*max)(const float* x, int n);                                                   // n > 0, no NaN
+  void (*exp_scaled)(const float* x, float max, float scale, int n, float* out);         // exp((x - max) * scale)
+  double (*sum_exp)(const float* x, float max, float scale, int n);
+  double (*burn)(bool bf16, int rounds, float* sink);                                    // for measuring: see ops.inc
 };
 
-size_t attention_scratch_bytes(const KvLayout& layout, int max_queries, int group);
+// Zeroes the values of all heads in the tile that holds `slot`. Attention multiplies values that are not written yet by a
+// probability of exactly zero; whatever was there before (a NaN of an earlier sequence) must not survive that.
+void clear_values(const KvLayout& layout, uint8_t* cache, int slot);
+
+int attention_queries(int group);  // the most queries of one job: enough to share each loaded tile, few enough to balance
+size_t attention_scratch_bytes(const KvLayout& layout, int group);
 
 }  // namespace hasten

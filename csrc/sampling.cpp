@@ -1,0 +1,305 @@
+// No row is ever sorted whole. A bound below the last token that can be kept is found first (from the largest logits of
+// short blocks for top-k, from the mass that the tail can have at most for top-p); what lies above it is collected in the
+// order of ids and cut exactly. Tokens rank by logit, equal ones by id, the lower first.
+#include "sampling.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace hasten {
+namespace {
+
+constexpr int kBlock = 128;      // logits of one block whose largest is known
+constexpr int kDrawBlock = 4096; // logits of one partial sum when nothing is cut off
+constexpr int kBuckets = 1024;
+
+struct Token {
+  float logit;
+  int id;
+};
+
+bool before(const Token& a, const Token& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
+
+// One row at a time; the vectors keep their memory from row to row.
+struct RowSampler {
+  const OpKernels& ops;
+  float* x;  // the row
+  int n;
+  std::vector<float> maxima;           // of blocks
+  std::vector<Token> tokens, ranked;   // kept so far, by id; scratch for ranking
+  std::vector<float> logits, weights;  // of `tokens`; weight = exp((logit - top) / temperature)
+  std::vector<double> sums;
+  std::vector<Token> changed;          // logits before penalties and bias
+
+  int sample(const SamplingParams& p, int row, const SamplingResult& out);
+  void adjust(const SamplingParams& p, int row);
+  void restore();
+  void find_maxima();
+  float kth_bound(int k);
+  void collect(float bound);
+  void keep_top_k(int k);
+  void keep_top_p(float top, float scale, double mass);
+  void weigh(float top, float scale);
+  int draw(const SamplingParams& p, int row, int best);
+  int draw_all(float top, float scale, double u);
+  void best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out);
+};
+
+void RowSampler::adjust(const SamplingParams& p, int row) {
+  changed.clear();
+  for (int i = p.seen_offsets[row]; i < p.seen_offsets[row + 1]; i++) {
+    float& v = x[p.seen_ids[i]];
+    changed.push_back({v, p.seen_ids[i]});
+    v = v > 0.0f ? v / p.repetition[row] : v * p.repetition[row];
+    if (p.seen_counts[i] > 0) v -= p.presence[row];
+    v = (float)((double)v - (double)p.frequency[row] * p.seen_counts[i]);
+  }
+  for (int i = p.bias_offsets[row]; i < p.bias_offsets[row + 1]; i++) {
+    changed.push_back({x[p.bias_ids[i]], p.bias_ids[i]});
+    x[p.bias_ids[i]] += p.bias_values[i];
+  }
+}
+
+void RowSampler::restore() {
+  for (size_t i = changed.size(); i-- > 0;) x[changed[i].id] = changed[i].logit;
+}
+
+void RowSampler::find_maxima() {
+  maxima.clear();
+  for (int i = 0; i < n; i += kBlock) maxima.push_back(ops.max(x + i, std::min(kBlock, n - i)));
+}
+
+// A bound that at least k logits reach: the k-th largest of the blocks' largest.
+float RowSampler::kth_bound(int k) {
+  if (k > (int)maxima.size()) return -std::numeric_limits<float>::infinity();
+  std::vector<float>& largest = logits;  // not in use yet
+  largest = maxima;
+  std::nth_element(largest.begin(), largest.begin() + (k - 1), largest.end(), std::greater<float>());
+  return largest[k - 1];
+}
+
+void RowSampler::collect(float bound) {
+  tokens.clear();
+  for (size_t b = 0; b < maxima.size(); b++) {
+    if (maxima[b] < bound) continue;
+    const int first = (int)b * kBlock, count = std::min(kBlock, n - first);
+    size_t kept = tokens.size();
+    tokens.resize(kept + count);
+    for (int i = 0; i < count; i++) {  // without a branch: every slot is written, few are kept
+      tokens[kept] = {x[first + i], first + i};
+      kept += x[first + i] >= bound;
+    }
+    tokens.resize(kept);
+  }
+}
+
+void RowSampler::keep_top_k(int k) {
+  if (k >= (int)tokens.size()) return;
+  ranked = tokens;
+  std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), before);
+  const Token last = ranked[k - 1];
+  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const Token& t) { return before(last, t); }), tokens.end());
+}
+
+void RowSampler::weigh(float top, float scale) {
+  logits.resize(tokens.size());
+  weights.resize(tokens.size());
+  for (size_t i = 0; i < tokens.size(); i++) logits[i] = tokens[i].logit;
+  ops.exp_scaled(logits.data(), top, scale, (int)tokens.size(), weights.data());
+}
+
+// Keeps the shortest run of tokens, best first, whose weights reach `mass`. Buckets of falling logit bound the place where
+// the sum crosses it; only that bucket is sorted.
+void RowSampler::keep_top_p(float top, float scale, double mass) {
+  weigh(top, scale);
+  float bottom = top;
+  for (float v : logits) bottom = std::min(bottom, v);
+  const float width = top - bottom, per_unit = width > 0.0f && std::isfinite(width) ? (kBuckets - 1) / width : 0.0f;
+  const auto bucket_of = [&](float v) { return std::min(kBuckets - 1, (int)((top - v) * per_unit)); };
+  sums.assign(kBuckets, 0.0);
+  for (size_t i = 0; i < tokens.size(); i++) sums[bucket_of(logits[i])] += weights[i];
+  double sum = 0.0;
+  int crossing = 0;
+  while (crossing < kBuckets && sum + sums[crossing] < mass) sum += sums[crossing++];
+  if (crossing == kBuckets) return;  // by rounding, all of them together stay below
+  ranked.clear();
+  for (const Token& t : tokens)
+    if (bucket_of(t.logit) == crossing) ranked.push_back(t);
+  std::sort(ranked.begin(), ranked.end(), before);
+  Token last = ranked[0];
+  for (const Token& t : ranked) {
+    float weight;
+    ops.exp_scaled(&t.logit, top, scale, 1, &weight);
+    last = t;
+    sum += weight;
+    if (sum >= mass) break;
+  }
+  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const Token& t) { return before(last, t); }), tokens.end());
+}
+
+// All tokens may be drawn: sums of blocks first, then the one block where the draw falls.
+int RowSampler::draw_all(float top, float scale, double u) {
+  sums.clear();
+  double total = 0.0;
+  for (int i = 0; i < n; i += kDrawBlock) {
+    sums.push_back(ops.sum_exp(x + i, top, scale, std::min(kDrawBlock, n - i)));
+    total += sums.back();
+  }
+  const double target = u * total;
+  double sum = 0.0;
+  int last = -1;
+  for (size_t b = 0; b < sums.size(); b++) {
+    // A block's sum and the sum of its weights one by one may differ in the last bits: the latter decides.
+    if (sum + sums[b] * (1.0 + 1e-6) <= target) {
+      sum += sums[b];
+      continue;
+    }
+    const int first = (int)b * kDrawBlock, count = std::min(kDrawBlock, n - first);
+    weights.resize(count);
+    ops.exp_scaled(x + first, top, scale, count, weights.data());
+    double here = sum;
+    for (int i = 0; i < count; i++) {
+      here += weights[i];
+      if (weights[i] > 0.0f) last = first + i;
+      if (here > target) return first + i;
+    }
+    sum += sums[b];
+  }
+  return last;  // u times the total, rounded, reached the total: the last that has any weight
+}
+
+int RowSampler::draw(const SamplingParams& p, int row, int best) {
+  const float top = x[best], scale = 1.0f / p.temperature[row];
+  if (!std::isfinite(top) || !std::isfinite(scale)) return best;
+  const double u = philox_uniform(p.seeds[row], p.counters[row]);
+  const int k = p.top_k[row] > 0 ? std::min(p.top_k[row], n) : n;
+  const float top_p = p.top_p[row], min_p = p.min_p[row];
+  if (k == n && top_p >= 1.0f && min_p <= 0.0f) return draw_all(top, scale, u);
+
+  find_maxima();
+  float bound = k < n ? kth_bound(k) : -std::numeric_limits<float>::infinity();
+  double total = 0.0;
+  if (k == n && top_p < 1.0f) {
+    total = ops.sum_exp(x, top, scale, n);
+    // Tokens lighter than this weigh (1 - top_p) of the total at most, all together: the others hold the rest.
+    const double lightest = (1.0 - (double)top_p) * total / n;
+    bound = (float)(top + std::log(lightest) / scale - 1e-3);
+  }
+  if (k == n && min_p > 0.0f) bound = std::max(bound, (float)(top + std::log((double)min_p) / scale - 1e-3));
+  collect(std::min(bound, top));
+  keep_top_k(k);
+  if (top_p < 1.0f) {
+    if (k < n) {
+      weigh(top, scale);
+      for (float w : weights) total += w;
+    }
+    keep_top_p(top, scale, (double)top_p * total);
+  }
+  weigh(top, scale);
+  total = 0.0;
+  for (float& w : weights) {
+    if (w < min_p) w = 0.0f;
+    total += w;
+  }
+  const double target = u * total;
+  double sum = 0.0;
+  int last = best;
+  for (size_t i = 0; i < tokens.size(); i++) {
+    sum += weights[i];
+    if (weights[i] > 0.0f) last = tokens[i].id;
+    if (sum > target) break;
+  }
+  return last;
+}
+
+void RowSampler::best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out) {
+  int32_t* ids = out.top_ids + (size_t)row * out.num_top;
+  float* values = out.top_logprobs + (size_t)row * out.num_top;
+  std::fill(ids, ids + out.num_top, -1);
+  std::fill(values, values + out.num_top, -std::numeric_limits<float>::infinity());
+  const int k = std::min(p.num_logprobs[row], n);
+  if (k < 1) return;
+  find_maxima();
+  collect(kth_bound(k));
+  std::partial_sort(tokens.begin(), tokens.begin() + k, tokens.end(), before);
+  for (int i = 0; i < k; i++) {
+    ids[i] = tokens[i].id;
+    values[i] = (float)((double)tokens[i].logit - log_total);
+  }
+}
+
+int RowSampler::sample(const SamplingParams& p, int row, const SamplingResult& out) {
+  int best = ops.argmax(x, n);
+  const float nothing = std::numeric_limits<float>::quiet_NaN();
+  if (out.logprobs) out.logprobs[row] = nothing;
+  if (out.target_logprobs) out.target_logprobs[row] = -std::numeric_limits<float>::infinity();
+  double log_total = 0.0;
+  const bool wants_target = out.target_logprobs && p.targets[row] >= 0;
+  if (best >= 0 && (out.logprobs || wants_target))
+    log_total = (double)x[best] + std::log(ops.sum_exp(x, x[best], 1.0f, n));
+  if (out.num_top > 0) {
+    if (best >= 0) best_logprobs(p, row, log_total, out);
+    else std::fill(out.top_ids + (size_t)row * out.num_top, out.top_ids + (size_t)(row + 1) * out.num_top, -1);
+  }
+  if (best < 0) return -1;
+  if (wants_target) out.target_logprobs[row] = (float)((double)x[p.targets[row]] - log_total);
+
+  adjust(p, row);
+  if (!changed.empty()) best = ops.argmax(x, n);
+  const int token = best < 0 ? -1 : p.temperature[row] > 0.0f ? draw(p, row, best) : best;
+  restore();
+  if (out.logprobs && token >= 0) out.logprobs[row] = (float)((double)x[token] - log_total);
+  return token;
+}
+
+}  // namespace
+
+double philox_uniform(uint64_t seed, uint64_t counter) {
+  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t p0 = (uint64_t)0xD2511F53 * c0, p1 = (uint64_t)0xCD9E8D57 * c2;
+    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+    c1 = (uint32_t)p1;
+    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c3 = (uint32_t)p0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return (double)(((uint64_t)c0 << 32 | c1) >> 11) * 0x1p-53;
+}
+
+void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int rows, int n, int32_t* tokens) {
+  // Rows in pieces, so that few rows still use all threads.
+  const int pieces = rows >= 2 * pool.size() ? 1 : std::max(1, std::min(2 * pool.size(), n / 8192));
+  std::vector<int32_t> best((size_t)rows * pieces);
+  const auto begin = [&](int piece) { return (int)((int64_t)n * piece / pieces); };
+  pool.run(rows * pieces, [&](int chunk, int) {
+    const int first = begin(chunk % pieces), last = begin(chunk % pieces + 1);
+    const int at = ops.argmax(logits + (size_t)(chunk / pieces) * n + first, last - first);
+    best[chunk] = at < 0 ? -1 : first + at;
+  });
+  for (int r = 0; r < rows; r++) {
+    const float* x = logits + (size_t)r * n;
+    const int32_t* found = best.data() + (size_t)r * pieces;
+    int32_t token = found[0];
+    for (int i = 1; i < pieces && token >= 0; i++)
+      if (found[i] < 0 || x[found[i]] > x[token]) token = found[i];
+    tokens[r] = token;
+  }
+}
+
+void sample(Pool& pool, const OpKernels& ops, float* logits, int rows, int n, const SamplingParams& params,
+            const SamplingResult& result) {
+  std::vector<RowSampler> samplers;
+  for (int t = 0; t < pool.size(); t++) samplers.push_back({ops, nullptr, n, {}, {}, {}, {}, {}, {}, {}});
+  pool.run(rows, [&](int row, int thread) {
+    RowSampler& sampler = samplers[thread];
+    sampler.x = logits + (size_t)row * n;
+    result.tokens[row] = sampler.sample(params, row, result);
+  });
+}
+
+}  // namespace hasten

@@ -1,0 +1,173 @@
+"""CpuBackend: the Backend protocol over hasten._core. Gathers weights into the stacks that the core packs; the rest is
+passed on. Knows nothing of files or policy."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.backends.base import Batch, Float32, Sampled, SamplingBatch
+from hasten.errors import HastenError, ModelError, ResourceError
+from hasten.model.formats import Weight
+from hasten.model.spec import ModelSpec
+
+# Matrices of a layer that read the same input, in the order in which their outputs lie side by side.
+_ROLES = {
+    "q": ("qkv", ("q", "k", "v")),
+    "k": ("qkv", ("q", "k", "v")),
+    "v": ("qkv", ("q", "k", "v")),
+    "o": ("o", ("o",)),
+    "gate": ("gate_up", ("gate", "up")),
+    "up": ("gate_up", ("gate", "up")),
+    "down": ("down", ("down",)),
+}
+
+
+class CpuBackend:
+    """See backends.base.Backend. One row's numbers do not depend on what shares its batch, bit for bit.
+
+    threads: how many to use, the caller included; 0 takes HASTEN_THREADS, else one for each core this process may use.
+    isa: an instruction set by name, for tests; None takes HASTEN_ISA, else the best that this CPU has.
+    Raises ResourceError where the compiled core is missing or does not have the instruction set.
+    """
+
+    def __init__(self, threads: int = 0, isa: str | None = None) -> None:
+        self._core = _load_core()
+        threads = threads or _threads_from_environment()
+        if threads < 0:
+            raise ResourceError(f"threads is {threads}, expected 0 (all cores) or more")
+        try:
+            self.isa: str = self._core.isa(isa)
+        except ValueError as error:
+            raise ResourceError(f"{error}: change HASTEN_ISA or leave it out") from None
+        self._pool = self._core.Pool(threads)
+        self.threads: int = self._pool.size
+        self._decoder: Any = None
+
+    def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
+        """Pack the weights as they come; arrays of `weights` are not kept. Raises ModelError for one that is missing,
+        left over or wrongly shaped, ResourceError where memory does not suffice."""
+        try:
+            decoder = self._core.Decoder(spec, self._pool, self.isa)
+            _add_weights(decoder, spec, weights)
+            decoder.finish()
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        except MemoryError:
+            raise ResourceError("memory does not suffice for the weights: use a smaller format") from None
+        self._decoder = decoder
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return int(self._loaded.weight_bytes)
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Bytes of one KV block over all layers."""
+        with _resource_errors():
+            return int(self._loaded.block_bytes(block_size, dtype))
+
+    def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
+        """Make the KV cache, all zeros; its memory is taken as it fills. An earlier one is dropped."""
+        with _resource_errors():
+            self._loaded.allocate(num_blocks, block_size, dtype)
+
+    def forward(self, batch: Batch) -> Float32:
+        """Run one step; logits float32 [R, vocab_size], overwritten by the next call."""
+        logits: Float32 = self._loaded.forward(
+            batch.tokens,
+            batch.positions,
+            batch.slots,
+            batch.query_lens,
+            batch.context_lens,
+            batch.block_tables,
+            batch.rows,
+        )
+        return logits
+
+    def sample(self, logits: Float32, params: SamplingBatch) -> Sampled:
+        """Choose one token a row of `logits`; -1 where a logit is NaN."""
+        if not params.any_special:
+            return Sampled(self._core.sample_greedy(self._pool, logits, self.isa))
+        return Sampled(*self._core.sample(self._pool, logits, params, self.isa))
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination), one pair after the other."""
+        for source, destination in pairs:
+            self._loaded.copy_block(source, destination)
+
+    @property
+    def _loaded(self) -> Any:
+        if self._decoder is None:
+            raise ModelError("no model is loaded: call load() first")
+        return self._decoder
+
+
+class _resource_errors:  # noqa: N801 - reads as a statement
+    """Turns the core's errors about the cache into ResourceError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MemoryError):
+            raise ResourceError("memory does not suffice for the KV cache: lower max_len or use kv_cache int8") from None
+        if isinstance(error, ValueError) and not isinstance(error, HastenError):
+            raise ResourceError(str(error)) from None
+
+
+def _load_core() -> Any:
+    try:
+        from hasten import _core
+    except ImportError as error:
+        raise ResourceError(
+            f"the compiled core hasten._core is not usable here ({error}): install hasten with pip, or run scripts/build.sh"
+        ) from None
+    return _core
+
+
+def _threads_from_environment() -> int:
+    text = os.environ.get("HASTEN_THREADS", "0")
+    try:
+        return int(text)
+    except ValueError:
+        raise ResourceError(f"HASTEN_THREADS is {text!r}, expected a number") from None
+
+
+def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
+    """Hand over each weight as soon as those that are packed with it have come."""
+    waiting: dict[tuple[str, int], dict[str, Weight]] = {}
+    for name, weight in weights:
+        if weight.shape[1] == 1 and weight.format.kind == "fp32":
+            decoder.add_vector(name, _vector(weight))
+            continue
+        role, layer, members = _place(name, spec)
+        parts = waiting.setdefault((role, layer), {})
+        if name in parts:
+            raise ModelError(f"weight {name} was given twice")
+        parts[name] = weight
+        if len(parts) == len(members):
+            decoder.add_matrices(role, layer, [(member, parts[member]) for member in members])
+            del waiting[role, layer]
+    for (role, layer), parts in waiting.items():
+        missing = [name for name in _place(next(iter(parts)), spec)[2] if name not in parts]
+        raise ModelError(f"weight {missing[0]} is missing (of {role} in layer {layer})")
+
+
+def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
+    """Role, layer (-1 outside the layers) and all names that are packed with `name`."""
+    if name in ("embed", "position_embed", "head"):
+        return name, -1, [name]
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdigit() or parts[2] not in _ROLES:
+        raise ModelError(f"weight {name} is not part of this model")
+    role, members = _ROLES[parts[2]]
+    if not spec.gated_mlp and role == "gate_up":
+        members = ("up",)
+    return role, int(parts[1]), [f"layers.{parts[1]}.{member}" for member in members]
+
+
+def _vector(weight: Weight) -> NDArray[np.float32]:
+    return np.ascontiguousarray(weight.data, np.float32).reshape(-1)
