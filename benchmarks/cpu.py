@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from peers.machine import conditions, wait_until_quiet
-from peers.systems import HERE, ROOT, SHAPES, SystemUnderTest, systems
+from peers.systems import HERE, PEERS, ROOT, SHAPES, SystemUnderTest, systems
 from table import render
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,6 +79,17 @@ def bandwidth(python: Path) -> float:
     return float(output)
 
 
+def make_hasten_folder(system: SystemUnderTest, shape: str) -> None:
+    """Compress the plain folder by the system's recipe, once."""
+    if system.recipe and not system.path(shape).exists():
+        say(f"making {system.path(shape).name}")
+        program = "import sys, hasten; hasten.compress(*sys.argv[1:])"
+        source = PEERS / "models" / shape
+        command: list[str | Path] = [system.python, "-c", program, source, system.recipe, system.path(shape)]
+        system.path(shape).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(command, check=True, env={**os.environ, **system.environment})
+
+
 def choose(args: argparse.Namespace) -> list[tuple[str, SystemUnderTest]]:
     """(shape, system) of a round in order; what is absent is named and left out."""
     chosen = []
@@ -86,6 +97,7 @@ def choose(args: argparse.Namespace) -> list[tuple[str, SystemUnderTest]]:
         for system in systems(args.hasten_python):
             if not re.search(args.systems, system.name):
                 continue
+            make_hasten_folder(system, shape)
             if missing := system.missing(shape):
                 say(f"left out: {system.name} on {shape}: {missing} is not there")
             else:

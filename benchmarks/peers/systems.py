@@ -16,7 +16,11 @@ SHAPES = ("qwen3-0.6b", "llama-15m")
 
 @dataclass(frozen=True)
 class SystemUnderTest:
-    """One line of the table. model: a path with {shape} in it. busy: also measured beside a busy neighbour."""
+    """One line of the table.
+
+    model: a path below PEERS with {shape} in it. busy: also measured beside a busy neighbour. recipe: hasten's, to make
+    the model from the plain folder.
+    """
 
     name: str
     python: Path
@@ -24,6 +28,7 @@ class SystemUnderTest:
     model: str
     busy: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
 
     def path(self, shape: str) -> Path:
         return PEERS / self.model.format(shape=shape)
@@ -36,10 +41,10 @@ class SystemUnderTest:
         return [str(self.python), str(HERE / self.driver), str(self.path(shape))]
 
 
-def hasten(width: str, python: Path, busy: bool = False) -> SystemUnderTest:
-    model = "models/{shape}" if width == "bf16" else f"hasten/{{shape}}-{width}"
+def hasten(width: str, python: Path, recipe: str | None, busy: bool = False) -> SystemUnderTest:
+    model = f"hasten/{{shape}}-{width}" if recipe else "models/{shape}"
     environment = {"PYTHONPATH": str(ROOT / "src")}
-    return SystemUnderTest(f"hasten {width}", python, "drive_hasten.py", model, busy, environment)
+    return SystemUnderTest(f"hasten {width}", python, "drive_hasten.py", model, busy, environment, recipe)
 
 
 def llama_cpp(width: str, busy: bool = False) -> SystemUnderTest:
@@ -66,14 +71,14 @@ def systems(hasten_python: Path) -> list[SystemUnderTest]:
     """Every system, in the order in which a round runs them: hasten next to the peers it is compared with."""
     ort_model = "onnxruntime/{shape}-int4"
     return [
-        hasten("int4", hasten_python, busy=True),
+        hasten("int4", hasten_python, "int4-g32", busy=True),
         llama_cpp("Q4_0", busy=True),
         openvino("int4", busy=True),
         SystemUnderTest("ONNX Runtime int4", venv("onnxruntime"), "drive_onnxruntime.py", ort_model, busy=True),
-        hasten("int8", hasten_python),
+        hasten("int8", hasten_python, "int8"),
         llama_cpp("Q8_0"),
         openvino("int8"),
-        hasten("bf16", hasten_python),
+        hasten("bf16", hasten_python, None),
         llama_cpp("BF16"),
         SystemUnderTest("Transformers bf16", venv("transformers"), "drive_transformers.py", "models/{shape}"),
     ]
