@@ -5,7 +5,7 @@ in full, chunk by chunk, so that memory stays bounded: a distribution over 150,0
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,23 +61,25 @@ def score(backends: Mapping[str, Backend], windows: Sequence[Window], vocab_size
                 sums[name][:, index] += rows.sum(axis=1)
     tokens = np.array([len(window.tokens) - 1 for window in windows], np.float64)
     num_bytes = np.array([window.num_bytes for window in windows], np.float64)
-    return {name: Scores(*sums[name], tokens, num_bytes) for name in names}
+    return {name: Scores(found[0], found[1], found[2], tokens, num_bytes) for name, found in sums.items()}
 
 
 def summarize(scores: Scores, original: Scores | None = None) -> Quality:
     """Totals with 95 % intervals over blocks; relative to `original`, on the same windows, where it is given."""
     bits = ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte")
     nll = ratio_interval(scores.nll, scores.num_tokens, "nats/token")
-    perplexity = Measurement(
-        *(float(np.exp(min(x, 700))) for x in (nll.median, nll.low, nll.high)), nll.n, "perplexity"
+    middle, low, high = (float(np.exp(min(value, 700))) for value in (nll.median, nll.low, nll.high))
+    quality = Quality(
+        bits_per_byte=bits,
+        perplexity=Measurement(middle, low, high, nll.n, "perplexity"),
+        num_tokens=int(scores.num_tokens.sum()),
+        num_bytes=int(scores.num_bytes.sum()),
+        num_blocks=len(scores.nll),
     )
-    counts = int(scores.num_tokens.sum()), int(scores.num_bytes.sum()), len(scores.nll)
     if original is None:
-        return Quality(bits, perplexity, *counts)
-    return Quality(
-        bits,
-        perplexity,
-        *counts,
+        return quality
+    return replace(
+        quality,
         loss=ratio_interval(scores.nll - original.nll, original.nll, "relative"),
         divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token"),
         top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share"),

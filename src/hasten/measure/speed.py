@@ -6,8 +6,9 @@ hold. Knows backends and tokens; no files, no text.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hasten.backends.base import Backend
 from hasten.engine.engine import Engine, EngineConfig
@@ -17,7 +18,8 @@ from hasten.model.spec import ModelSpec
 from hasten.recipe import Run
 
 BLOCK_SIZE = 16
-DEFAULT_KV_CACHE = "bf16"
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,15 @@ class Workload:
     temperature: float = 0.0
 
 
+def default_kv_cache(spec: ModelSpec) -> str:
+    """How keys and values are stored where nothing is said: fp32 for an fp32 checkpoint, as LLM does, else bf16."""
+    return "fp32" if spec.dtype == "fp32" else "bf16"
+
+
 def make_engine(spec: ModelSpec, backend: Backend, run: Run, streams: int, max_len: int) -> Engine:
     """An engine over a loaded backend, with KV cache for `streams` sequences of max_len tokens."""
     num_blocks = streams * -(-max_len // BLOCK_SIZE) + streams
-    backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or DEFAULT_KV_CACHE)
+    backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or default_kv_cache(spec))
     config = EngineConfig(
         vocab_size=spec.vocab_size, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_len=max_len, max_sequences=streams
     )
@@ -70,17 +77,20 @@ def time_workload(engine: Engine, work: Workload) -> Timing:
     return Timing(decode, num_prompt / (first - start), first - start)
 
 
-def interleave(runs: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
+def interleave(
+    runs: Mapping[K, Callable[[], Timing]], rounds: int, after_round: Callable[[], None] = lambda: None
+) -> dict[K, list[Timing]]:
     """`rounds` timings of each, all of them once a round; the order turns by one each round, so that none always
     comes first. One unmeasured run of each comes before."""
     names = list(runs)
     for name in names:
         runs[name]()
-    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    timings: dict[K, list[Timing]] = {name: [] for name in names}
     for index in range(rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             timings[name].append(runs[name]())
+        after_round()
     return timings
 
 
