@@ -11,7 +11,8 @@
 namespace hasten {
 namespace {
 
-constexpr int kMaxTileVectors = 32;  // float sums of one tile, at most; every kTileRows * blocks stays below
+constexpr int kMaxTileRows = 16;      // every LinearKernels::tile_rows stays below
+constexpr size_t kVectorBytes = 64;   // vectors may read and write this much beyond the last value of an array
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
@@ -166,7 +167,7 @@ size_t act_bytes(ActKind kind, int rows, int k_pad, int group) {
   const size_t values = static_cast<size_t>(rows) * k_pad;
   if (kind == ActKind::F32) return values * 4;
   if (kind == ActKind::BF16) return values * 2;
-  return values + static_cast<size_t>(rows) * divide_up(k_pad, group) * 8;
+  return values + static_cast<size_t>(rows) * divide_up(k_pad, group) * 8 + kVectorBytes;
 }
 
 Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory) {
@@ -179,7 +180,10 @@ Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8
   return act;
 }
 
-size_t scratch_bytes(const Matrix&) { return kMaxTileVectors * 64; }
+size_t scratch_bytes(const Matrix& w) {
+  const size_t groups = is_integer(w.kind) ? divide_up(w.k_pad, w.act_group) : 0;
+  return groups * kMaxTileRows * 4 + kVectorBytes;
+}
 
 int num_tiles(int rows, int tile_rows) { return divide_up(rows, tile_rows); }
 

@@ -25,7 +25,8 @@
 // F16C and FMA come with AVX2 in every CPU that has it; the portable path uses plain C++ and lets the compiler vectorise.
 #pragma once
 
-#include <cstdint>
+#include <stddef.h>
+#include <stdint.h>
 
 #define HASTEN_INLINE inline __attribute__((always_inline))
 // Before a loop whose vectors must stay in registers: a compiler left alone gives up on tiles of this size.
