@@ -2,8 +2,8 @@
 
 Each token writes a number made of itself and its position into its slot. A row's logits are hashes of every number that
 its block table leads to, so one wrong slot, position, table entry or copied block changes the tokens. It also checks
-what the contract promises of a batch. Its hashes lean on the last two tokens, which makes text that repeats itself enough
-for speculation to find something. Sampling follows the contract in plain numpy.
+what the contract promises of a batch. Its hashes lean on the last two tokens, which makes text that repeats itself
+enough for speculation to find something. Sampling is the reference backend's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from hasten.backends.base import Batch, Sampled, SamplingBatch
+from hasten.backends.reference_sampling import sample_rows
 from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
 
@@ -56,8 +57,10 @@ class SlotModel:
         with np.errstate(over="ignore"):
             self.cache[batch.slots] = scatter(batch.tokens.astype(np.uint64) * M + batch.positions.astype(np.uint64))
             owner = np.repeat(np.arange(len(batch.query_lens)), batch.query_lens)
-            return np.stack([self.row(batch, owner[row], row) for row in batch.rows]) if len(batch.rows) else np.zeros(
-                (0, self.vocab_size), np.float32
+            return (
+                np.stack([self.row(batch, owner[row], row) for row in batch.rows])
+                if len(batch.rows)
+                else np.zeros((0, self.vocab_size), np.float32)
             )
 
     def row(self, batch: Batch, sequence: int, row: int) -> np.ndarray:
@@ -71,7 +74,7 @@ class SlotModel:
         last = (stored == seen[-2:]).argmax(0).astype(np.uint64)
         recent = scatter(scatter(np.sum(last * np.array([1009, 9176][: len(last)], np.uint64))) + ids * M)
         mixed = recent.astype(np.float64) + self.wildness * everything.astype(np.float64)
-        return (mixed / 2.0**62).astype(np.float32)
+        return (mixed / 2.0**60).astype(np.float32)
 
     def check(self, batch: Batch) -> None:
         size = self.block_size
@@ -84,7 +87,7 @@ class SlotModel:
         assert len(batch.block_tables) == len(batch.query_lens) == len(batch.context_lens)
         assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens write one slot"
         assert (np.diff(batch.rows) > 0).all()
-        assert ((0 <= batch.tokens) & (batch.tokens < self.vocab_size)).all()
+        assert ((batch.tokens >= 0) & (batch.tokens < self.vocab_size)).all()
         start = 0
         for i, (count, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
             places = np.arange(context - count, context)
@@ -94,48 +97,5 @@ class SlotModel:
             start += count
 
     def sample(self, logits: np.ndarray, params: SamplingBatch) -> Sampled:
-        rows = len(logits)
-        assert len(params.temperature) == rows
-        if not params.any_special:
-            return Sampled(tokens=logits.argmax(1).astype(np.int32))
-        most = max(0, int(params.num_logprobs.max()))
-        tokens, logprobs, targets = np.zeros(rows, np.int32), np.zeros(rows, np.float32), np.zeros(rows, np.float32)
-        top_ids, top_logprobs = np.full((rows, most), -1, np.int32), np.full((rows, most), -np.inf, np.float32)
-        for r in range(rows):
-            own = log_softmax(logits[r].astype(np.float64))
-            tokens[r] = draw(logits[r].astype(np.float64), params, r)
-            logprobs[r], targets[r] = own[tokens[r]], own[params.targets[r]]
-            k = max(0, int(params.num_logprobs[r]))
-            best = np.argsort(-own, kind="stable")[:k]
-            top_ids[r, :k], top_logprobs[r, :k] = best, own[best]
-        return Sampled(tokens, logprobs, targets, top_ids, top_logprobs)
-
-
-def draw(logits: np.ndarray, params: SamplingBatch, r: int) -> int:
-    """One token, in the contract's order: penalties and bias, temperature, top-k, top-p, min-p, draw."""
-    seen = slice(params.seen_offsets[r], params.seen_offsets[r + 1])
-    ids, counts = params.seen_ids[seen], params.seen_counts[seen]
-    assert len(set(ids.tolist())) == len(ids)
-    logits[ids] = np.where(logits[ids] > 0, logits[ids] / params.repetition[r], logits[ids] * params.repetition[r])
-    logits[ids] -= params.frequency[r] * counts + params.presence[r] * (counts > 0)
-    bias = slice(params.bias_offsets[r], params.bias_offsets[r + 1])
-    logits[params.bias_ids[bias]] += params.bias_values[bias]
-    if params.temperature[r] == 0:
-        return int(logits.argmax())
-    p = np.exp(log_softmax(logits / params.temperature[r]))
-    order = np.argsort(-p, kind="stable")
-    p = p[order]
-    keep = np.ones(len(p), bool)
-    if params.top_k[r]:
-        keep[params.top_k[r] :] = False
-    p = np.where(keep, p, 0) / p[keep].sum()
-    keep &= np.cumsum(p) - p < params.top_p[r]
-    keep &= p >= params.min_p[r] * p[0]
-    p = np.where(keep, p, 0)
-    u = np.random.Generator(np.random.Philox(key=int(params.seeds[r]), counter=int(params.counters[r]))).random()
-    return int(order[np.searchsorted(np.cumsum(p) / p.sum(), u, side="right")])
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max()
-    return x - np.log(np.exp(x).sum())
+        assert len(params.temperature) == len(logits)
+        return sample_rows(logits, params)

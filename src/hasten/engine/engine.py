@@ -4,6 +4,7 @@ Knows tokens and, through a decoder it is handed, their text; no files, prompts 
 that drives it, so whoever owns the engine (LLM, a server) decides when it runs. Not thread-safe: one owner.
 """
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from hasten.backends.base import Backend, Sampled, SamplingBatch
 from hasten.engine.batch import BatchBuilder, wanted_positions
 from hasten.engine.blocks import BlockPool
-from hasten.engine.request import Delta, Request, RequestOutput, SamplingParams, Sequence, TokenLogprob
+from hasten.engine.request import Delta, FinishReason, Request, RequestOutput, SamplingParams, Sequence, TokenLogprob
 from hasten.engine.sampling import greedy_batch, prepare, sampling_batch
 from hasten.engine.scheduler import Scheduler, Step
 from hasten.engine.speculate import Speculator
 from hasten.engine.text import TextStream, TokenDecoder
-from hasten.errors import RequestError
+from hasten.errors import ModelError, RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +103,7 @@ class Engine:
             return None
         for sequence in request.sequences:
             if sequence.finish_reason is None:
-                self.scheduler.remove(sequence)
-                sequence.finish_reason = "cancelled"
+                self._end(sequence, "cancelled")
         request.metrics.finish_time = time.perf_counter()
         return request.output()
 
@@ -139,6 +139,8 @@ class Engine:
             self.scheduler.confirm_copies()
         logits = self._backend.forward(batch)
         sampled = self._backend.sample(logits, params) if num_rows else None
+        if sampled is not None and sampled.tokens.min() < 0:
+            raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
         self._inconsistent = True
         now = time.perf_counter()
         if self.speculator is not None and num_rows == len(batch.tokens):
@@ -165,16 +167,11 @@ class Engine:
         if params.max_tokens == 0 and params.prompt_logprobs is None:
             raise RequestError("max_tokens is 0, expected at least 1 (or prompt_logprobs, to score the prompt only)")
         room = most - num_prompt
-        if room < min(1, params.max_tokens if params.max_tokens is not None else 1):
+        if room < (params.max_tokens != 0):
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, but {self._room()}: shorten it, or raise max_len or memory"
             )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise RequestError(
-                f"{num_prompt} prompt tokens and max_tokens {params.max_tokens} make {num_prompt + params.max_tokens}, "
-                f"but {self._room()}: lower max_tokens to {room}, or raise max_len or memory"
-            )
-        return num_prompt + (room if params.max_tokens is None else params.max_tokens)
+        return num_prompt + min(room, room if params.max_tokens is None else params.max_tokens)
 
     def _room(self) -> str:
         config = self.config
@@ -234,10 +231,10 @@ class Engine:
         """Verify the drafts: the token drawn at each position is the one that counts; the next is of use only where the
         draft that it was conditioned on is what was drawn."""
         request, drafts = sequence.request, sequence.drafts
-        if request.metrics.first_token_time != request.metrics.first_token_time:  # NaN: its first
+        if math.isnan(request.metrics.first_token_time):
             request.metrics.first_token_time = now
         delta = Delta(request.id, sequence.index, "", [])
-        reason: str | None = None
+        reason: FinishReason | None = None
         for i, token in enumerate(drawn):
             reason = self._append(sequence, token, delta)
             if sequence.logprobs is not None:
@@ -259,7 +256,7 @@ class Engine:
         self.scheduler.advance(sequence, len(sequence.tokens) - 1)
         return delta if reason is None else self._finish(sequence, delta, reason, now)
 
-    def _append(self, sequence: Sequence, token: int, delta: Delta) -> str | None:
+    def _append(self, sequence: Sequence, token: int, delta: Delta) -> FinishReason | None:
         """Take one sampled token; the reason if it is the last."""
         params = sequence.request.params
         sequence.tokens.append(token)
@@ -278,21 +275,26 @@ class Engine:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.limit else None
 
-    def _finish(self, sequence: Sequence, delta: Delta, reason: str, now: float) -> Delta:
-        request, metrics = sequence.request, sequence.request.metrics
-        assert reason in ("stop", "length")
+    def _finish(self, sequence: Sequence, delta: Delta, reason: FinishReason, now: float) -> Delta:
+        request = sequence.request
         if sequence.text is not None and sequence.text.stopped_by is None:
             delta.text += sequence.text.finish()
-        sequence.finish_reason = delta.finish_reason = reason  # type: ignore[assignment]
-        self.scheduler.remove(sequence)
-        metrics.num_output_tokens += sequence.num_output
-        metrics.longest_output = max(metrics.longest_output, sequence.num_output)
+        self._end(sequence, reason)
+        delta.finish_reason = reason
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
-            metrics.finish_time = now
+            request.metrics.finish_time = now
             del self._requests[request.id]
             delta.output = request.output()
         return delta
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Give up the sequence's blocks; count what it made."""
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        metrics = sequence.request.metrics
+        metrics.num_output_tokens += sequence.num_output
+        metrics.longest_output = max(metrics.longest_output, sequence.num_output)
 
 
 def _top(sampled: Sampled, row: int, most: int) -> tuple[tuple[int, float], ...]:

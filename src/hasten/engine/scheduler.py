@@ -130,6 +130,9 @@ class Scheduler:
             if len(self.running) >= self.max_sequences and not self._preempt_lower(sequence):
                 return
             matched = self._match(sequence)
+            if self._is_coming(sequence, len(matched)):
+                self.pool.release(matched)
+                return
             # One token more than it has, or it would be back in the queue a step later.
             needed = -(-min(len(sequence.tokens) + 1, sequence.limit) // size) - len(matched)
             while self.pool.num_available < needed and self._preempt_lower(sequence):
@@ -173,11 +176,26 @@ class Scheduler:
         return first is not sequence and first in self.running and first.num_computed < first.num_prompt - 1
 
     def _match(self, sequence: Sequence) -> list[int]:
-        """Cached blocks of the sequence's tokens. At least the last token must run, to give logits; and tokens whose
-        successors are still to be scored must run too."""
-        num_usable = min(len(sequence.tokens) - 1, sequence.score_from) // self.pool.block_size
+        """Cached blocks of the sequence's tokens, now held by it."""
+        num_usable = self._num_usable(sequence)
         self._extend_hashes(sequence, num_usable)
         return self.pool.match(sequence.hashes[:num_usable])
+
+    def _is_coming(self, sequence: Sequence, num_matched: int) -> bool:
+        """A running sequence is computing the next block that this one could share: better wait than compute it
+        twice."""
+        if num_matched == self._num_usable(sequence):
+            return False
+        wanted = sequence.hashes[num_matched]
+        return any(
+            other.num_computed + 1 < len(other.tokens) and wanted in other.hashes[num_matched : num_matched + 1]
+            for other in self.running
+        )
+
+    def _num_usable(self, sequence: Sequence) -> int:
+        """Leading blocks that may come from the cache. At least the last token must run, to give logits; and tokens
+        whose successors are still to be scored must run too."""
+        return min(len(sequence.tokens) - 1, sequence.score_from) // self.pool.block_size
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
         size = self.pool.block_size
