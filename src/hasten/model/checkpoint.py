@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError
-from hasten.model.formats import DENSE_BYTES, Format, Kind, Weight, from_bf16
+from hasten.model.formats import Format, Kind, Weight, from_bf16
 from hasten.model.names import Part, Source, base_prefix, sources
-from hasten.model.quantized import Quantization, quantization_of
+from hasten.model.quantized import Expected, Quantization, quantization_of
 from hasten.model.spec import ModelSpec, config_of_text, spec_from_config
 from hasten.model.tensors import TensorFolder
 
@@ -59,12 +59,14 @@ class Checkpoint:
                 yield part.name, (rows, source.shape[1]), self._format(source)
 
     def _tensor_names(self, source: Source) -> list[str]:
-        prefix = source.module + "."
-        parameters = (*self._quantization.parameters(source.module), "weight", "bias")
-        return [self._names[prefix + name] for name in parameters if prefix + name in self._names]
+        keys = (f"{source.module}.{parameter}" for parameter in self._parameters(source))
+        return [self._names[key] for key in keys if key in self._names]
+
+    def _parameters(self, source: Source) -> tuple[str, ...]:
+        return (*_expected(source, self._quantization), *self._quantization.optional(source))
 
     def _format(self, source: Source) -> Format:
-        found = self._quantization.format_of(source.module)
+        found = self._quantization.format_of(source)
         if found is not None:
             return found
         return Format(_DENSE[self._tensors.infos[self._names[f"{source.module}.weight"]].dtype])
@@ -92,13 +94,8 @@ class Checkpoint:
         return from_bf16(values) if info.dtype == "BF16" else values.astype(np.float32)
 
     def _matrix(self, source: Source) -> Weight:
-        if self._quantization.format_of(source.module) is not None:
-            read = {
-                parameter: self._tensors.read(self._names[f"{source.module}.{parameter}"])
-                for parameter in self._quantization.parameters(source.module)
-                if f"{source.module}.{parameter}" in self._names
-            }
-            return self._quantization.read(source.module, source.shape, read, str(self.path))
+        if self._quantization.format_of(source) is not None:
+            return self._quantized(source)
         name = self._names[f"{source.module}.weight"]
         info = self._tensors.infos[name]
         values = self._tensors.read(name)
@@ -106,6 +103,15 @@ class Checkpoint:
         if source.transposed:
             values = np.ascontiguousarray(values.T)
         return Weight(Format(_DENSE[info.dtype]), source.shape, values)
+
+    def _quantized(self, source: Source) -> Weight:
+        keys = {parameter: f"{source.module}.{parameter}" for parameter in self._parameters(source)}
+        names = {parameter: self._names[key] for parameter, key in keys.items() if key in self._names}
+        arrays = {parameter: self._tensors.read(name) for parameter, name in names.items()}
+        for parameter in names.keys() & {"weight_scale", "scales"}:
+            info = self._tensors.infos[names[parameter]]
+            check_finite(arrays[parameter], info.dtype, f"{info.file}: tensor {names[parameter]!r}")
+        return self._quantization.read(source, arrays, f"{self.path}: {source.module}")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -119,7 +125,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     spec = spec_from_config(config)
     tensors = TensorFolder(folder)
     names = _module_names(tensors, config, spec)
-    quantization = quantization_of(config, {key: tensors.infos[name] for key, name in names.items()})
+    quantization = quantization_of(config_of_text(config), frozenset(names))
     spec = _as_stored(spec, config, tensors, names)
     _check_tensors(folder, config, spec, tensors, names, quantization)
     return Checkpoint(folder, config, spec, tensors, names, quantization)
@@ -194,6 +200,8 @@ def _as_stored(spec: ModelSpec, config: dict[str, Any], tensors: TensorFolder, n
             names[f"{embed}.weight"] = names.pop(f"{head}.weight")
         elif head_name is not None and embed_name is not None and _equal(tensors, embed_name, head_name):
             del names[f"{head}.weight"]
+        elif head_name is None and f"{head}.weight_packed" not in names and f"{head}.qweight" not in names:
+            _drop_shared_scales(embed, head, tensors, names)
         else:
             spec = replace(spec, tied_head=False)  # as Transformers: two different matrices are not tied
     text = config_of_text(config)
@@ -202,6 +210,14 @@ def _as_stored(spec: ModelSpec, config: dict[str, Any], tensors: TensorFolder, n
         if kind in ("fp32", "fp16", "bf16"):
             spec = replace(spec, dtype=kind)
     return spec
+
+
+def _drop_shared_scales(embed: str, head: str, tensors: TensorFolder, names: dict[str, str]) -> None:
+    """A tied, quantised head repeats the embedding's scales, for Transformers; they must be the same."""
+    for parameter in ("weight_scale", "weight_zero_point"):
+        repeated, name = names.pop(f"{head}.{parameter}", None), names.get(f"{embed}.{parameter}")
+        if repeated is not None and (name is None or not _equal(tensors, name, repeated)):
+            raise ModelError(f"{head}.{parameter} differs from {embed}.{parameter}, though the two are tied")
 
 
 def _equal(tensors: TensorFolder, one: str, other: str) -> bool:
@@ -222,8 +238,7 @@ def _check_tensors(
 ) -> None:
     left = set(names)
     for source in sources(spec, config):
-        expected = _expected_shapes(source, quantization)
-        for parameter, shape in expected.items():
+        for parameter, (dtypes, shape) in _expected(source, quantization).items():
             key = f"{source.module}.{parameter}"
             if key not in names:
                 raise ModelError(f"{folder}: tensor {key!r} of shape {list(shape)} is missing")
@@ -231,28 +246,25 @@ def _check_tensors(
             info = tensors.infos[names[key]]
             if info.shape != shape:
                 raise ModelError(f"{folder}: tensor {key!r} has shape {list(info.shape)}, expected {list(shape)}")
-            if parameter in ("weight", "bias") and quantization.format_of(source.module) is None:
-                _check_dense(folder, key, info.dtype)
-        left -= {f"{source.module}.{parameter}" for parameter in quantization.optional(source.module)}
+            if info.dtype not in dtypes:
+                raise ModelError(f"{folder}: tensor {key!r} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
+        left -= {f"{source.module}.{parameter}" for parameter in quantization.optional(source)}
     for key in sorted(left):
         raise ModelError(
             f"{folder}: tensor {names[key]!r} is not part of a {spec.family} model with this configuration"
         )
 
 
-def _check_dense(folder: Path, key: str, dtype: str) -> None:
-    if dtype not in _DENSE:
-        raise ModelError(f"{folder}: tensor {key!r} has dtype {dtype}; supported: {', '.join(_DENSE)}")
-
-
-def _expected_shapes(source: Source, quantization: Quantization) -> dict[str, tuple[int, ...]]:
+def _expected(source: Source, quantization: Quantization) -> Expected:
+    """The tensors that a module must have, with the dtypes that each may have."""
     rows, columns = source.shape
-    bias: dict[str, tuple[int, ...]] = {"bias": (rows,)} if source.bias else {}
+    dense = tuple(_DENSE)
+    bias: Expected = {"bias": (dense, (rows,))} if source.bias else {}
     if source.role == "norm":
-        return {"weight": (rows,), **bias}
-    if quantization.format_of(source.module) is not None:
-        return {**quantization.shapes(source.module, source.shape), **bias}
-    return {"weight": (columns, rows) if source.transposed else (rows, columns), **bias}
+        return {"weight": (dense, (rows,)), **bias}
+    if quantization.format_of(source) is not None:
+        return {**quantization.expected(source), **bias}
+    return {"weight": (dense, (columns, rows) if source.transposed else (rows, columns)), **bias}
 
 
 def _take_rows(weight: Weight, part: Part) -> Weight:
@@ -266,6 +278,3 @@ def _take_rows(weight: Weight, part: Part) -> Weight:
 
 def _as_weight(vector: NDArray[np.float32]) -> Weight:
     return Weight(Format("fp32"), (len(vector), 1), np.ascontiguousarray(vector).reshape(-1, 1))
-
-
-assert set(_DENSE.values()) == set(DENSE_BYTES)

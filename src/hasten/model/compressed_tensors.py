@@ -1,0 +1,199 @@
+"""The compressed-tensors scheme, read: config groups, targets, and their packed tensors -> Weights.
+
+Supported: weights of 4 bits (symmetric and asymmetric) and 8 bits (symmetric), a scale for each row or group, stored as
+pack-quantized, naive-quantized or int-quantized, several groups with different formats. Activation quantisation in the
+configuration must be dynamic int8, which backends do of their own accord. The writer's side is in writer.py.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.errors import ModelError
+from hasten.model.formats import Format, Weight, pack_nibbles
+from hasten.model.names import Source
+from hasten.model.quantized import (
+    FLOATS,
+    Arrays,
+    Expected,
+    floats,
+    group_of,
+    regular_groups,
+    sort_columns,
+    spread_groups,
+)
+
+PACKED = "pack-quantized"
+UNPACKED = ("naive-quantized", "int-quantized")
+# A module that Transformers keeps as a Conv1D (GPT-2) is not one that compressed-tensors knows. It is stored as the
+# Linear that it stands for, under a format name that makes Transformers refuse the folder, not load half of it.
+CONV1D_PACKED = "hasten-conv1d"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """One config group. group_size: as stored, None for one scale a row."""
+
+    name: str
+    bits: int
+    symmetric: bool
+    group_size: int | None
+    packed: bool
+    by_activation: bool
+
+
+class CompressedTensors:
+    """See quantized.Quantization."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        for key in ("kv_cache_scheme", "transform_config"):
+            if settings.get(key):
+                raise ModelError(f"config.json: quantization_config.{key} is not supported")
+        sparsity = settings.get("sparsity_config") or {}
+        if sparsity.get("format", "dense") != "dense":
+            raise ModelError(f"config.json: sparse weights ({sparsity['format']}) are not supported")
+        self._ignore = tuple(settings.get("ignore") or ())
+        self._targets: dict[str, _Scheme] = {}
+        for name, group in (settings.get("config_groups") or {}).items():
+            scheme = _read_scheme(str(name), group, str(settings.get("format")))
+            if scheme is not None:
+                self._targets.update(dict.fromkeys(group.get("targets") or (), scheme))
+
+    def format_of(self, source: Source) -> Format | None:
+        scheme = self._scheme(source)
+        if scheme is None:
+            return None
+        group = group_of(scheme.group_size, source.shape[1], source.module)
+        return Format("int8" if scheme.bits == 8 else "int4", group, scheme.symmetric)
+
+    def expected(self, source: Source) -> Expected:
+        scheme = self._scheme(source)
+        assert scheme is not None
+        rows, columns = source.shape
+        groups = -(-columns // scheme.group_size) if scheme.group_size else 1
+        tensors: Expected = {"weight_scale": (FLOATS, (rows, groups))}
+        if scheme.packed:
+            per_word = 32 // scheme.bits
+            tensors["weight_packed"] = (("I32",), (rows, -(-columns // per_word)))
+            tensors["weight_shape"] = (("I64", "I32"), (2,))
+        else:
+            tensors["weight"] = (("I8",), (rows, columns))
+        if not scheme.symmetric:
+            packed = (("I32",), (-(-rows // 8), groups))
+            tensors["weight_zero_point"] = packed if scheme.packed else (("I8",), (rows, groups))
+        if scheme.by_activation:
+            tensors["weight_g_idx"] = (("I32",), (columns,))
+        return tensors
+
+    def optional(self, source: Source) -> tuple[str, ...]:
+        return ("weight_zero_point",)  # symmetric ones, all zero, as older versions wrote them
+
+    def read(self, source: Source, arrays: Arrays, where: str) -> Weight:
+        scheme, format = self._scheme(source), self.format_of(source)
+        assert scheme is not None
+        assert format is not None
+        rows, columns = source.shape
+        if scheme.packed and tuple(arrays["weight_shape"]) != source.shape:
+            found = arrays["weight_shape"].tolist()
+            raise ModelError(f"{where}: weight_shape is {found}, expected {list(source.shape)}")
+        data = _packed_data(arrays["weight_packed"], scheme.bits, columns) if scheme.packed else arrays["weight"]
+        if not scheme.packed and scheme.bits == 4:
+            data = _pack_signed(data, where)
+        scales, zeros = floats(arrays["weight_scale"]), None
+        if not scheme.symmetric:
+            zeros = _zeros(arrays["weight_zero_point"], rows, scheme.packed)
+        elif "weight_zero_point" in arrays and arrays["weight_zero_point"].any():
+            raise ModelError(f"{where}: zero points other than 0, though the scheme is symmetric")
+        perm = None
+        if scheme.by_activation and scheme.group_size:
+            index = arrays["weight_g_idx"]
+            if not regular_groups(index, scheme.group_size, where):
+                data, perm = sort_columns(data, index, scheme.bits)
+        stored, group = scheme.group_size or columns, format.group_size
+        scales = spread_groups(scales, stored, group, columns)
+        zeros = None if zeros is None else spread_groups(zeros, stored, group, columns)
+        return Weight(format, source.shape, data, scales, zeros, perm)
+
+    def _scheme(self, source: Source) -> _Scheme | None:
+        """Exact names come before expressions, expressions before class names, each in alphabetical order."""
+        if source.role == "norm":
+            return None
+        names = {source.module, "lm_head"} if source.module == "embed_out" else {source.module}
+        kind = "Embedding" if source.role == "embedding" else "Conv1D" if source.transposed else "Linear"
+        if any(_matches(names, ignored) or ignored == kind for ignored in self._ignore):
+            return None
+        ordered = sorted(self._targets, key=lambda target: (target.startswith("re:"), target))
+        found = next((t for t in ordered if _matches(names, t)), kind if kind in self._targets else None)
+        return self._targets[found] if found is not None else None
+
+
+def _matches(names: set[str], target: str) -> bool:
+    if target.startswith("re:"):
+        return any(re.match(target[3:], name) for name in names)
+    return target in names
+
+
+def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
+    where = f"config.json: quantization_config.config_groups.{name}"
+    if not isinstance(group, Mapping):
+        raise ModelError(f"{where}: a named preset is not supported, expected the scheme written out")
+    format = str(group.get("format") or format)
+    weights = group.get("weights")
+    if weights is None or format == "dense":
+        return None
+    if format not in (PACKED, CONV1D_PACKED, *UNPACKED):
+        raise ModelError(f"{where}: format {format!r} is not supported; supported: {', '.join((PACKED, *UNPACKED))}")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    symmetric = bool(weights.get("symmetric", True))
+    if kind != "int" or bits not in (4, 8) or (bits == 8 and not symmetric):
+        sign = "symmetric" if symmetric else "asymmetric"
+        raise ModelError(f"{where}: {sign} {kind} weights of {bits} bits; supported: int of 4 bits, symmetric int of 8")
+    size = weights.get("group_size")
+    if strategy is None:
+        strategy = "group" if isinstance(size, int) and size > 0 else "channel" if size == -1 else "tensor"
+    if strategy not in ("group", "channel"):
+        raise ModelError(f"{where}: strategy {strategy!r} is not supported; supported: group, channel")
+    if weights.get("dynamic"):
+        raise ModelError(f"{where}: weights quantised dynamically are not supported")
+    _check_activations(group, where)
+    by_activation = weights.get("actorder") in (True, "group", "dynamic")
+    return _Scheme(name, bits, symmetric, size if strategy == "group" else None, format not in UNPACKED, by_activation)
+
+
+def _check_activations(group: Mapping[str, Any], where: str) -> None:
+    inputs = group.get("input_activations")
+    if group.get("output_activations"):
+        raise ModelError(f"{where}: quantised output activations are not supported")
+    if inputs and not (
+        inputs.get("dynamic") is True and inputs.get("type", "int") == "int" and inputs["num_bits"] == 8
+    ):
+        raise ModelError(f"{where}: input activations must be dynamic int8, found {dict(inputs)!r:.120}")
+
+
+def _packed_data(words: NDArray[Any], bits: int, columns: int) -> NDArray[Any]:
+    """int32 [N, words], element i at bit i * bits, as value + 2^(bits - 1). Four bits are our own layout already."""
+    octets = words.view(np.uint8)
+    if bits == 4:
+        return octets if 2 * octets.shape[1] == columns else np.ascontiguousarray(octets[:, : columns // 2])
+    return np.bitwise_xor(octets[:, :columns], np.uint8(0x80)).view(np.int8)
+
+
+def _pack_signed(values: NDArray[np.int8], where: str) -> NDArray[np.uint8]:
+    """int8 [N, K] of -8..7 -> nibbles of value + 8."""
+    if values.size and (values.min() < -8 or values.max() > 7):
+        raise ModelError(f"{where}: values outside -8..7 in weights of 4 bits")
+    return pack_nibbles((values + np.int8(8)).view(np.uint8))
+
+
+def _zeros(stored: NDArray[Any], rows: int, packed: bool) -> NDArray[np.uint8]:
+    """Zero points 0..15 [N, G]: packed along the rows as the weights are along the columns, or int8 of -8..7."""
+    if not packed:
+        return (stored + np.int8(8)).astype(np.uint8) & np.uint8(15)
+    words = stored.astype(np.uint32)
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)
+    values = (words[:, None, :] >> shifts[None, :, None]) & np.uint32(15)
+    return np.ascontiguousarray(values.reshape(-1, stored.shape[1])[:rows].astype(np.uint8))
