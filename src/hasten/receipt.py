@@ -67,7 +67,7 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to run the model. verdict: "chosen", "accepted", "rejected" (quality), "slower" (than the original, for
-    the goal), or "skipped" (not measured). reason says why, in a sentence.
+    the goal), or "reference" (what others are compared with). reason says why, in a sentence.
 
     decode: tokens/s by number of streams. ratio: to the original in the same round, by "1", "8" and "prefill".
     prefill tokens/s; ttft seconds; memory: bytes of weights and KV cache, and peak resident set where measured.
@@ -105,7 +105,8 @@ class Sample:
 class Receipt:
     """Everything that compress, tune or evaluate found out. `what` is which of the three made it.
 
-    inputs: sha256 by file name, of weights and of text. choice: the name of the chosen candidate. by_batch: what to run
+    inputs: sha256 by file name, of weights and of text. original: the model as it is, run by hasten; reference: run by
+    Transformers, where that is installed. choice: the name of the chosen candidate. by_batch: what to run
     at each number of streams so that nothing is slower than the original. notes: what was left out or fell back.
     """
 
@@ -119,6 +120,7 @@ class Receipt:
     recipe: Recipe | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     original: Candidate | None = None
+    reference: Candidate | None = None
     candidates: tuple[Candidate, ...] = ()
     choice: str | None = None
     reason: str = ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from hasten.hardware import energy_counters
 
 
-def measure_energy(work: Callable[[], None]) -> dict[str, float] | None:
+def measure_energy(work: Callable[[], object]) -> dict[str, float] | None:
     """Joules and seconds that `work` took, all packages together, whatever else ran beside it. None where the counters
     cannot be read: nothing is estimated."""
     counters = energy_counters()

@@ -14,6 +14,7 @@ from hasten.compress.apply import carry_out
 from hasten.compress.plan import resolve
 from hasten.engine.engine import Engine
 from hasten.hardware import Hardware, memory_available
+from hasten.measure.energy import measure_energy
 from hasten.measure.quality import BLOCK_SIZE, Scores, kv_blocks, score, summarize
 from hasten.measure.speed import Timing, Workload, default_kv_cache, interleave, make_engine, time_workload
 from hasten.measure.statistics import ratio_of_rounds, spread
@@ -56,7 +57,7 @@ class Lab:
         self.tick = tick
         self._make_backend = make_backend
         self.found: dict[str, Format] = {name: fmt for name, _, fmt in checkpoint.matrices()}
-        self.original = self._load(Recipe())
+        self.original = self.load(Recipe())
 
     def formats(self, recipe: Recipe) -> dict[str, Format]:
         """The format of every matrix under a recipe."""
@@ -120,7 +121,7 @@ class Lab:
         self, worker: TransformersWorker, workloads: Mapping[str, Workload], rounds: int
     ) -> Candidate:
         """Transformers on the same workloads, in turn with the original here; its ratios are to the original here."""
-        engine = self._engine(self.original, Recipe(), workloads)
+        engine = self.engine(self.original, Recipe(), workloads)
         runs: dict[tuple[str, str], Callable[[], Timing]] = {}
         for key, work in workloads.items():
             runs[ORIGINAL, key] = partial(time_workload, engine, work)
@@ -131,7 +132,16 @@ class Lab:
         changes: dict[str, Any] = {"verdict": "reference", "reason": f"the original through {named}"}
         return replace(found, **changes, memory={"peak": worker.peak_memory()}, predicted=None, bandwidth_fraction=None)
 
-    def _load(self, recipe: Recipe) -> Backend:
+    def joules_per_token(self, backend: Backend, recipe: Recipe, work: Workload) -> dict[str, float] | None:
+        """Energy of decoding one workload, all processor packages together; None where it cannot be read here."""
+        engine = self.engine(backend, recipe, {"": work})
+        found = measure_energy(lambda: time_workload(engine, work))
+        if found is None:
+            return None
+        return {"joules_per_token": found["joules"] / (len(work.prompts) * work.num_tokens)}
+
+    def load(self, recipe: Recipe) -> Backend:
+        """A backend with the recipe's weights, made from the checkpoint on the way."""
         backend = self._make_backend(recipe.run.threads or self.threads)
         plan = resolve(recipe, self.spec)
         with ThreadPoolExecutor(self.threads) as pool:
@@ -141,7 +151,7 @@ class Lab:
     def _load_all(self, recipes: Mapping[str, Recipe]) -> dict[str, Backend]:
         backends = {ORIGINAL: self.original}
         for name, recipe in recipes.items():
-            backends[name] = self._load(recipe)
+            backends[name] = self.load(recipe)
             self.tick(f"{name}: quantised and loaded")
         return backends
 
@@ -163,12 +173,13 @@ class Lab:
     ) -> Timings:
         runs: dict[tuple[str, str], Callable[[], Timing]] = {}
         for name, backend in backends.items():
-            engine = self._engine(backend, recipes[name], workloads)
+            engine = self.engine(backend, recipes[name], workloads)
             for key, work in workloads.items():
                 runs[name, key] = partial(time_workload, engine, work)
         return interleave(runs, rounds, lambda: self.tick(f"{', '.join(list(backends)[1:])}: speed"))
 
-    def _engine(self, backend: Backend, recipe: Recipe, workloads: Mapping[str, Workload]) -> Engine:
+    def engine(self, backend: Backend, recipe: Recipe, workloads: Mapping[str, Workload]) -> Engine:
+        """An engine with room for the workloads, on a backend that is loaded."""
         streams = max(len(work.prompts) for work in workloads.values())
         longest = max(len(work.prompts[0]) + work.num_tokens for work in workloads.values())
         return make_engine(self.spec, backend, recipe.run, streams, longest)

@@ -46,8 +46,11 @@ def predict(
 
 def peak(hardware: Hardware, fmt: Format) -> float:
     """Operations/s of products with this format: integer formats multiply int8, bf16 itself, the rest fp32."""
-    kind = {"int8": "int8", "int4": "int8", "bf16": "bf16"}.get(fmt.kind, "fp32")
-    return hardware.peak_ops.get(kind) or hardware.peak_ops["fp32"]
+    if fmt.kind in ("int8", "int4"):
+        return hardware.peak_ops["int8"]
+    # Where the processor multiplies bf16 pairs, it does twice as many of them as of fp32.
+    halved = fmt.kind != "bf16" and "bf16" in hardware.isa
+    return hardware.peak_ops["bf16"] / (2 if halved else 1)
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> float:

@@ -54,6 +54,24 @@ class Search:
     max_loss: float
     rounds: int
 
+    def run(self, final: Sequence[Window]) -> tuple[list[Candidate], Candidate | None]:
+        """The whole search: every candidate with its verdict, and the chosen one, None where the original stays."""
+        tried = self.uniform()
+        tried += self.by_layer(tried)
+        ranked = choose.rank(tried, self.goal)
+        ways = self.ways_to_run(ranked[0] if ranked else self.original())
+        order = choose.rank(ways, self.goal) + ranked
+        proven = {candidate.name: candidate for candidate in self.prove(order, final)}
+        every = [proven.get(candidate.name, candidate) for candidate in (*tried, *ways)]
+        return every, next((candidate for candidate in every if candidate.verdict == "chosen"), None)
+
+    def original(self) -> Candidate:
+        """The original as it was measured beside the first candidates."""
+        if self.state.get("candidates", ORIGINAL) is None:
+            self.progress.plan(ticks(0, self.rounds))
+            self.state.put("candidates", ORIGINAL, self._alone())
+        return build(Candidate, self.state.get("candidates", ORIGINAL))
+
     def measured(
         self, recipes: Mapping[str, Recipe], workloads: Mapping[str, Workload] | None = None
     ) -> dict[str, Candidate]:
@@ -99,8 +117,8 @@ class Search:
         return [self._worthwhile(way, choose.score(way, self.goal) / plain, base.name) for way in found.values()]
 
     def prove(self, ranked: Sequence[Candidate], final: Sequence[Window]) -> list[Candidate]:
-        """Walk down the ranking until one keeps the limit on text the search has not seen; all that were tried, the last
-        of them chosen if it did."""
+        """Walk down the ranking until one keeps the limit on text the search has not seen. All that were tried, the
+        last of them chosen if it did."""
         tried: list[Candidate] = []
         for candidate in ranked:
             found = self.quality("final", candidate.name, candidate.recipe, final)
@@ -122,6 +140,9 @@ class Search:
     def sensitivity(self) -> dict[str, Measurement]:
         """What the search by layer measured: divergence with one unit, layer or class in the low format."""
         return {name: build(Measurement, value) for name, value in self.state.section("sensitivity").items()}
+
+    def _alone(self) -> Candidate:
+        return replace(self.lab.measure({}, self.windows, self.workloads, self.rounds)[ORIGINAL], verdict="reference")
 
     def _worthwhile(self, way: Candidate, gain: float, base: str) -> Candidate:
         if way.verdict == "rejected":

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hasten.demo import heldout_text
 from hasten.engine.request import SamplingParams
 from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
 from hasten.measure.speed import Workload, make_engine, prompts_from
@@ -22,6 +21,7 @@ from hasten.receipt import Prediction
 from hasten.recipe import Recipe, Run
 from hasten.tune.lab import ORIGINAL, Lab
 
+BUNDLED = Path(__file__).parents[1] / "demo" / "heldout.txt"
 WINDOW = 256  # tokens
 FITS = 2.2  # bits a byte; models that have not learnt a text's language need 3 and more
 _SECONDS = 6.0  # of reading at the predicted speed, for each of the two parts
@@ -49,9 +49,10 @@ def held_out(lab: Lab, tokenizer: Tokenizer, data: str | Path | None) -> HeldOut
     count = 2 * num_windows(lab.predict(Recipe()), length)
     if data is not None:
         return _from_text(read_text(data), Path(data).name, tokenizer, length, count)
-    bundled = _from_text(heldout_text(), "held-out text of the demo model", tokenizer, length, count)
-    if bits_per_byte(lab, bundled.search[:4]) <= FITS:
-        return bundled
+    if BUNDLED.is_file():
+        bundled = _from_text(read_text(BUNDLED), "held-out text of the demo model", tokenizer, length, count)
+        if bits_per_byte(lab, bundled.search[:4]) <= FITS:
+            return bundled
     return _written_by_model(lab, tokenizer, length, min(count, 64))
 
 

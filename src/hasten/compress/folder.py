@@ -1,0 +1,118 @@
+"""A recipe carried out on a model folder: weights stream through, one at a time, into a new folder with its papers."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hasten.compress.apply import carry_out
+from hasten.compress.plan import Plan, matrix_shapes, resolve
+from hasten.hardware import conditions, cpu_model, usable_threads, versions
+from hasten.model.checkpoint import Checkpoint, open_checkpoint
+from hasten.model.formats import Format, Weight, bytes_of
+from hasten.model.hub import resolve as resolve_name
+from hasten.model.spec import config_of_text
+from hasten.model.writer import write_checkpoint
+from hasten.receipt import Receipt, plain, sha256
+from hasten.recipe import Recipe
+
+ProgressCallback = Callable[[int, int, str], None]
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    progress: ProgressCallback | None = None,
+) -> Receipt:
+    """Carry out `recipe` (a Recipe, plain data, a preset's name or a YAML file) on `model` and write the folder `out`,
+    with recipe.yaml and receipt.json in it.
+
+    progress(done, total, name) is told of each matrix. The recipe is checked before any weight is read. Raises
+    RecipeError, ModelError, and ResourceError where `out` exists or cannot be written; nothing half-written is left.
+    """
+    recipe = Recipe.load(recipe)
+    checkpoint = open_checkpoint(resolve_name(str(model)))
+    plan = resolve(recipe, checkpoint.spec)
+    before = {name: fmt for name, _, fmt in checkpoint.matrices()}
+    receipt = Receipt(
+        what="compress",
+        model=str(model),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions(),
+        hardware={"cpu": cpu_model(), "threads": usable_threads()},
+        conditions=conditions(),
+        inputs=hashes(checkpoint),
+        recipe=recipe,
+        settings={
+            "bytes_before": total_bytes(checkpoint, before),
+            "bytes_after": total_bytes(checkpoint, {**before, **plan.formats}),
+        },
+        notes=(*plan.notes, *requantised(plan, before)),
+    )
+    write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress)
+    return receipt
+
+
+def write_folder(
+    out: str | Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    extra_files: Mapping[str, str],
+    progress: ProgressCallback | None = None,
+) -> None:
+    """The model under the recipe as a Hugging Face folder, with recipe.yaml, and how to run it in config.json's
+    `hasten.run`. It appears whole or not at all."""
+    plan = resolve(recipe, checkpoint.spec)
+    config = config_of_text(checkpoint.config)
+    config["hasten"] = {"run": {key: value for key, value in plain(recipe.run).items() if value is not None}}
+    formats = {**{name: fmt for name, _, fmt in checkpoint.matrices()}, **plan.formats}
+    kinds = {formats[name].kind for name in matrix_shapes(checkpoint.spec)}
+    if len(kinds) == 1 and (dtype := _DTYPES.get(kinds.pop())) is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        weights = _told(carry_out(plan, checkpoint.weights(), pool), len(formats), progress)
+        files = {"recipe.yaml": recipe.to_yaml(), **extra_files}
+        write_checkpoint(out, config, weights, checkpoint.path, files)
+
+
+def hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of the configuration, the tokenizer and every file of weights."""
+    wanted = [
+        *checkpoint.path.glob("*.safetensors"),
+        checkpoint.path / "config.json",
+        checkpoint.path / "tokenizer.json",
+    ]
+    return {path.name: sha256(path) for path in sorted(wanted) if path.is_file()}
+
+
+def total_bytes(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> int:
+    """Bytes of all matrices in these formats."""
+    return sum(bytes_of(formats[name], shape) for name, shape, _ in checkpoint.matrices())
+
+
+def requantised(plan: Plan, before: Mapping[str, Format]) -> tuple[str, ...]:
+    """A line where matrices that were quantised already are quantised again: what was lost stays lost."""
+    again = [n for n, fmt in plan.formats.items() if before[n].kind in ("int8", "int4") and before[n] != fmt]
+    if not again:
+        return ()
+    return (
+        f"{len(again)} matrices were quantised already ({again[0]}, ...) and are quantised again from what is left",
+    )
+
+
+def _told(
+    weights: Iterator[tuple[str, Weight]], total: int, progress: ProgressCallback | None
+) -> Iterator[tuple[str, Weight]]:
+    done = 0
+    for name, weight in weights:
+        yield name, weight
+        if weight.shape[1] > 1:
+            done += 1
+            if progress is not None:
+                progress(min(done, total), total, name)
