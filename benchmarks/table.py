@@ -7,7 +7,7 @@ median of all samples with its extremes.
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,8 @@ COMPARISONS = (
     Comparison("decode, 1 stream", "decode", LARGE, "hasten bf16", "Transformers bf16", 1.0),
     Comparison("decode, 8 streams", "batch", LARGE, "hasten bf16", "Transformers bf16", 1.0),
 )
-# Least fraction of the measured read bandwidth, and of the quiet speed beside a busy neighbour.
-BANDWIDTH_LIMITS = {"hasten int4": 0.85, "hasten int8": 0.90, "hasten bf16": 0.90}
-BUSY_LIMITS = {"hasten int4": 0.70}
+KV_BYTES_A_TOKEN = 114_688  # Qwen3-0.6B in bf16: 2 x 28 layers x 8 heads x 128 x 2 bytes
+LONGEST_DECODE = 161
 
 
 def as_list(value: Any) -> list[float]:
@@ -74,6 +73,38 @@ def bandwidth_fractions(runs: Iterable[Run]) -> list[float]:
     ]
 
 
+def memory_ratios(runs: Iterable[Run]) -> list[float]:
+    """Of each round: peak memory of decoding one stream over weights and the KV cache of that stream."""
+    cache = KV_BYTES_A_TOKEN * LONGEST_DECODE
+    return [run["peak_mib_decode"] * 2**20 / (run["weight_bytes"] + cache) for run in runs if "peak_mib_decode" in run]
+
+
+def busy_kept(runs: Iterable[Run]) -> list[float]:
+    """Of each round: speed beside one busy process over the quiet speed just before."""
+    return samples(runs, "busy_kept")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure of hasten's on the large shape that needs no peer. figure: runs -> one value a round."""
+
+    what: str
+    ours: str
+    of: str
+    figure: Callable[[Iterable[Run]], list[float]]
+    limit: float
+    at_most: bool = False
+
+
+LIMITS = (
+    Limit("decode, 1 stream", "hasten int4", "read bandwidth", bandwidth_fractions, 0.85),
+    Limit("decode, 1 stream", "hasten int8", "read bandwidth", bandwidth_fractions, 0.90),
+    Limit("decode, 1 stream", "hasten bf16", "read bandwidth", bandwidth_fractions, 0.90),
+    Limit("decode beside a busy process", "hasten int4", "itself, quiet", busy_kept, 0.70),
+    Limit("peak memory, 1 stream", "hasten int4", "weights + KV", memory_ratios, 1.15, at_most=True),
+)
+
+
 def spread(values: list[float], digits: int) -> str:
     if not values:
         return "-"
@@ -81,8 +112,13 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle:,.{digits}f} [{low:,.{digits}f}-{high:,.{digits}f}]"
 
 
-def verdict(value: float, limit: float, at_most: bool = False) -> str:
-    return "reached" if (value <= limit if at_most else value >= limit) else "**not reached**"
+def target(values: list[float], limit: float, at_most: bool) -> str:
+    """The last three cells of a row: measured, wanted, verdict on the median."""
+    middle = statistics.median(values)
+    reached = middle <= limit if at_most else middle >= limit
+    return (
+        f"{spread(values, 2)} | {'<=' if at_most else '>='} {limit:g} | {'reached' if reached else '**not reached**'} |"
+    )
 
 
 def paired_ratios(report: dict[str, Any], comparison: Comparison) -> list[float]:
@@ -98,19 +134,12 @@ def ratio_rows(report: dict[str, Any]) -> list[str]:
     rows = []
     for comparison in COMPARISONS:
         if ratios := paired_ratios(report, comparison):
-            sign = "<=" if comparison.at_most else ">="
-            result = verdict(statistics.median(ratios), comparison.limit, comparison.at_most)
-            pair = f"{comparison.ours} / {comparison.peer}"
-            figure = f"{spread(ratios, 2)} | {sign} {comparison.limit:g}"
-            rows.append(f"| {comparison.shape}: {comparison.what} | {pair} | {figure} | {result} |")
-    for system, limit in BANDWIDTH_LIMITS.items():
-        if fractions := bandwidth_fractions(of(report, LARGE, system)):
-            figure = f"{spread(fractions, 2)} | >= {limit:g} | {verdict(statistics.median(fractions), limit)}"
-            rows.append(f"| {LARGE}: decode, 1 stream | {system} / read bandwidth | {figure} |")
-    for system, limit in BUSY_LIMITS.items():
-        if kept := samples(of(report, LARGE, system), "busy_kept"):
-            figure = f"{spread(kept, 2)} | >= {limit:g} | {verdict(statistics.median(kept), limit)}"
-            rows.append(f"| {LARGE}: decode beside a busy process | {system} / itself, quiet | {figure} |")
+            cells = target(ratios, comparison.limit, comparison.at_most)
+            rows.append(f"| {comparison.shape}: {comparison.what} | {comparison.ours} / {comparison.peer} | {cells}")
+    for limit in LIMITS:
+        if values := limit.figure(of(report, LARGE, limit.ours)):
+            cells = target(values, limit.limit, limit.at_most)
+            rows.append(f"| {LARGE}: {limit.what} | {limit.ours} / {limit.of} | {cells}")
     return rows
 
 
@@ -127,7 +156,7 @@ def system_row(system: str, runs: list[Run]) -> str:
         spread(samples(runs, "starts_s"), 2),
         spread(samples(runs, "peak_mib_decode"), 0),
         spread(samples(runs, "peak_mib"), 0),
-        spread([100 * kept for kept in samples(runs, "busy_kept")], 0),
+        spread([100 * kept for kept in busy_kept(runs)], 0),
         str(len(samples(runs, "decode"))),
         disturbed,
     ]
@@ -150,13 +179,13 @@ def shape_table(report: dict[str, Any], shape: str) -> list[str]:
 def render(report: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     machine, runs = report["conditions"], report["runs"]
-    isa = " ".join(machine["isa"])
+    processor = f"{machine['cpu']}, family/model {machine['cpu_family_model']}, {' '.join(machine['isa'])}"
     bandwidths = [value / 1e9 for run in runs for value in run["bandwidth"]]
     versions = {name: version for run in runs for name, version in run.get("versions", {}).items()}
     lines = [
-        f"{machine['cpu']} ({isa}), {machine['cores_used']} of {machine['cores_of_machine']} cores, {machine['date']}; "
-        f"read bandwidth {spread(bandwidths, 1)} GB/s; median [least-most].",
-        ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if len(version) < 40),
+        f"{processor}; {machine['cores_used']} of {machine['cores_of_machine']} cores; {machine['date']}; "
+        f"read bandwidth {spread(bandwidths, 1)} GB/s. Median [least-most].",
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "ggml"),
     ]
     if rows := ratio_rows(report):
         lines += ["", "| what | ratio of | measured | wanted | |", "|---|---|---|---|---|", *rows]
