@@ -14,7 +14,7 @@ HEAVY = ["torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "jin
 
 
 def median_seconds(*arguments: str, runs: int = 7) -> float:
-    """Median wall time of a python process over that of an empty one of the same moment: the machine's own share is out."""
+    """Median wall time of a python process."""
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -43,7 +43,14 @@ def test_import_loads_nothing_heavy():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["tune", "--help"]])
 def test_help_and_version_load_nothing_heavy(arguments):
-    code = f"import sys\nsys.argv = ['hasten', *{arguments!r}]\nfrom hasten.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code"
+    code = f"""
+import sys
+from hasten.cli import main
+sys.argv = ["hasten", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code"""
     assert loaded_by(code) == []
 
 

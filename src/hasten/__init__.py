@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from hasten import errors
 
 if TYPE_CHECKING:
-    from hasten.compress import compress
+    from hasten.compress.folder import compress
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
     from hasten.measure import evaluate
     from hasten.recipe import Recipe
-    from hasten.tune import tune
+    from hasten.tune.run import tune
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "compress", "errors", "evaluate", "tune"]
@@ -25,8 +25,8 @@ _HOME = {
     "LLM": "hasten.engine.llm",
     "SamplingParams": "hasten.engine.request",
     "Recipe": "hasten.recipe",
-    "tune": "hasten.tune",
-    "compress": "hasten.compress",
+    "tune": "hasten.tune.run",
+    "compress": "hasten.compress.folder",
     "evaluate": "hasten.measure",
 }
 

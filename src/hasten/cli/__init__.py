@@ -1,0 +1,73 @@
+"""The command line: one file a verb, and what all verbs share: how errors, Ctrl-C and a closed pipe end the program.
+
+Knows nothing of what verbs do. A verb imports what it needs when it runs, so that `hasten --help` is quick.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from hasten import __version__
+from hasten.cli import bench, chat, compress, generate, inspect, tune
+from hasten.errors import HastenError
+
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+
+app = typer.Typer(
+    name="hasten",
+    help="Makes a language model generate text in seconds on the hardware you own, and proves it.",
+    epilog="MODEL is a folder, a name on the Hugging Face hub, or demo, the small model that comes with hasten.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hasten {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("tune")(tune.tune)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
+app.command("compress")(compress.compress)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code: 0, or 2 with one line on stderr for what a user can mend, 130
+    after Ctrl-C, 141 where the reader of a pipe has gone. HASTEN_DEBUG=1 shows where an error came from."""
+    try:
+        try:
+            app(prog_name="hasten")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except HastenError as error:
+        if os.environ.get("HASTEN_DEBUG"):
+            raise
+        print(f"hasten: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_USER)

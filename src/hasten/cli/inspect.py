@@ -1,0 +1,191 @@
+"""`hasten inspect`: what a model is, what this machine is, and what to expect of both, before a weight is loaded."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.cli.terminal import bytes_in_words, note, write_facts, write_json, write_table
+
+if TYPE_CHECKING:
+    from hasten.hardware import Hardware
+    from hasten.model.checkpoint import Checkpoint
+    from hasten.receipt import Prediction
+
+STREAMS = (1, 8)
+
+
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="As elsewhere; without it, only the machine.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens that each stream has, for memory and speed.")
+    ] = 4096,
+    kv_cache: options.KvCacheOption = "bf16",
+    json: options.JsonOption = False,
+) -> None:
+    """Say what a model is and what to expect of it here.
+
+    The machine's bandwidth and arithmetic are measured, about a second; of the model, the configuration and the
+    headers of its files are read, no weight. Predictions are upper limits: what reading and multiplying alone would allow.
+    """
+    from hasten.hardware import probe
+
+    checkpoint = None
+    if model is not None:
+        from hasten.model.checkpoint import open_checkpoint
+        from hasten.model.hub import resolve
+
+        checkpoint = open_checkpoint(resolve(model))
+    note("Measuring this machine ...")
+    hardware = probe()
+    expected: dict[str, Prediction] = {}
+    if checkpoint is not None:
+        context = min(context, checkpoint.spec.max_position)
+        expected = predictions(checkpoint, hardware, kv_cache or "bf16", context)
+    if json:
+        write_json(_as_data(checkpoint, hardware, expected, kv_cache or "bf16", context))
+        return
+    write_facts(machine_facts(hardware))
+    if checkpoint is not None:
+        print()
+        write_facts(model_facts(checkpoint))
+        print()
+        _write_predictions(checkpoint, hardware, expected, kv_cache or "bf16", context)
+    for line in hardware.notes:
+        note(f"note: {line}")
+
+
+def predictions(checkpoint: "Checkpoint", hardware: "Hardware", kv_cache: str, context: int) -> dict[str, "Prediction"]:
+    """Upper limits by format: as stored, then those that `tune` would try, by their presets' names."""
+    from hasten.compress.plan import resolve
+    from hasten.tune.candidates import uniform
+    from hasten.tune.predict import predict
+
+    found = {name: fmt for name, _, fmt in checkpoint.matrices()}
+    ways = {"as stored": found}
+    for name, recipe in uniform(checkpoint.spec, found).items():
+        ways[name] = {**found, **resolve(recipe, checkpoint.spec).formats}
+    return {
+        name: predict(checkpoint.spec, formats, hardware, kv_cache, context, STREAMS) for name, formats in ways.items()
+    }
+
+
+def machine_facts(hardware: "Hardware") -> list[tuple[str, str]]:
+    """The machine in names and values."""
+    bandwidth = ", ".join(
+        f"{value / 1e9:.1f} GB/s with {count} thread{'s' * (count != '1')}"
+        for count, value in hardware.read_bandwidth.items()
+    )
+    caches = ", ".join(f"{level} {bytes_in_words(size)}" for level, size in hardware.caches.items())
+    quota = "" if hardware.cpu_quota is None else f", of which {hardware.cpu_quota:g} may be used"
+    return [
+        ("processor", f"{hardware.cpu} ({hardware.architecture})"),
+        ("instructions", f"{hardware.isa} (HASTEN_ISA forces another)"),
+        ("cores", f"{hardware.cores}{quota}, {hardware.numa_nodes} NUMA node{'s' * (hardware.numa_nodes > 1)}"),
+        ("caches", caches or "not known"),
+        ("memory", f"{bytes_in_words(hardware.memory_available)} free of {bytes_in_words(hardware.memory_total)}"),
+        ("huge pages", hardware.huge_pages or "not known"),
+        ("reads", bandwidth),
+        ("multiplies", ", ".join(f"{kind} {value / 1e12:.2f} TOPS" for kind, value in hardware.peak_ops.items())),
+    ]
+
+
+def model_facts(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
+    """The model in names and values."""
+    spec = checkpoint.spec
+    first = spec.layers[0]
+    windows = sorted({layer.window for layer in spec.layers if layer.window})
+    head = "tied to the embedding" if spec.tied_head else "of its own"
+    return [
+        ("model", f"{spec.family}, in {checkpoint.path}"),
+        ("parameters", f"{num_parameters(checkpoint):,} in matrices"),
+        ("formats", ", ".join(f"{name} x {count}" for name, count in format_counts(checkpoint).items())),
+        ("layers", f"{len(spec.layers)} of width {spec.hidden_size}, MLP {first.intermediate_size}"),
+        ("attention", f"{first.num_heads} heads of {first.head_dim}, {first.num_kv_heads} with keys and values"),
+        ("windows", ", ".join(str(window) for window in windows) or "none: every token sees all before it"),
+        ("vocabulary", f"{spec.vocab_size:,} tokens, head {head}"),
+        ("longest text", f"{spec.max_position:,} tokens"),
+    ]
+
+
+def num_parameters(checkpoint: "Checkpoint") -> int:
+    return sum(rows * columns for _, (rows, columns), _ in checkpoint.matrices())
+
+
+def format_counts(checkpoint: "Checkpoint") -> dict[str, int]:
+    """How many matrices are stored in each format."""
+    from hasten.compress.plan import describe
+
+    return dict(Counter(describe(fmt) for _, _, fmt in checkpoint.matrices()))
+
+
+def _write_predictions(
+    checkpoint: "Checkpoint", hardware: "Hardware", expected: dict[str, "Prediction"], kv_cache: str, context: int
+) -> None:
+    from hasten.tune.predict import memory_needed
+
+    rows = []
+    for name, prediction in expected.items():
+        needed = memory_needed(checkpoint.spec, prediction, kv_cache, context)
+        rows.append(
+            [
+                name,
+                bytes_in_words(prediction.weight_bytes),
+                bytes_in_words(needed),
+                "yes" if needed < hardware.memory_available else "no",
+                *(f"{prediction.decode[str(count)]:,.0f}" for count in STREAMS),
+                f"{prediction.prefill:,.0f}",
+            ]
+        )
+    columns = [
+        "format",
+        "weights",
+        f"with {context} tokens of KV",
+        "fits",
+        "decode, 1 stream",
+        "8 streams",
+        "prefill 512",
+    ]
+    write_table(columns, rows, title="At most, tokens/s, from measured bandwidth and arithmetic")
+
+
+def _as_data(
+    checkpoint: "Checkpoint | None",
+    hardware: "Hardware",
+    expected: dict[str, "Prediction"],
+    kv_cache: str,
+    context: int,
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    data: dict[str, Any] = {"machine": asdict(hardware)}
+    if checkpoint is not None:
+        from hasten.tune.predict import memory_needed
+
+        spec = checkpoint.spec
+        data["model"] = {
+            "path": str(checkpoint.path),
+            "family": spec.family,
+            "parameters": num_parameters(checkpoint),
+            "formats": format_counts(checkpoint),
+            "layers": [asdict(layer) for layer in spec.layers],
+            "hidden_size": spec.hidden_size,
+            "vocab_size": spec.vocab_size,
+            "max_position": spec.max_position,
+            "tied_head": spec.tied_head,
+            "eos_token_ids": list(spec.eos_token_ids),
+        }
+        data["predictions"] = {
+            name: {
+                **asdict(prediction),
+                "memory": (needed := memory_needed(spec, prediction, kv_cache, context)),
+                "fits": needed < hardware.memory_available,
+            }
+            for name, prediction in expected.items()
+        }
+        data["conditions"] = {"kv_cache": kv_cache, "context": context}
+    return data

@@ -1,0 +1,244 @@
+"""The command line on a real trained model, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from command_line import COMMAND, hasten
+
+START = "Once upon a time"
+GREEDY = ", there was a little girl named Lily. She loved to play outside in the park."
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    return str(shared_data / "stories260K")
+
+
+def json_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_version_is_the_packages():
+    import hasten as package
+
+    assert hasten("--version").good.stdout == f"hasten {package.__version__}\n"
+
+
+def test_help_names_every_verb():
+    text = hasten("--help").good.stdout
+    for verb in ("tune", "generate", "chat", "inspect", "bench", "compress", "evaluate"):
+        assert f"\n  {verb} " in text
+
+
+def test_a_mistyped_verb_is_told_the_nearest():
+    done = hasten("genrate", "demo")
+    assert done.code == 2
+    assert "No such command 'genrate'" in done.stderr
+    assert "generate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--temperature", "-1"), ("--max-tokens", "0"), ("--top-p", "1.5"), ("--min-p", "-0.1"), ("-n", "0"),
+        ("--threads", "0"), ("--kv-cache", "int3"), ("--seed", "x"),
+    ],
+)  # fmt: skip
+def test_a_bad_number_names_its_flag(flag, value):
+    done = hasten("generate", "demo", "text", flag, value)
+    assert done.code == 2
+    assert flag in done.stderr
+    assert value in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_continues_a_prompt(stories):
+    done = hasten("generate", stories, START, "--max-tokens", 32, "--temperature", 0).good
+    assert done.stdout.startswith(GREEDY)
+    assert done.stdout.endswith("\n")
+    assert done.stderr == ""
+
+
+def test_generate_reads_stdin_without_its_last_newline(stories):
+    piped = hasten("generate", stories, "--max-tokens", 16, stdin=START + "\n").good.stdout
+    dash = hasten("generate", stories, "-", "--max-tokens", 16, stdin=START).good.stdout
+    given = hasten("generate", stories, START, "--max-tokens", 16).good.stdout
+    assert piped == dash == given
+
+
+def test_generate_reads_files_beside_arguments(stories, tmp_path):
+    (tmp_path / "a.txt").write_text("Tom had a red ball\n")
+    flags = ["--max-tokens", 8, "--json"]
+    both = json_lines(hasten("generate", stories, START, "--file", tmp_path / "a.txt", *flags).good.stdout)
+    assert [line["prompt"] for line in both] == [START, "Tom had a red ball"]
+    alone = json_lines(hasten("generate", stories, "Tom had a red ball", *flags).good.stdout)
+    assert both[1]["outputs"] == alone[0]["outputs"]
+
+
+def test_generate_several_says_which_is_which(stories):
+    text = hasten("generate", stories, START, "The cat", "-n", 2, "--max-tokens", 4, "--seed", 1).good.stdout
+    heads = [line for line in text.splitlines() if line.startswith("==>")]
+    assert heads == [f"==> prompt {p}, continuation {c} <==" for p in (1, 2) for c in (1, 2)]
+
+
+def test_generate_json_has_logprobs_that_agree(stories):
+    flags = ["--max-tokens", 5, "--logprobs", 3, "--json", "--temperature", 0]
+    (line,) = json_lines(hasten("generate", stories, START, *flags).good.stdout)
+    (output,) = line["outputs"]
+    assert output["finish_reason"] == "length"
+    assert len(output["token_ids"]) == len(output["logprobs"]) == line["num_output_tokens"] == 5
+    assert GREEDY.startswith(output["text"])
+    for token in output["logprobs"]:
+        assert token["logprob"] <= 0
+        assert len(token["top"]) == 3
+        assert token["top"][0] == {key: token[key] for key in ("token_id", "token", "logprob")}
+
+
+def test_a_seed_repeats_whatever_runs_beside_it(stories):
+    flags = ["--max-tokens", 24, "--temperature", 0.9, "--seed", 7, "--json"]
+    alone = json_lines(hasten("generate", stories, START, *flags).good.stdout)
+    beside = json_lines(hasten("generate", stories, "A dog", START, "Lily", *flags).good.stdout)
+    assert beside[1]["outputs"] == alone[0]["outputs"]
+    other = json_lines(hasten("generate", stories, START, *flags[:-2], 8, "--json").good.stdout)
+    assert other[0]["outputs"] != alone[0]["outputs"]
+
+
+def test_stop_ends_the_answer(stories):
+    text = hasten("generate", stories, START, "--stop", "Lily", "--max-tokens", 64).good.stdout
+    assert text == ", there was a little girl named \n"
+
+
+def test_logprobs_without_json_are_refused():
+    assert hasten("generate", "demo", "x", "--logprobs", 2).complaint.startswith("--logprobs is shown with --json only")
+
+
+def test_a_reader_that_leaves_is_no_error(stories):
+    writer = subprocess.Popen(
+        [*COMMAND, "generate", stories, START, "--max-tokens", "400", "--temperature", "1", "--seed", "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert writer.stdout.read(1)
+    writer.stdout.close()
+    complaint = writer.stderr.read().decode()
+    assert writer.wait(60) in (1, 141, 0)
+    assert complaint == ""
+
+
+def test_ctrl_c_ends_generate_with_130_and_no_traceback(stories):
+    flags = ["--max-tokens", "10", "--json", "-n", "1000", "--temperature", "1"]
+    done = interrupted(["generate", stories, *([START] * 40), *flags], after=1.5)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr.decode()
+
+
+def interrupted(arguments: list[str], after: float) -> subprocess.CompletedProcess:
+    """Run, send SIGINT after so many seconds, and wait."""
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(after)
+    assert process.poll() is None, process.communicate()[1].decode()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def test_chat_without_a_template_continues_the_text(stories):
+    talk = f"{START}\n/help\n/reset\n{START}\n/nonsense\n/quit\nnever read\n"
+    done = hasten("chat", stories, "--max-tokens", 20, "--temperature", 0, stdin=talk).good
+    answers = done.stdout.splitlines()
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert GREEDY.startswith(answers[0])
+    assert "no chat template" in done.stderr
+    assert "/system TEXT" in done.stderr
+    assert "unknown command /nonsense" in done.stderr
+
+
+def test_chat_remembers_and_says_when_it_grows_too_long(stories):
+    done = hasten("chat", stories, "--max-tokens", 400, stdin=f"{START}\n{START}\n/reset\nThe end\n").good
+    assert "/reset" in done.stderr.splitlines()[-2] or "or start again with /reset" in done.stderr
+
+
+def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(stories):
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.execv(COMMAND[0], [*COMMAND, "chat", stories, "--max-tokens", "480", "--temperature", "1"])
+    screen = Screen(terminal)
+    screen.wait_for("> ")
+    screen.type("Once upon a time\n")
+    time.sleep(0.02)
+    screen.type("\x03")
+    screen.wait_for("> ")
+    screen.type("/help\n")
+    screen.wait_for("forget the conversation")
+    screen.type("\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert "Traceback" not in screen.text
+
+
+class Screen:
+    """The far side of a terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.text, self.seen = descriptor, "", 0
+
+    def type(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def wait_for(self, wanted: str, seconds: float = 30) -> None:
+        import select
+
+        deadline = time.monotonic() + seconds
+        while wanted not in self.text[self.seen :]:
+            assert time.monotonic() < deadline, f"{wanted!r} never came; the screen:\n{self.text}"
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                self.text += os.read(self.descriptor, 4096).decode(errors="replace")
+        self.seen = self.text.index(wanted, self.seen) + len(wanted)
+
+
+def test_inspect_tells_the_machine_the_model_and_what_to_expect(stories):
+    data = json.loads(hasten("inspect", stories, "--json").good.stdout)
+    assert data["model"]["family"] == "llama"
+    assert data["model"]["parameters"] == 260032 - (2 * 5 + 1) * 64
+    assert data["machine"]["isa"]
+    assert data["machine"]["cores"] == len(os.sched_getaffinity(0))
+    stored, int8 = data["predictions"]["as stored"], data["predictions"]["int8"]
+    assert int8["weight_bytes"] < stored["weight_bytes"]
+    assert int8["decode"]["1"] > stored["decode"]["1"] > 0
+    text = hasten("inspect", stories).good.stdout
+    assert "as stored" in text
+    assert "260" in text
+
+
+def test_inspect_without_a_model_tells_the_machine():
+    forced = hasten("inspect", "--json", env={"HASTEN_ISA": "portable"}).good
+    assert json.loads(forced.stdout)["machine"]["isa"] == "portable"
+    assert "processor" in hasten("inspect").good.stdout
+
+
+def test_bench_reports_speed_and_its_conditions(stories):
+    flags = ["--prefill", 64, "--decode", 16, "--batch", 1, "--batch", 3, "--rounds", 2]
+    data = json.loads(hasten("bench", stories, *flags, "--json").good.stdout)
+    assert [row["streams"] for row in data["results"]] == [1, 1, 3]
+    for row in data["results"]:
+        assert 0 < row["speed"]["low"] <= row["speed"]["median"] <= row["speed"]["high"]
+    assert data["results"][0]["ttft"]["median"] > 0
+    assert 0 < data["results"][1]["of_bandwidth"] < 1.5
+    assert data["peak_memory"] > 1 << 20
+    assert data["conditions"]["threads"] >= 1
+    table = hasten("bench", stories, *flags).good.stdout
+    assert "decode 16, 3 streams" in table
+
+
+def test_bench_that_does_not_fit_says_what_does(stories):
+    complaint = hasten("bench", stories, "--prefill", 4096).complaint
+    assert "--prefill 511" in complaint
+
+
+def test_colours_only_where_wanted(stories):
+    piped = hasten("inspect", stories, env={"FORCE_COLOR": "", "TERM": "xterm"}).good.stdout
+    assert "\x1b[" not in piped
