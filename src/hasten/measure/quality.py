@@ -4,7 +4,7 @@ Works on backends and windows of tokens (measure/text.py); knows no files, engin
 in full, chunk by chunk, so that memory stays bounded: a distribution over 150,000 tokens is never kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +40,12 @@ def kv_blocks(windows: Sequence[Window]) -> int:
     return max(-(-len(window.tokens) // BLOCK_SIZE) for window in windows)
 
 
-def score(backends: Mapping[str, Backend], windows: Sequence[Window], vocab_size: int) -> dict[str, Scores]:
+def score(
+    backends: Mapping[str, Backend],
+    windows: Sequence[Window],
+    vocab_size: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Scores]:
     """Run every window through every backend; the first is the original that the others are compared with.
 
     Each backend is loaded and has kv_blocks(windows) blocks of BLOCK_SIZE, whose contents are lost. Raises ModelError
@@ -59,6 +64,8 @@ def score(backends: Mapping[str, Backend], windows: Sequence[Window], vocab_size
                 if not np.isfinite(rows).all():
                     raise ModelError(f"{name} gives logits that are not numbers: a weight is damaged or overflowed")
                 sums[name][:, index] += rows.sum(axis=1)
+        if progress is not None:
+            progress(index + 1, len(windows), "windows of text")
     tokens = np.array([len(window.tokens) - 1 for window in windows], np.float64)
     num_bytes = np.array([window.num_bytes for window in windows], np.float64)
     return {name: Scores(found[0], found[1], found[2], tokens, num_bytes) for name, found in sums.items()}

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TypeVar
 
 from hasten.backends.base import Backend
@@ -33,12 +34,14 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is timed: one prompt a stream, all sent at once, each continued by num_tokens. temperature 0 is greedy;
-    above it, a seed of each stream's own makes every run draw the same tokens."""
+    """What is timed: a prompt a stream, all sent at once, each continued by num_tokens. temperature 0 is greedy; above
+    it, a seed of each stream's own makes every run draw the same tokens. min_seconds: a short run is repeated so long
+    and its medians are taken."""
 
     prompts: tuple[tuple[int, ...], ...]
     num_tokens: int
     temperature: float = 0.0
+    min_seconds: float = 0.0
 
 
 def default_kv_cache(spec: ModelSpec) -> str:
@@ -57,7 +60,19 @@ def make_engine(spec: ModelSpec, backend: Backend, run: Run, streams: int, max_l
 
 
 def time_workload(engine: Engine, work: Workload) -> Timing:
-    """Run a workload once, from an empty prefix cache."""
+    """Run a workload, each time from an empty prefix cache."""
+    end = time.perf_counter() + work.min_seconds
+    timings = [_run_once(engine, work)]
+    while time.perf_counter() < end:
+        timings.append(_run_once(engine, work))
+    return Timing(
+        median(timing.decode for timing in timings),
+        median(timing.prefill for timing in timings),
+        median(timing.ttft for timing in timings),
+    )
+
+
+def _run_once(engine: Engine, work: Workload) -> Timing:
     engine.abort()
     start = time.perf_counter()
     for stream, prompt in enumerate(work.prompts):

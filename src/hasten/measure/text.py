@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import HastenError
+
+# Held-out English of the demo model's training texts; ships with the package.
+BUNDLED = Path(__file__).parents[1] / "demo" / "heldout.txt"
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -51,6 +55,22 @@ def make_windows(
     return tuple(windows)
 
 
+class Encoder(Protocol):
+    """What is needed of a tokenizer (model/tokenizer.py)."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_plain(self, text: str) -> list[int]: ...
+
+
+def first_token(tokenizer: Encoder) -> int | None:
+    """The token that the model expects before every text; None where it was trained without one."""
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
+
+
 def split(windows: Sequence[Window]) -> tuple[tuple[Window, ...], tuple[Window, ...]]:
     """Windows to search on, and windows to prove on: every other one, so that both see the whole text."""
     return tuple(windows[::2]), tuple(windows[1::2])
@@ -86,12 +106,12 @@ def _pieces(text: str, encode: Encode, room: int) -> list[tuple[str, Sequence[in
 
 
 def _cut(text: str, start: int, end: int) -> int:
-    """The last end of a line or word in the second half of text[start:end], or `end` itself. The white space stays with
+    """The last end of a line or word in the last quarter of text[start:end], or `end` itself. White space stays with
     what follows, as tokenizers take it."""
     if end >= len(text):
         return len(text)
     for mark in ("\n", " "):
-        at = text.rfind(mark, (start + end) // 2 + 1, end)
+        at = text.rfind(mark, (start + 3 * end) // 4 + 1, end)
         if at > start:
             return at
     return end

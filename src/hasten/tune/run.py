@@ -31,6 +31,7 @@ from hasten.tune.texts import HeldOut, held_out, workloads
 
 GOALS = ("latency", "throughput", "memory")
 _TRANSFORMERS_ROUNDS = 3
+_TRANSFORMERS_TOKENS = 16  # a stream; it is slow, and its speed steady
 _SAMPLE_TOKENS = 48
 
 
@@ -127,7 +128,10 @@ def _through_transformers(search: Search) -> tuple[Candidate | None, tuple[str, 
     if not available():
         return None, ("Transformers is not installed: the original was measured through hasten only",)
     search.progress.plan(_TRANSFORMERS_ROUNDS)
-    works = {key: replace(work, num_tokens=min(work.num_tokens, 32)) for key, work in search.workloads.items()}
+    works = {
+        key: replace(work, num_tokens=min(work.num_tokens, _TRANSFORMERS_TOKENS))
+        for key, work in search.workloads.items()
+    }
     try:
         with TransformersWorker(search.lab.checkpoint.path, search.lab.threads) as worker:
             candidate = search.lab.compare_transformers(worker, works, _TRANSFORMERS_ROUNDS)

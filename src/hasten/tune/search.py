@@ -153,9 +153,10 @@ class Search:
         return replace(way, verdict="slower", reason=f"{reason}: not worth it")
 
     def _careful(self, tried: Sequence[Candidate]) -> Recipe:
-        """What the sensitive places keep: the accepted format that loses least, else the original's."""
-        accepted = [c for c in tried if c.verdict == "accepted" and c.search is not None]
-        return min(accepted, key=_upper_loss).recipe if accepted else Recipe()
+        """What the sensitive places keep: of the accepted formats that leave at least half the limit, the best for the
+        goal; else the original's."""
+        room = [candidate for candidate in choose.rank(tried, self.goal) if _upper_loss(candidate) <= self.max_loss / 2]
+        return room[0].recipe if room else Recipe()
 
     def _order(self, high: Recipe, low: Recipe) -> list[str]:
         """Units that save bytes in the low format, the least harm for a byte first."""

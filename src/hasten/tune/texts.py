@@ -15,16 +15,16 @@ import numpy as np
 from hasten.engine.request import SamplingParams
 from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
 from hasten.measure.speed import Workload, make_engine, prompts_from
-from hasten.measure.text import Window, make_windows, read_text, split
+from hasten.measure.text import BUNDLED, Window, first_token, make_windows, read_text, split
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import Prediction
 from hasten.recipe import Recipe, Run
 from hasten.tune.lab import ORIGINAL, Lab
 
-BUNDLED = Path(__file__).parents[1] / "demo" / "heldout.txt"
 WINDOW = 256  # tokens
 FITS = 2.2  # bits a byte; models that have not learnt a text's language need 3 and more
 _SECONDS = 6.0  # of reading at the predicted speed, for each of the two parts
+_RUN_SECONDS = 0.12  # of one timing, so that a moment's disturbance is not all of it
 _WINDOWS = (8, 64)  # of each part, at least and at most
 
 
@@ -75,21 +75,21 @@ def workloads(tokens: Sequence[int], prediction: Prediction, max_position: int, 
     start = min(16, max_position // 4)
     steps = max(16, min(128, int(0.2 * prediction.decode["1"]), max_position - start - 1))
     found = {
-        size: Workload(prompts_from(tokens, int(size), start), max(8, steps // share), float(sampled))
+        size: Workload(prompts_from(tokens, int(size), start), max(8, steps // share), float(sampled), _RUN_SECONDS)
         for size, share in (("1", 1), ("8", 2))
     }
-    found["prefill"] = Workload(prompts_from(tokens, 1, min(512, max_position - 1)), 1)
+    found["prefill"] = Workload(prompts_from(tokens, 1, min(512, max_position - 1)), 1, min_seconds=_RUN_SECONDS)
     return found
 
 
 def _from_text(text: str, source: str, tokenizer: Tokenizer, length: int, count: int) -> HeldOut:
-    windows = make_windows(text, tokenizer.encode_plain, tokenizer.bos_token_id, length, count)
+    windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, count)
     search, final = split(windows)
     return HeldOut(search, final, source, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _written_by_model(lab: Lab, tokenizer: Tokenizer, length: int, count: int) -> HeldOut:
-    first = tokenizer.bos_token_id
+    first = first_token(tokenizer)
     if first is None:
         first = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
     engine = make_engine(lab.spec, lab.original, Run(), 16, length)

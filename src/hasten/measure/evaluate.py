@@ -1,0 +1,78 @@
+"""`evaluate`: how well a model predicts a text, and how far it is from another one on it."""
+
+import hashlib
+import time
+from pathlib import Path
+
+from hasten.backends.base import Backend
+from hasten.compress.folder import ProgressCallback, hashes
+from hasten.errors import ModelError
+from hasten.hardware import conditions, cpu_model, usable_threads, versions
+from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
+from hasten.measure.speed import default_kv_cache
+from hasten.measure.text import BUNDLED, first_token, make_windows, read_text
+from hasten.model.checkpoint import Checkpoint, open_checkpoint
+from hasten.model.hub import resolve
+from hasten.model.tokenizer import Tokenizer
+from hasten.receipt import Receipt
+
+
+def evaluate(
+    model: str | Path,
+    against: str | Path | None = None,
+    data: str | Path | None = None,
+    *,
+    max_windows: int | None = 128,
+    window: int = 512,
+    kv_cache: str | None = None,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Receipt:
+    """Bits per byte and perplexity of `model` on held-out text, with 95 % intervals over windows of text; with
+    `against`, also the loss, KL divergence and top-1 agreement relative to that model, in Receipt.quality.
+
+    data: a UTF-8 file; by default the English that ships with the demo model. The text is cut into windows of at most
+    `window` tokens, of which max_windows are used, evenly spread (None: all). kv_cache: of `model`; None is its
+    folder's own setting, else as LLM does. Raises ModelError where the two models do not share a vocabulary.
+    """
+    checkpoint = open_checkpoint(resolve(str(model)))
+    original = open_checkpoint(resolve(str(against))) if against is not None else None
+    if original is not None and original.spec.vocab_size != checkpoint.spec.vocab_size:
+        sizes = f"{checkpoint.spec.vocab_size} and {original.spec.vocab_size}"
+        raise ModelError(f"the models have vocabularies of {sizes} tokens: only models that share one can be compared")
+    text = read_text(data if data is not None else BUNDLED)
+    tokenizer = Tokenizer(checkpoint.path)
+    longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
+    windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), longest, max_windows)
+    threads = threads or usable_threads()
+    backends: dict[str, Backend] = {}  # the one compared with comes first
+    for name, opened, kv in (("against", original, None), ("model", checkpoint, kv_cache)):
+        if opened is not None:
+            backends[name] = _load(opened, threads)
+            backends[name].allocate(kv_blocks(windows), BLOCK_SIZE, kv or _stated_kv_cache(opened))
+    scores = score(backends, windows, checkpoint.spec.vocab_size, progress)
+    return Receipt(
+        what="evaluate",
+        model=str(model),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions(),
+        hardware={"cpu": cpu_model(), "threads": threads},
+        conditions=conditions(),
+        inputs={**hashes(checkpoint), "text": hashlib.sha256(text.encode()).hexdigest()},
+        settings={"against": None if against is None else str(against), "window": longest, "num_windows": len(windows)},
+        quality=summarize(scores["model"], scores.get("against")),
+    )
+
+
+def _load(checkpoint: Checkpoint, threads: int) -> Backend:
+    from hasten.backends.cpu import CpuBackend
+
+    backend = CpuBackend(threads)
+    backend.load(checkpoint.spec, checkpoint.weights())
+    return backend
+
+
+def _stated_kv_cache(checkpoint: Checkpoint) -> str:
+    """What the folder says of its KV cache (tune writes it), else LLM's default."""
+    stated = checkpoint.config.get("hasten", {}).get("run", {}).get("kv_cache")
+    return stated or default_kv_cache(checkpoint.spec)

@@ -1,0 +1,61 @@
+"""A receipt of `tune` as a table for people. Knows receipts and rich; measures nothing."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hasten.receipt import Candidate, Measurement, Receipt
+
+_STYLES = {"chosen": "bold green", "rejected": "red", "slower": "yellow", "reference": "dim"}
+_COLUMNS = ("", "tokens/s, 1 stream", "predicted", "8 streams", "prefill", "weights", "loss of bits/byte", "verdict")
+
+
+def report(receipt: Receipt) -> RenderableType:
+    """The table of candidates, what was chosen and why, and what both models say."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if index in (0, len(_COLUMNS) - 1) else "right", no_wrap=index == 0)
+    for candidate in (receipt.reference, receipt.original, *receipt.candidates):
+        if candidate is not None:
+            table.add_row(*row(candidate), style=_STYLES.get(candidate.verdict, ""))
+    return Group(table, Text(), *(Text(line) for line in lines(receipt)))
+
+
+def row(candidate: Candidate) -> tuple[str, ...]:
+    """One line of the table; in brackets, times the original in the same rounds."""
+    predicted = "" if candidate.predicted is None else f"{candidate.predicted.decode['1']:,.0f}"
+    ones, eights = (speed(candidate.decode.get(size), candidate.ratio.get(size)) for size in ("1", "8"))
+    prefill = speed(candidate.prefill, candidate.ratio.get("prefill"))
+    quality = candidate.final or candidate.search
+    loss = ""
+    if quality is not None and quality.loss is not None:
+        loss = f"{quality.loss.median:+.2%} .. {quality.loss.high:+.2%}"
+    weights = f"{candidate.weight_bytes / 1e6:,.1f} MB" if candidate.weight_bytes else ""
+    return candidate.name, ones, predicted, eights, prefill, weights, loss, candidate.verdict
+
+
+def speed(value: Measurement | None, ratio: Measurement | None) -> str:
+    """Tokens/s and how many times the original's that is."""
+    if value is None or ratio is None:
+        return ""
+    return f"{value.median:,.0f} ({ratio.median:.2f}x)"
+
+
+def lines(receipt: Receipt) -> list[str]:
+    """The choice, its reason, what it means at each number of streams, reasons of the rejected, notes, samples."""
+    found = [f"Chosen: {receipt.choice}. {receipt.reason}."]
+    chosen = receipt.chosen
+    if chosen is not None and receipt.reference is not None:
+        parts = [
+            f"{chosen.decode[size].median / receipt.reference.decode[size].median:.1f}x with {size}"
+            for size in ("1", "8")
+        ]
+        found.append(f"Against Transformers as users run it today: {', '.join(parts)} streams.")
+    if chosen is not None and chosen.memory.get("peak"):
+        found.append(f"Peak memory in a fresh process: {chosen.memory['peak'] / 1e6:,.0f} MB.")
+    judged = [c for c in receipt.candidates if c.verdict in ("rejected", "slower")]
+    found += [f"  {candidate.name}: {candidate.verdict}, {candidate.reason}" for candidate in judged]
+    found += [f"Note: {note}." for note in receipt.notes]
+    for sample in receipt.samples:
+        found += ["", f"{sample.model}: {sample.prompt}|{sample.text}"]
+    return found
