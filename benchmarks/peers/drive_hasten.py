@@ -1,7 +1,5 @@
 """Drives hasten through its public API with its defaults. Model: a folder, plain or written by `hasten compress`."""
 
-from pathlib import Path
-
 from measure import Prompts, System, main
 
 import hasten
@@ -9,17 +7,15 @@ from hasten import LLM, SamplingParams
 
 
 def load(model: str, threads: int) -> System:
-    llm = LLM(model, threads=threads)
+    llm = LLM(model, backend="cpu", threads=threads)
 
     def generate(prompts: Prompts, num_tokens: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         outputs = llm.generate(prompts, params)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    # The head is tied in both shapes, so a decoding step reads every byte of the weights once.
-    return System(
-        generate, {"hasten": hasten.__version__}, sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
-    )
+    # The head is tied in both shapes, so a decoding step reads every packed weight once.
+    return System(generate, {"hasten": hasten.__version__, "isa": llm.backend.isa}, llm.backend.weight_bytes)
 
 
 if __name__ == "__main__":
