@@ -4,7 +4,6 @@ Knows which tensors an architecture must have (names.py) and refuses a folder wh
 shaped or not finite. Weights are views of mapped files, given back to the system as soon as the next one is asked for.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from hasten.errors import ModelError
 from hasten.model.formats import Format, Kind, Weight, from_bf16
+from hasten.model.jsonfile import read_json
 from hasten.model.names import Part, Source, base_prefix, sources
 from hasten.model.quantized import Expected, Quantization, quantization_of
 from hasten.model.spec import ModelSpec, config_of_text, spec_from_config
@@ -135,17 +135,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises ModelError where it is missing or is not a JSON object."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json, so this is not a model folder") from None
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder")
     return config
 
 

@@ -1,0 +1,22 @@
+"""JSON objects in files, with errors that a user can act on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hasten.errors import ModelError
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None where the file is missing. Raises ModelError for anything but a JSON object."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
