@@ -97,7 +97,7 @@ class LLM:
                 max_sequences=max_sequences,
                 max_step_tokens=max_step_tokens,
             ),
-            new_decoder=self._new_decoder,
+            new_decoder=self.tokenizer.detokenizer,
             defaults=self.tokenizer.defaults,
             speculator=Speculator() if speculation == "ngram" else None,
         )
