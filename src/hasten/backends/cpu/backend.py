@@ -113,7 +113,9 @@ class _resource_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MemoryError):
-            raise ResourceError("memory does not suffice for the KV cache: lower max_len or use kv_cache int8") from None
+            raise ResourceError(
+                "memory does not suffice for the KV cache: lower max_len or use kv_cache int8"
+            ) from None
         if isinstance(error, ValueError) and not isinstance(error, HastenError):
             raise ResourceError(str(error)) from None
 
@@ -123,7 +125,7 @@ def _load_core() -> Any:
         from hasten import _core
     except ImportError as error:
         raise ResourceError(
-            f"the compiled core hasten._core is not usable here ({error}): install hasten with pip, or run scripts/build.sh"
+            f"the compiled core hasten._core is not usable here ({error}): install with pip, or run scripts/build.sh"
         ) from None
     return _core
 
