@@ -1,0 +1,175 @@
+// Whole steps of tiny random models with odd widths, on every instruction set and KV cache: chunks give the bits of one
+// prefill, and the sampler runs over what comes out. Meant for sanitizers; numbers are compared with references in Python.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "decoder.h"
+#include "sampling.h"
+
+using namespace hasten;
+
+namespace {
+
+constexpr int kBlock = 16, kTokens = 75, kVocab = 131;
+std::mt19937 random_bits(2);
+
+void require(bool condition, const std::string& what) {
+  if (condition) return;
+  std::fprintf(stderr, "decoder: %s\n", what.c_str());
+  std::exit(1);
+}
+
+std::vector<float> numbers(int n, float size) {
+  std::vector<float> v(n);
+  for (float& x : v) x = size * std::uniform_real_distribution<float>(-1.0f, 1.0f)(random_bits);
+  return v;
+}
+
+// Two layers of different widths: a window, no rope, softcaps, post-norms, biases, grouped queries.
+DecoderSpec make_spec(int variant) {
+  DecoderSpec s;
+  s.vocab_size = kVocab;
+  s.hidden_size = 36;
+  s.max_position = 128;
+  s.layers = {{6, 2, 10, 50, 0, 0}, {3, 1, 18, 70, -1, 20}, {4, 4, 12, 33, 0, 37}};
+  RopeSpec rope;
+  rope.inv_freq = {1.0f, 0.3f, 0.1f, 0.01f};
+  s.ropes = {rope};
+  s.norm = variant == 1 ? Norm::Layer : Norm::Rms;
+  s.post_norm = variant == 0;
+  s.parallel_residual = variant == 1;
+  s.gated_mlp = variant != 1;
+  s.learned_positions = variant == 1;
+  s.qk_norm = variant == 0 ? QkNorm::Head : variant == 2 ? QkNorm::Full : QkNorm::None;
+  s.activation = variant == 0 ? Act::GeluTanh : variant == 1 ? Act::Gelu : Act::Silu;
+  s.tied_head = variant == 2;
+  s.attention_scale = 0.3f;
+  s.attention_softcap = variant == 0 ? 5.0f : 0.0f;
+  s.final_softcap = variant == 0 ? 10.0f : 0.0f;
+  return s;
+}
+
+void add(Decoder& d, const std::string& role, int layer, const std::vector<std::pair<int, int>>& shapes, bool bias) {
+  const char* names[][3] = {{"q", "k", "v"}, {"gate", "up", ""}};
+  const std::string prefix = "layers." + std::to_string(layer) + ".";
+  std::vector<std::vector<float>> data;
+  std::vector<SourceMatrix> sources;
+  for (auto [n, k] : shapes) data.push_back(numbers(n * k, 2.0f / std::sqrt((float)k)));
+  for (size_t i = 0; i < shapes.size(); i++) {
+    std::string name = role;
+    if (role == "qkv") name = prefix + names[0][i];
+    else if (role == "gate_up") name = prefix + (shapes.size() == 1 ? "up" : names[1][i]);
+    else if (layer >= 0) name = prefix + role;
+    sources.push_back({name, {Kind::F32, shapes[i].first, shapes[i].second, 0, data[i].data(), nullptr, nullptr}, nullptr});
+    if (bias) d.add_vector(name + ".bias", numbers(shapes[i].first, 0.1f));
+  }
+  d.add_matrices(role, layer, sources);
+}
+
+void fill(Decoder& d) {
+  const DecoderSpec& s = d.spec();
+  const int H = s.hidden_size;
+  const bool bias = s.norm == Norm::Layer;
+  const auto norm = [&](const std::string& name) {
+    std::vector<float> w = numbers(H, 0.2f);
+    for (float& v : w) v += 1.0f;
+    d.add_vector(name, w);
+    if (bias) d.add_vector(name + ".bias", numbers(H, 0.1f));
+  };
+  add(d, "embed", -1, {{kVocab, H}}, false);
+  if (s.learned_positions) add(d, "position_embed", -1, {{s.max_position, H}}, false);
+  if (!s.tied_head) add(d, "head", -1, {{kVocab, H}}, bias);
+  norm("final_norm");
+  for (int i = 0; i < (int)s.layers.size(); i++) {
+    const LayerSpec& l = s.layers[i];
+    const int q = l.num_heads * l.head_dim, kv = l.num_kv_heads * l.head_dim;
+    add(d, "qkv", i, {{q, H}, {kv, H}, {kv, H}}, bias);
+    add(d, "o", i, {{H, q}}, bias);
+    if (s.gated_mlp) add(d, "gate_up", i, {{l.intermediate_size, H}, {l.intermediate_size, H}}, bias);
+    else add(d, "gate_up", i, {{l.intermediate_size, H}}, bias);
+    add(d, "down", i, {{H, l.intermediate_size}}, bias);
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    norm(prefix + "attn_norm"), norm(prefix + "mlp_norm");
+    if (s.post_norm) norm(prefix + "attn_post_norm"), norm(prefix + "mlp_post_norm");
+    if (s.qk_norm == QkNorm::None) continue;
+    const bool full = s.qk_norm == QkNorm::Full;
+    d.add_vector(prefix + "q_norm", std::vector<float>(full ? q : l.head_dim, 1.1f));
+    d.add_vector(prefix + "k_norm", std::vector<float>(full ? kv : l.head_dim, 0.9f));
+  }
+  d.finish();
+}
+
+// Logits of all tokens of one sequence, fed in pieces, beside a second sequence of one token a step.
+std::vector<float> run(Decoder& d, const std::vector<int>& sizes) {
+  const std::vector<int32_t> tables = {7, 2, 9, 0, 4, 1, 3, 5, 6, 8};  // two sequences, five blocks each
+  std::vector<float> all;
+  int first = 0, other = 0;
+  for (int size : sizes) {
+    std::vector<int32_t> tokens, positions, slots, rows;
+    const auto append = [&](int sequence, int position) {
+      tokens.push_back((position * 37 + 11 * sequence) % kVocab);
+      positions.push_back(position);
+      slots.push_back(tables[(size_t)sequence * 5 + position / kBlock] * kBlock + position % kBlock);
+    };
+    for (int i = 0; i < size; i++) append(0, first + i), rows.push_back(i);
+    append(1, other);
+    const std::vector<int32_t> queries = {size, 1}, contexts = {first + size, other + 1};
+    const StepBatch batch{size + 1, 2, size, 5, tokens.data(), positions.data(), slots.data(), queries.data(),
+                          contexts.data(), tables.data(), rows.data()};
+    const std::shared_ptr<Buffer> logits = d.forward(batch);
+    all.insert(all.end(), logits->floats(), logits->floats() + (size_t)size * kVocab);
+    first += size, other = (other + 1) % 70;
+  }
+  return all;
+}
+
+void check_sampler(Pool& pool, const Kernels& k, std::vector<float> logits) {
+  const int rows = (int)logits.size() / kVocab;
+  const std::vector<float> before = logits, one(rows, 1.0f), zero(rows, 0.0f), top_p(rows, 0.7f), bias = {2.0f};
+  std::vector<int32_t> top_k(rows, 20), num(rows, 3), targets(rows, 5), offsets(rows + 1, 1), ids = {kVocab - 1}, counts = {2};
+  std::vector<uint64_t> seeds(rows, 9), counters(rows);
+  offsets[0] = 0;
+  for (int i = 0; i < rows; i++) counters[i] = i, top_k[i] = i % 3 ? 20 : 0;
+  const SamplingParams p{one.data(), top_k.data(), top_p.data(), zero.data(), one.data(), one.data(), one.data(),
+                         seeds.data(), counters.data(), num.data(), targets.data(), offsets.data(), ids.data(),
+                         counts.data(), offsets.data(), ids.data(), bias.data()};
+  std::vector<int32_t> tokens(rows), top_ids(rows * 3);
+  std::vector<float> logprobs(rows), target_logprobs(rows), top_logprobs(rows * 3);
+  sample(pool, k.ops, logits.data(), rows, kVocab, p,
+         {tokens.data(), logprobs.data(), target_logprobs.data(), 3, top_ids.data(), top_logprobs.data()});
+  require(logits == before, "the sampler left logits changed");
+  for (int r = 0; r < rows; r++) {
+    require(tokens[r] >= 0 && tokens[r] < kVocab, "a token outside the vocabulary");
+    require(logprobs[r] <= top_logprobs[(size_t)r * 3], "a token more probable than the best");
+  }
+  sample_greedy(pool, k.ops, logits.data(), rows, kVocab, tokens.data());
+  for (int r = 0; r < rows; r++) require(tokens[r] == top_ids[(size_t)r * 3], "greedy does not take the best");
+}
+
+}  // namespace
+
+int main() {
+  Pool pool(3);
+  for (int variant = 0; variant < 3; variant++)
+    for (const char* const* isa = available_isas(); *isa; isa++) {
+      const Kernels& k = *select_kernels(*isa);
+      random_bits.seed(variant);
+      Decoder d(make_spec(variant), k, pool);
+      fill(d);
+      for (KvKind kind : {KvKind::F32, KvKind::BF16, KvKind::I8}) {
+        const std::string where = std::string(*isa) + " variant " + std::to_string(variant) + " kv " + std::to_string((int)kind);
+        d.allocate(10, kBlock, kind);
+        const std::vector<float> whole = run(d, {kTokens});
+        d.allocate(10, kBlock, kind);
+        const std::vector<float> chunks = run(d, {1, 31, 1, 1, 30, 11});
+        for (float v : whole) require(std::isfinite(v), where + ": a logit is not finite");
+        require(whole == chunks, where + ": chunks change the result");
+        d.copy_block(7, 6);
+        check_sampler(pool, k, whole);
+      }
+    }
+  std::puts("decoder: ok");
+}
