@@ -63,6 +63,7 @@ class Engine:
         self._max_len = min(config.max_len, config.num_blocks * config.block_size)
         max_blocks = -(-self._max_len // config.block_size)
         self._batches = BatchBuilder(config.block_size, config.max_sequences, max_blocks)
+        self._eos_token_ids = [token for token in config.eos_token_ids if token < config.vocab_size]
         self._requests: dict[str, Request] = {}
         self._num_added = 0
         self._inconsistent = False  # an exception cut schedule or update short
@@ -79,9 +80,7 @@ class Engine:
         self._num_added += 1
         request = Request(str(arrival), list(prompt_ids), params, prompt)
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        stop_tokens = frozenset(params.stop_token_ids) | frozenset(
-            () if params.ignore_eos else self.config.eos_token_ids
-        )
+        stop_tokens = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._eos_token_ids)
         for index in range(params.n):
             sequence = Sequence(request, index, arrival, seed, limit)
             sequence.stop_tokens = stop_tokens

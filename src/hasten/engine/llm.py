@@ -42,11 +42,11 @@ class LLM:
     """Load `model` and answer prompts.
 
     model: a Hugging Face folder, a name on the hub, or "demo". backend: "auto" (the native one for this machine),
-    "cpu", "reference" (numpy, slow), or a Backend of one's own. threads: 0 is all cores. kv_cache: how keys and values are
-    stored; "auto" is fp32 for an fp32 checkpoint and bf16 else. speculation: "ngram" drafts from the text so far, which
-    changes the speed and never the tokens. What is left None or automatic is taken from the folder where `hasten tune`
-    has written it. max_len: longest prompt and answer, in tokens; None is what the model knows, as far as it fits.
-    memory: bytes for the KV cache; None is enough for a few sequences. max_sequences: that run at once.
+    "cpu", "reference" (numpy, slow), or a Backend of one's own. threads: 0 is all cores. kv_cache: how keys and values
+    are stored; "auto" is fp32 for an fp32 checkpoint and bf16 else. speculation: "ngram" drafts from the text so far,
+    which changes the speed and never the tokens. What is left None or automatic is taken from the folder where
+    `hasten tune` has written it. max_len: longest prompt and answer, in tokens; None is what the model knows, as far as
+    it fits. memory: bytes for the KV cache; None is enough for a few sequences. max_sequences: that run at once.
     max_step_tokens: tokens of one step; longer prompts run in chunks.
     Raises ModelError for a model that cannot be used, ResourceError where memory does not suffice.
     """
@@ -133,9 +133,10 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, a list of {"role", "content"}, or a list of them, by the model's chat template."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        each = _per_prompt(params, len(conversations))
-        return self._finish([self._encode_chat(c) for c in conversations], each, [None] * len(conversations))
+        batch = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        each = _per_prompt(params, len(batch))
+        prompts = [self.tokenizer.encode_chat(conversation) for conversation in batch]  # type: ignore[arg-type]
+        return self._finish(prompts, each, [None] * len(batch))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """The pieces of one prompt's continuations as they are made. The last carries the whole `output`. Leaving the
@@ -144,7 +145,7 @@ class LLM:
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
         """The same for one conversation."""
-        yield from self._run([self.engine.add(self._encode_chat(messages), params)])
+        yield from self._run([self.engine.add(self.tokenizer.encode_chat(messages), params)])
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
         """Log-probability of every token of each text but its first."""
@@ -199,9 +200,6 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self.tokenizer.encode_chat(messages)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -19,8 +19,8 @@ class NgramIndex:
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
         self._num_indexed = 0
-        # Decayed counts of drafts that were right and wrong, begun at an optimistic guess.
-        self.accepted, self.rejected = 2.0, 1.0
+        # Decayed counts of drafts that were right and wrong, begun at even odds.
+        self.accepted, self.rejected = 1.0, 1.0
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the last earlier occurrence of the longest n-gram that ends `tokens`. Where

@@ -1,0 +1,211 @@
+"""Blocks, order of service and step budgets, without a model; and batches against their slow construction."""
+
+import random
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from engine_tools import VOCAB, make_engine
+
+from hasten.engine.batch import BatchBuilder
+from hasten.engine.blocks import BlockPool, block_hash
+from hasten.engine.capacity import plan_cache
+from hasten.engine.request import Request, SamplingParams, Sequence
+from hasten.engine.scheduler import Scheduler, Step
+from hasten.errors import ResourceError
+
+
+def sequence(num_tokens: int, arrival: int = 0, limit: int = 1000, **params: object) -> Sequence:
+    request = Request(str(arrival), list(range(num_tokens)), SamplingParams(**params), None)  # type: ignore[arg-type]
+    request.sequences.append(Sequence(request, 0, arrival, 0, limit))
+    return request.sequences[0]
+
+
+def scheduler(num_blocks: int, max_tokens: int = 64, max_sequences: int = 8, extra_rows: int = 16) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, 16), max_tokens, max_sequences, extra_rows)
+
+
+def complete(plan: Scheduler, step: Step) -> None:
+    """What the engine does after a step: everything ran, one token is sampled where the end was reached."""
+    for s, count in zip(step.sequences, step.query_lens, strict=True):
+        end = s.num_computed + count
+        if end >= len(s.tokens):
+            s.tokens.append(1)
+        plan.advance(s, end)
+    plan.check()
+
+
+def test_pool_random_operations_balance() -> None:
+    rng = random.Random(0)
+    pool = BlockPool(12, 16)
+    names = [block_hash(b"", [i] * 16) for i in range(20)]
+    held: list[list[int]] = []
+    for _ in range(3000):
+        action = rng.random()
+        if action < 0.4:
+            block = pool.allocate()
+            assert (block is None) == (pool.num_used == pool.num_blocks and block is None)
+            if block is not None:
+                held.append([block])
+                if rng.random() < 0.7:
+                    pool.publish(block, rng.choice(names))
+        elif action < 0.6:
+            found = pool.match([rng.choice(names)])
+            if found:
+                held.append(found)
+        elif held:
+            pool.release(held.pop(rng.randrange(len(held))))
+        pool.check(held)
+        assert pool.num_free + pool.num_used + pool.num_cached == pool.num_blocks
+
+
+def test_pool_evicts_the_least_recently_used_and_tails_before_heads() -> None:
+    pool = BlockPool(4, 16)
+    names = [block_hash(b"", [i] * 16) for i in range(4)]
+    blocks = [pool.allocate() for _ in range(4)]
+    assert None not in blocks
+    assert pool.allocate() is None
+    for block, name in zip(blocks, names, strict=True):
+        pool.publish(block, name)  # type: ignore[arg-type]
+    pool.release(blocks[:2])  # type: ignore[arg-type]
+    pool.release(blocks[2:])  # type: ignore[arg-type]
+    assert pool.match([names[0]]) == [blocks[0]]  # in use again
+    assert [pool.allocate(), pool.allocate(), pool.allocate()] == [blocks[1], blocks[3], blocks[2]]
+    assert pool.match([names[1]]) == []
+    assert pool.num_used == 4
+
+
+def test_block_hash_names_the_whole_prefix() -> None:
+    one, two = block_hash(b"", range(16)), block_hash(b"", range(1, 17))
+    assert len(one) == 16
+    assert block_hash(one, range(16)) != block_hash(two, range(16)) != one
+    assert block_hash(b"", list(range(16))) == one
+
+
+def test_decodes_come_before_the_chunks_of_a_prompt() -> None:
+    plan = scheduler(64, max_tokens=20)
+    for arrival in range(3):
+        plan.add(sequence(4, arrival))
+    complete(plan, plan.schedule())
+    plan.add(sequence(50, 3, priority=-1))  # first in order of service
+    counts = []
+    for _ in range(4):
+        step = plan.schedule()
+        counts.append(dict(zip((s.key[1] for s in step.sequences), step.query_lens, strict=True)))
+        complete(plan, step)
+    assert counts == [{3: chunk, 0: 1, 1: 1, 2: 1} for chunk in (17, 17, 16, 1)]
+
+
+def test_the_last_in_order_of_service_is_preempted_and_comes_back_first() -> None:
+    plan = scheduler(7, max_tokens=200)
+    sequences = [sequence(31, i) for i in range(3)]
+    for s in sequences:
+        s.tokens = [token + 100 * s.key[1] for token in s.tokens]  # no shared prefix
+        plan.add(s)
+    for _ in range(3):  # the third step needs a third block each, and there are seven
+        complete(plan, plan.schedule())
+    assert plan.running == sequences[:2]
+    assert sequences[2].blocks == []
+    assert sequences[2].request.metrics.num_preemptions == 1
+    plan.add(late := sequence(5, 9))
+    complete(plan, plan.schedule())
+    assert plan.pool.num_available == 1
+    assert late not in plan.running  # it would fit, but nobody overtakes the one that waits
+    plan.remove(sequences[0])
+    complete(plan, plan.schedule())
+    assert plan.running == [sequences[1], sequences[2], late]
+
+
+def test_a_higher_priority_pushes_out_a_lower_one_but_not_its_peers() -> None:
+    plan = scheduler(8, max_sequences=2)
+    low, peer = sequence(20, 0, priority=5), sequence(20, 1, priority=1)
+    plan.add(low)
+    plan.add(peer)
+    complete(plan, plan.schedule())
+    plan.add(urgent := sequence(20, 2, priority=1))
+    complete(plan, plan.schedule())
+    assert plan.running == [peer, urgent]
+    plan.add(also := sequence(20, 3, priority=1))
+    complete(plan, plan.schedule())
+    assert also not in plan.running
+
+
+def test_drafts_never_preempt_and_respect_the_budget() -> None:
+    plan = scheduler(4, extra_rows=12)
+    one, other = sequence(29, 0), sequence(29, 1)
+    other.tokens = [token + 100 for token in other.tokens]
+    plan.add(one)
+    plan.add(other)
+    complete(plan, plan.schedule())
+    assert (len(one.tokens), len(other.tokens), plan.pool.num_available) == (30, 30, 0)
+    one.drafts, other.drafts = [1] * 9, [1] * 9
+    step = plan.schedule()
+    assert (one.drafts, other.drafts) == ([1, 1], [1, 1])  # what their blocks still hold
+    assert (step.sequences, step.query_lens) == ([one, other], [3, 3])
+    roomy = scheduler(64, max_tokens=9, extra_rows=5)
+    again = [sequence(3, i) for i in range(3)]
+    for s in again:
+        roomy.add(s)
+    complete(roomy, roomy.schedule())
+    for s in again:
+        s.drafts = [1] * 4
+    assert roomy.schedule().query_lens == [5, 2, 1]  # five rows for drafts in all
+
+
+def test_scored_prompts_share_the_rows_of_a_step() -> None:
+    plan = scheduler(64, extra_rows=10)
+    for arrival in range(2):
+        plan.add(sequence(30, arrival, prompt_logprobs=0))
+    step = plan.schedule()
+    assert step.query_lens == [10]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_decode_batches_equal_the_general_construction(seed: int) -> None:
+    """The short path, with tables kept between steps, gives the arrays that a fresh builder makes the long way."""
+    rng = random.Random(seed)
+    engine = make_engine(num_blocks=20, max_sequences=6, max_step_tokens=24)
+    kept, checked = engine._batches, 0
+
+    def build(step: Step):  # type: ignore[no-untyped-def]
+        nonlocal checked
+        fast = type(kept).build(kept, step)
+        fresh = BatchBuilder(16, 6, 64)
+        slow = fresh._general(step, fresh._update_tables(step.sequences))
+        for field in fields(slow):
+            a, b = getattr(fast, field.name), getattr(slow, field.name)
+            if field.name == "block_tables":
+                for row, context in enumerate(slow.context_lens):
+                    assert (a[row, : -(-context // 16)] == b[row, : -(-context // 16)]).all()
+            else:
+                np.testing.assert_array_equal(a, b)
+                assert a.dtype == b.dtype == np.int32
+        checked += 1
+        return fast
+
+    kept.build = build  # type: ignore[method-assign]
+    for _ in range(12):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 5, 16, 40)))]
+        params = SamplingParams(max_tokens=rng.randrange(1, 40), n=rng.choice((1, 1, 2)), priority=rng.randrange(3))
+        engine.add(prompt, params)
+        for _ in range(rng.randrange(6)):
+            engine.step()
+    while engine.num_unfinished:
+        engine.step()
+    assert checked > 50
+
+
+def test_cache_plan() -> None:
+    assert plan_cache(1000, 32, 1024, None, None, 10**9) == (4 * 32, 1024)  # four sequences of the model's length
+    assert plan_cache(1000, 32, 131072, None, None, 10**9) == (4096, 131072)  # one of full length
+    assert plan_cache(1000, 32, 131072, None, None, 10**6) == (900, 900 * 32)  # as far as it fits
+    assert plan_cache(1000, 32, 131072, 100, None, 10**9) == (13, 100)
+    assert plan_cache(1000, 32, 1024, None, 50_000, 10**9) == (50, 1024)
+    with pytest.raises(ResourceError, match=r"needs 4\.1 GB for 131072 tokens, 1\.0 GB free: lower max_len"):
+        plan_cache(1_000_000, 32, 131072, 131072, None, 10**9)
+    with pytest.raises(ResourceError, match=r"memory allows 10\.00 MB.*raise memory or use kv_cache int8"):
+        plan_cache(10**6, 32, 1024, 1024, 10**7, 10**9)
+    with pytest.raises(ResourceError, match="max_len is 2000, expected 1 to 1024"):
+        plan_cache(1000, 32, 1024, 2000, None, 10**9)
+    with pytest.raises(ResourceError, match="are free: lower memory"):
+        plan_cache(1000, 32, 1024, None, 10**10, 10**9)

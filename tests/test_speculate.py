@@ -1,0 +1,92 @@
+"""Speculation changes the time and never the tokens; drafts come from the text; depth follows measurement."""
+
+import random
+
+import pytest
+from engine_tools import EOS, VOCAB, eager_speculator, make_engine, results, run
+from slot_model import SlotModel
+
+from hasten.engine.request import SamplingParams
+from hasten.engine.speculate import NgramIndex, Speculator, StepCost, best_depth
+
+PROMPTS = [[(i * i + k) % EOS for i in range(5 + 9 * k)] for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.4, "seed": 1},
+        {"temperature": 1.0, "top_p": 0.6, "seed": 2, "n": 2},
+        {"temperature": 0.3, "seed": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "logprobs": 2},
+        {"seed": 4, "presence_penalty": -2.0, "min_tokens": 20, "ignore_eos": False},
+    ],
+)
+def test_tokens_are_the_same_on_and_off(params: dict[str, object]) -> None:
+    sampling = SamplingParams(**{"max_tokens": 120, "ignore_eos": True, **params})  # type: ignore[arg-type]
+    off_model, on_model = SlotModel(VOCAB, wildness=0.3), SlotModel(VOCAB, wildness=0.3)
+    off = run(make_engine(model=off_model), PROMPTS, sampling)
+    on = run(make_engine(model=on_model, speculation=True), PROMPTS, sampling)
+    assert [results(o) for o in on] == [results(o) for o in off]
+    assert sum(o.metrics.num_accepted for o in on) > 0
+    assert on_model.forwards < off_model.forwards
+
+
+def test_index_finds_the_longest_and_latest_match() -> None:
+    index = NgramIndex()
+    assert index.propose([1, 2, 3], 4) == []
+    assert index.propose([1, 2, 3, 9, 9, 2, 3], 2) == [9, 9]
+    assert index.propose([1, 2, 3, 9, 9, 2, 3, 8, 2, 3], 1) == [8]  # later wins
+    assert index.propose([1, 2, 3, 9, 9, 2, 3, 8, 2, 3, 5, 1, 2, 3], 1) == [9]  # longer wins
+    assert NgramIndex().propose([4, 5, 4, 5], 5) == [4, 5, 4, 5, 4]  # a repetition is continued
+    assert NgramIndex().propose([7, 7, 7], 3) == [7, 7, 7]
+
+
+def test_index_equals_a_search() -> None:
+    rng = random.Random(1)
+    tokens: list[int] = []
+    index = NgramIndex()
+    for _ in range(400):
+        tokens.append(rng.randrange(4))
+        expected: list[int] = []
+        for size in (4, 3, 2):
+            ends = range(size, len(tokens))
+            starts = [i for i in ends if tokens[i - size : i] == tokens[-size:]]
+            if starts:
+                period = tokens[starts[-1] :]
+                expected = [period[i % len(period)] for i in range(6)]
+                break
+        assert index.propose(tokens, 6) == expected
+
+
+def test_best_depth_weighs_chance_against_cost() -> None:
+    assert best_depth(0.9, 0.0, 8) == 8
+    assert best_depth(0.5, 0.6, 8) == 0
+    assert best_depth(0.05, 0.1, 8) == 0
+    assert best_depth(0.6, 0.1, 8) == 3
+    depths = [best_depth(0.8, cost / 20, 8) for cost in range(21)]
+    assert depths == sorted(depths, reverse=True)
+
+
+def test_cost_is_fitted_and_follows_change() -> None:
+    cost = StepCost()
+    rng = random.Random(0)
+    assert 0 < cost.of_one_more(1) < 1
+    for _ in range(300):
+        n = rng.choice((1, 1, 3, 5))
+        cost.record(n, (1.0 + 0.25 * n) * rng.uniform(0.95, 1.05))
+    assert cost.of_one_more(1) == pytest.approx(0.25 / 1.25, rel=0.15)
+    for _ in range(300):
+        n = rng.choice((1, 3))
+        cost.record(n, 1.0 * n)
+    assert cost.of_one_more(1) == pytest.approx(1.0, rel=0.1)
+
+
+def test_depth_falls_to_nothing_where_it_loses() -> None:
+    """Text that never repeats what the index says, and steps that cost as much a token: only the probes are left."""
+    engine = make_engine(model=SlotModel(VOCAB, wildness=50.0), num_blocks=64, max_len=1024)
+    engine.speculator = Speculator()
+    engine.speculator.cost = type("Linear", (StepCost,), {"of_one_more": lambda self, n: 1.0 / n})()
+    output = run(engine, [PROMPTS[0]], SamplingParams(max_tokens=600, ignore_eos=True))[0]
+    assert output.metrics.num_drafted < 600 / 32 + 3
+    assert eager_speculator().cost.of_one_more(1) == 0
