@@ -1,0 +1,211 @@
+"""`tune` end to end on a real small model: proves what it writes, rejects what loses too much, resumes what was cut."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hasten.compress.plan import resolve
+from hasten.errors import HastenError, RecipeError, ResourceError
+from hasten.model.checkpoint import open_checkpoint
+from hasten.receipt import Candidate, Receipt
+from hasten.recipe import Recipe
+from hasten.tune import texts, tune
+
+pytest.importorskip("hasten._core", reason="needs the compiled core (scripts/build.sh)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs() -> Iterator[None]:
+    """Timings need only exist here, not be steady."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_RUN_SECONDS", 0.005)
+        patch.setattr(texts, "_SECONDS", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(shared_data: Path) -> Path:
+    return shared_data / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def text(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    stories = (shared_data / "tinystories-slice" / "tinystories_slice.txt").read_text(encoding="utf-8")
+    file.write_text(stories[:16_000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def tuned(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Receipt, Path]:
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    return tune(model, out, max_loss=0.02, goal="memory", data=text, rounds=2, transformers=False), out
+
+
+def test_the_folder_is_what_the_receipt_says(tuned: tuple[Receipt, Path]) -> None:
+    receipt, out = tuned
+    assert Receipt.load(out) == receipt
+    recipe = Recipe.load(out)
+    assert recipe == receipt.recipe
+    checkpoint = open_checkpoint(out)
+    stored = {name: fmt for name, _, fmt in checkpoint.matrices()}
+    for name, fmt in resolve(recipe, checkpoint.spec).formats.items():
+        assert stored[name] == fmt, name
+    assert checkpoint.config["hasten"]["run"]["kv_cache"] == recipe.run.kv_cache
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside the folder"
+
+
+def test_verdicts_follow_from_the_numbers(tuned: tuple[Receipt, Path]) -> None:
+    receipt, _ = tuned
+    verdicts = {candidate.verdict for candidate in receipt.candidates}
+    assert {"chosen", "rejected"} <= verdicts <= {"chosen", "rejected", "accepted", "slower"}
+    for candidate in receipt.candidates:
+        assert candidate.search is not None
+        assert candidate.search.loss is not None
+        within = candidate.search.loss.high <= 0.02
+        assert within or candidate.verdict == "rejected", candidate.name
+        assert candidate.reason
+    chosen = receipt.chosen
+    assert chosen is not None
+    assert chosen.verdict == "chosen"
+    assert chosen.final is not None
+    assert chosen.final.loss is not None
+    assert chosen.final.loss.high <= 0.02
+    assert chosen.final == receipt.quality
+    assert chosen.ratio["memory"].median > 1
+    for size, name in receipt.by_batch.items():
+        assert (name == chosen.name) == (chosen.ratio[size].median >= 1)
+
+
+def test_numbers_are_consistent(tuned: tuple[Receipt, Path]) -> None:
+    receipt, out = tuned
+    assert receipt.original is not None
+    assert receipt.original.search is not None
+    assert receipt.original.search.divergence is not None
+    assert receipt.original.search.divergence.median == 0
+    for candidate in (receipt.original, *receipt.candidates):
+        assert candidate.predicted is not None
+        assert candidate.prefill is not None
+        for value in (*candidate.decode.values(), *candidate.ratio.values(), candidate.prefill):
+            assert 0 < value.low <= value.median <= value.high
+        assert candidate.predicted.weight_bytes == candidate.weight_bytes == candidate.memory["weights"]
+    assert receipt.original.memory["peak"] > 0
+    assert set(receipt.inputs) >= {"model.safetensors", "config.json", "text"}
+    assert all(len(value) == 64 for value in receipt.inputs.values())
+    assert {sample.model for sample in receipt.samples} == {"original", receipt.choice}
+    assert all(sample.text for sample in receipt.samples)
+    sizes = [path.stat().st_size for path in out.glob("*.safetensors")]
+    assert receipt.chosen is not None
+    assert sum(sizes) < 1.6 * receipt.chosen.weight_bytes + 20_000
+
+
+def test_formats_are_mixed_where_a_uniform_one_loses_too_much(tuned: tuple[Receipt, Path]) -> None:
+    receipt, _ = tuned
+    mixed = next(c for c in receipt.candidates if c.name.startswith("mixed-"))
+    uniform = next(c for c in receipt.candidates if c.name == mixed.name.removeprefix("mixed-"))
+    assert uniform.verdict == "rejected"
+    assert mixed.search is not None
+    assert mixed.search.loss is not None
+    assert mixed.search.loss.high <= 0.02
+    assert uniform.weight_bytes < mixed.weight_bytes < receipt.original.weight_bytes  # type: ignore[union-attr]
+    assert receipt.sensitivity
+    assert all(value.median >= 0 for value in receipt.sensitivity.values())
+
+
+def test_no_loss_allowed_rejects_all_that_lose(model: Path, text: Path, tmp_path: Path) -> None:
+    receipt = tune(model, tmp_path / "out", max_loss=0.0, data=text, rounds=1, transformers=False)
+    for candidate in receipt.candidates:
+        if "int4" in candidate.name:
+            assert candidate.verdict == "rejected", candidate.name
+    assert receipt.chosen is not None
+    weights = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert "int4" not in weights.values()
+
+
+def test_an_interrupted_run_goes_on_where_it_was(model: Path, text: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", tmp_path / "out.tune.json"
+    measured: list[str] = []
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        measured.append(what)
+        if "int4-g32-head8: quantised" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, out, data=text, rounds=1, transformers=False, progress=interrupt)
+    assert not out.exists()
+    finished = json.loads(state.read_text())["parts"]["candidates"]
+    assert {"original", "int8"} <= set(finished)
+    first_part = [what for what in measured if what.startswith("int8: quantised")]
+    measured.clear()
+    receipt = tune(
+        model, out, data=text, rounds=1, transformers=False, progress=lambda d, t, what: measured.append(what)
+    )
+    assert first_part
+    assert not any(what.startswith("int8: quantised") and "sampled" not in what for what in measured)
+    again = next(candidate for candidate in receipt.candidates if candidate.name == "int8")
+    assert again.decode["1"].median == finished["int8"]["decode"]["1"]["median"]
+    assert not state.exists()
+
+
+def test_a_state_of_other_inputs_is_not_used(model: Path, text: Path, tmp_path: Path) -> None:
+    from hasten.tune.state import State
+
+    one = State(tmp_path / "s.json", {"max_loss": 0.01})
+    one.put("candidates", "int8", {"a": 1})
+    assert State(tmp_path / "s.json", {"max_loss": 0.01}).get("candidates", "int8") == {"a": 1}
+    assert State(tmp_path / "s.json", {"max_loss": 0.02}).get("candidates", "int8") is None
+    (tmp_path / "s.json").write_text("{half")
+    assert State(tmp_path / "s.json", {"max_loss": 0.01}).num_found == 0
+
+
+def test_a_model_judges_itself_on_its_own_text_where_no_other_fits(model: Path, tmp_path: Path) -> None:
+    from hasten.backends.cpu import CpuBackend
+    from hasten.hardware import probe
+    from hasten.model.tokenizer import Tokenizer
+    from hasten.tune.lab import Lab
+    from hasten.tune.texts import held_out
+
+    lab = Lab(open_checkpoint(model), probe(0.02), 2, CpuBackend)
+    first, second = (held_out(lab, Tokenizer(model), None) for _ in range(2))
+    assert "the model wrote" in first.source
+    assert first.sha256 == second.sha256, "seeded"
+    assert len(first.search) >= 8
+    assert len({window.tokens.tobytes() for window in (*first.search, *first.final)}) == len(first.search) + len(
+        first.final
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"goal": "speed"}, RecipeError, "goal is 'speed'.* expected one of latency"),
+        ({"max_loss": 2}, RecipeError, "max_loss is 2"),
+        ({"rounds": 0}, RecipeError, "rounds is 0"),
+        ({"data": "nowhere.txt"}, HastenError, "cannot read text nowhere.txt"),
+    ],
+)
+def test_wrong_arguments(
+    model: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tune(model, tmp_path / "out", transformers=False, **changes)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ResourceError, match="exists already"):
+        tune(model, tmp_path / "out", transformers=False)
+    with pytest.raises(ResourceError, match="choose another folder"):
+        tune(model, tmp_path / "none" / "out", transformers=False)
+
+
+def test_a_receipt_of_another_schema_is_refused(tuned: tuple[Receipt, Path]) -> None:
+    receipt, _ = tuned
+    with pytest.raises(HastenError, match="schema 99, expected 1"):
+        Receipt.from_json(replace(receipt, schema=99).to_json())
+    assert isinstance(receipt.candidates[0], Candidate)

@@ -1,0 +1,151 @@
+"""The parts of tune that need no model: predictions, candidates, choices, the table."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from hasten.compress.plan import describe, matrix_shapes, resolve
+from hasten.hardware import Hardware
+from hasten.model.formats import Format, bytes_of
+from hasten.model.spec import Layer, ModelSpec
+from hasten.receipt import Candidate, Measurement, Quality, Receipt
+from hasten.recipe import Quantize, Recipe, Run
+from hasten.tune import candidates, choose
+from hasten.tune.predict import kv_bytes_per_token, predict
+from hasten.tune.report import report
+
+MACHINE = Hardware(
+    cpu="x", architecture="x86_64", isa="avx512bf16", cores=2, cpu_quota=None, caches={}, memory_total=1 << 34,
+    memory_available=1 << 34, numa_nodes=1, huge_pages=None, read_bandwidth={"1": 20e9, "2": 40e9},
+    peak_ops={"int8": 2e12, "bf16": 1e12}, energy=None,
+)  # fmt: skip
+
+
+def spec(layers: int = 2, intermediate: int = 512) -> ModelSpec:
+    return ModelSpec(
+        family="llama", vocab_size=1000, hidden_size=256, max_position=1024, ropes=(), norm="rms", norm_eps=1e-5,
+        layers=(Layer(4, 2, 64, intermediate),) * layers, norm_offset=0, pre_norm=True, post_norm=False,
+        parallel_residual=False, qk_norm="none", activation="silu", gated_mlp=True, learned_positions=False,
+        attention_scale=1.0, attention_softcap=0, final_softcap=0, embedding_scale=1, residual_scale=1, logit_scale=1,
+        tied_head=False, dtype="bf16",
+    )  # fmt: skip
+
+
+def uniform(kind: str, group: int = 0) -> dict[str, Format]:
+    return dict.fromkeys(matrix_shapes(spec()), Format(kind, group))  # type: ignore[arg-type]
+
+
+def measured(value: float, low: float | None = None, high: float | None = None) -> Measurement:
+    return Measurement(value, value if low is None else low, value if high is None else high, 5, "x")
+
+
+def candidate(name: str, one: float, eight: float, loss: float, memory: float = 2.0) -> Candidate:
+    quality = Quality(
+        measured(1), measured(2), 10, 10, 5, measured(loss, loss / 2, loss * 1.5), measured(0), measured(1)
+    )
+    ratio = {"1": measured(one), "8": measured(eight), "prefill": measured(1), "memory": measured(memory)}
+    decode = {"1": measured(100 * one), "8": measured(100 * eight)}
+    return Candidate(name, Recipe(), 1000, "", "", None, decode, ratio, measured(1), measured(1), search=quality)
+
+
+def test_decode_is_predicted_from_bytes_and_prefill_from_operations() -> None:
+    shapes = matrix_shapes(spec())
+    found = predict(spec(), uniform("bf16"), MACHINE, context=100, streams=(1,))
+    read = sum(bytes_of(Format("bf16"), shape) for name, shape in shapes.items() if name != "embed")
+    kv = 100 * kv_bytes_per_token(spec(), "bf16")
+    assert kv == 100 * 2 * 2 * 2 * 64 * 2
+    assert found.decode["1"] == pytest.approx(40e9 / (read + kv))
+    assert found.weight_bytes == read + bytes_of(Format("bf16"), shapes["embed"])
+    body = sum(n * k for name, (n, k) in shapes.items() if name.startswith("layers."))
+    operations = 2 * (512 * body + 1000 * 256)
+    assert found.prefill == pytest.approx(512 / (operations / 1e12))
+
+
+def test_smaller_formats_are_predicted_faster_until_arithmetic_limits() -> None:
+    speeds = [
+        predict(spec(), uniform(kind, group), MACHINE, streams=(1, 8, 4096)).decode
+        for kind, group in (("bf16", 0), ("int8", 0), ("int4", 32))
+    ]
+    assert speeds[0]["1"] < speeds[1]["1"] < speeds[2]["1"]
+    shapes = matrix_shapes(spec())
+    work = 2 * sum(n * k for name, (n, k) in shapes.items() if name != "embed")
+    assert speeds[2]["4096"] <= 2e12 / work
+
+
+def test_uniform_candidates_are_smaller_and_differ() -> None:
+    found = candidates.uniform(spec(), uniform("bf16"))
+    assert {"int8", "int4-g32", "int4-g128"} <= set(found)
+    assert "bf16" not in found
+    resolved = [tuple(resolve(recipe, spec()).formats.items()) for recipe in found.values()]
+    assert len(set(resolved)) == len(resolved)
+    assert "int8" not in candidates.uniform(spec(), uniform("int8"))
+    odd = spec(intermediate=172)
+    fallen = resolve(candidates.uniform(odd, uniform("bf16"))["int4-g32"], odd)
+    assert describe(fallen.formats["layers.0.down"]) == "int8"
+
+
+def test_units_cover_every_matrix_once_and_keep_products_together() -> None:
+    units = candidates.units(spec())
+    names = [name for members in units.values() for name in members]
+    assert sorted(names) == sorted(matrix_shapes(spec()))
+    assert units["layers.1.q+k+v"] == ("layers.1.q", "layers.1.k", "layers.1.v")
+    layers, classes = candidates.by_layer(spec()), candidates.by_class(spec())
+    assert sorted(n for m in layers.values() for n in m) == sorted(n for m in classes.values() for n in m)
+
+
+def test_mixed_recipes_put_low_formats_where_they_are_told() -> None:
+    high, low = Recipe((Quantize("int8", targets=("Linear", "head")),)), Recipe((Quantize("int4", 32),))
+    recipe = candidates.mixed(high, low, ["layers.0.up", "layers.0.gate"], spec())
+    formats = resolve(recipe, spec()).formats
+    assert formats["layers.0.up"] == Format("int4", 32)
+    assert formats["layers.1.up"] == formats["head"] == Format("int8")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_ways_to_run_change_one_thing_each() -> None:
+    ways = candidates.ways_to_run("int8", Recipe(run=Run(kv_cache="bf16")), "bf16", 8)
+    assert ways["int8 ngram"].run == Run("bf16", "ngram", None)
+    assert ways["int8 kv-int8"].run == Run("int8", None, None)
+    assert ways["int8 4-threads"].run == Run("bf16", None, 4)
+    assert set(candidates.ways_to_run("x", Recipe(), "int8", 2)) == {"x ngram"}
+
+
+def test_quality_is_judged_at_the_upper_end() -> None:
+    fast = candidate("fast", 3, 3, 0.008)  # up to 0.012
+    judged = choose.judge(fast, "latency", 0.01)
+    assert judged.verdict == "rejected"
+    assert "up to +1.20%" in judged.reason
+    assert choose.judge(fast, "latency", 0.02).verdict == "accepted"
+
+
+def test_what_is_slower_for_the_goal_is_not_used_for_it() -> None:
+    mixed = candidate("m", 0.9, 1.5, 0.001)
+    assert choose.judge(mixed, "latency", 0.01).verdict == "slower"
+    assert choose.judge(mixed, "throughput", 0.01).verdict == "accepted"
+    assert choose.by_batch(mixed, "original") == {"1": "original", "8": "m"}
+    assert choose.by_batch(None, "original") == {"1": "original", "8": "original"}
+
+
+def test_about_as_fast_goes_to_the_smaller_loss() -> None:
+    found = [candidate("lossy", 2.02, 1, 0.006), candidate("careful", 2.0, 1, 0.001), candidate("slow", 1.2, 1, 0.0)]
+    judged = [choose.judge(item, "latency", 0.01) for item in found]
+    assert [item.name for item in choose.rank(judged, "latency")] == ["careful", "lossy", "slow"]
+    assert choose.rank([choose.judge(found[0], "latency", 0.001)], "latency") == []
+
+
+def test_the_table_shows_everyone_and_why() -> None:
+    chosen = replace(choose.judge(candidate("int8", 2, 2, 0.001), "latency", 0.01), verdict="chosen")
+    rejected = choose.judge(candidate("int4", 3, 3, 0.02), "latency", 0.01)
+    receipt = Receipt(
+        what="tune", model="m", created="", versions={}, hardware={}, conditions={}, inputs={},
+        original=candidate("original", 1, 1, 0), candidates=(chosen, rejected), choice="int8", reason="because",
+        notes=("a note",),
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=160)
+    console.print(report(receipt))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("int8", "200 (2.00x)", "rejected", "+2.00% .. +3.00%", "Chosen: int8. because.", "Note: a note."):
+        assert part in shown
+    assert Receipt.from_json(receipt.to_json()) == receipt
