@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -175,7 +176,9 @@ def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(stories):
     screen.wait_for("> ")
     screen.type("/help\n")
     screen.wait_for("forget the conversation")
+    screen.wait_for("> ")
     screen.type("\x04")
+    screen.wait_for_end()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert "Traceback" not in screen.text
 
@@ -190,14 +193,23 @@ class Screen:
         os.write(self.descriptor, keys.encode())
 
     def wait_for(self, wanted: str, seconds: float = 30) -> None:
-        import select
-
         deadline = time.monotonic() + seconds
         while wanted not in self.text[self.seen :]:
             assert time.monotonic() < deadline, f"{wanted!r} never came; the screen:\n{self.text}"
             if select.select([self.descriptor], [], [], 0.2)[0]:
                 self.text += os.read(self.descriptor, 4096).decode(errors="replace")
         self.seen = self.text.index(wanted, self.seen) + len(wanted)
+
+    def wait_for_end(self, seconds: float = 30) -> None:
+        """Until the program closes its side."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                try:
+                    self.text += os.read(self.descriptor, 4096).decode(errors="replace")
+                except OSError:  # what Linux says when the other side is closed
+                    return
+        raise AssertionError(f"the program did not end; the screen:\n{self.text}")
 
 
 def test_inspect_tells_the_machine_the_model_and_what_to_expect(stories):

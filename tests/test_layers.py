@@ -43,7 +43,7 @@ LATE_ONLY = ("torch", "transformers", "compressed_tensors", "huggingface_hub")
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in SOURCE.rglob("*.py") if "demo" not in path.relative_to(SOURCE).parts)
+    return sorted(SOURCE.rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

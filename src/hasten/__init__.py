@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hasten.compress.folder import compress
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
-    from hasten.measure import evaluate
+    from hasten.measure.evaluate import evaluate
     from hasten.recipe import Recipe
     from hasten.tune.run import tune
 
@@ -27,7 +27,7 @@ _HOME = {
     "Recipe": "hasten.recipe",
     "tune": "hasten.tune.run",
     "compress": "hasten.compress.folder",
-    "evaluate": "hasten.measure",
+    "evaluate": "hasten.measure.evaluate",
 }
 
 

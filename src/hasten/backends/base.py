@@ -1,8 +1,8 @@
 """The contract between the engine and a device. The engine knows nothing else of backends.
 
 A Batch is packed: all tokens of all sequences one after the other. Prefill, decode and speculative verification are the
-same call with other lengths. A row's result does not depend on what shares its batch, bit for bit: the engine's promises
-(a seeded request repeats, speculation changes nothing) rest on it.
+same call with other lengths. A row's result does not depend on what shares its batch, bit for bit: the engine's
+promises (a seeded request repeats, speculation changes nothing) rest on it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,16 +42,16 @@ class Batch:
 class SamplingBatch:
     """How each of the R rows is sampled. Order: penalties and bias, temperature, top-k, top-p, min-p, draw.
 
-    temperature f32 [R]: 0 is greedy (lowest id wins a tie). top_k i32 [R]: 0 is off. top_p, min_p f32 [R]: 1 and 0 are off.
-    repetition, presence, frequency f32 [R]: 1, 0, 0 are off. repetition divides positive and multiplies negative logits
+    temperature f32 [R]: 0 is greedy (lowest id wins a tie). top_k i32 [R]: 0 is off. top_p, min_p f32 [R]: 1 and 0 are
+    off. repetition, presence, frequency f32 [R]: 1, 0, 0 are off. repetition divides positive and multiplies negative logits
     of tokens seen in prompt or output (Keskar et al. 2019); presence and frequency subtract, from tokens seen in the
     output only (OpenAI's definition).
     seeds u64 [R] and counters u64 [R]: the draw is a pure function of the two (Philox 4x32-10, Salmon et al. 2011).
     num_logprobs i32 [R]: -1 none; else that many best tokens are returned besides the sampled one's.
     targets i32 [R]: -1, or a token whose log-probability is wanted.
     Log-probabilities are of the model's own distribution: before penalties, bias and temperature.
-    seen_* : for rows with penalties, CSR over rows: seen_offsets i32 [R + 1], seen_ids i32 [S], seen_counts i32 [S] (times
-    in the output; 0 means only in the prompt). bias_*: CSR likewise with bias_values f32.
+    seen_* : for rows with penalties, CSR over rows: seen_offsets i32 [R + 1], seen_ids i32 [S], seen_counts i32 [S]
+    (times in the output; 0 means only in the prompt). bias_*: CSR likewise with bias_values f32.
     any_special False promises that every row is plain greedy without log-probabilities, penalties or bias.
     """
 
@@ -77,8 +77,8 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens i32 [R]; the rest is None unless some row asked: logprobs f32 [R] of the sampled token, target_logprobs f32
-    [R], top_ids i32 [R, K] and top_logprobs f32 [R, K] in falling order, padded with -1 and -inf."""
+    """tokens i32 [R]; the rest is None unless some row asked: logprobs f32 [R] of the sampled token, target_logprobs
+    f32 [R], top_ids i32 [R, K] and top_logprobs f32 [R, K] in falling order, padded with -1 and -inf."""
 
     tokens: Int32
     logprobs: Float32 | None = None

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from hasten import __version__
-from hasten.cli import bench, chat, compress, generate, inspect, tune
+from hasten.cli import bench, chat, compress, evaluate, generate, inspect, tune
 from hasten.errors import HastenError
 
 EXIT_USER = 2
@@ -50,6 +50,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
 app.command("compress")(compress.compress)
+app.command("evaluate")(evaluate.evaluate)
 
 
 def main() -> None:

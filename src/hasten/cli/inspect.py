@@ -30,7 +30,8 @@ def inspect(
     """Say what a model is and what to expect of it here.
 
     The machine's bandwidth and arithmetic are measured, about a second; of the model, the configuration and the
-    headers of its files are read, no weight. Predictions are upper limits: what reading and multiplying alone would allow.
+    headers of its files are read, no weight. Predictions are upper limits: what reading and multiplying alone would
+    allow.
     """
     from hasten.hardware import probe
 

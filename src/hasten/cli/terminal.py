@@ -5,7 +5,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def note(text: str) -> None:
@@ -21,15 +24,28 @@ def write_json(value: Any, *, lines: bool = False) -> None:
 def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A table on stdout: the first column to the left, the others to the right. In a pipe it is not cut to a width."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        show_edge=False,
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    show(table)
+
+
+def show(renderable: "RenderableType") -> None:
+    """Something of rich's on stdout; in a pipe it has a fixed width and no colours."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(renderable)
 
 
 def write_facts(facts: Sequence[tuple[str, str]]) -> None:

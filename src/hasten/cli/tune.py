@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from hasten.cli import options
-from hasten.cli.terminal import note, progress_bar
+from hasten.cli.terminal import note, progress_bar, show
 from hasten.errors import RequestError
 
 Goal = Literal["latency", "throughput", "memory"]
@@ -58,6 +58,7 @@ def tune(
     command goes on from there.
     """
     share = parse_share(max_loss)
+    out = out or Path(f"{Path(model).name}-tuned")
     from hasten.tune.run import tune as run
 
     try:
@@ -78,3 +79,8 @@ def tune(
         raise
     if json:
         print(receipt.to_json(), end="")
+        return
+    from hasten.tune.report import report
+
+    show(report(receipt))
+    print(f'\nWritten to {out}. Run it: hasten generate {out} "Once upon a time"')
