@@ -136,8 +136,10 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
     try:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: damaged safetensors header: {error}") from None
     infos = {name: _info(file, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_cover(file, infos, 8 + length, size)
