@@ -16,22 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # title, file, first words of the text, first words of what follows it (None: the end of the file)
+BRONTE, DARWIN, DU_BOIS = (f"classic-books/{name}.txt" for name in ("bronte", "darwin", "dubois"))
+SHAKESPEARE = "tinyshakespeare/input.txt"
 BOOKS = [
-    ("Jane Eyre", "classic-books/bronte.txt", "There was no possibility of taking a walk", "SHIRLEY.\n\nCHAPTER I."),
-    ("Shirley", "classic-books/bronte.txt", "Of late years an abundant shower of curates", "THE PROFESSOR\n\nCHAPTER I."),
-    ("The Professor", "classic-books/bronte.txt", "THE other day, in looking over my papers", "\nVillette\n"),
-    ("Villette", "classic-books/bronte.txt", "\nVillette\n", None),
-    ("On the Origin of Species", "classic-books/darwin.txt", "When on board H.M.S. 'Beagle,'", "\nINDEX.\n\n"),
-    ("The Expression of the Emotions", "classic-books/darwin.txt", "MANY works have been written on", "\nFOOTNOTES:\n"),
-    ("The Descent of Man", "classic-books/darwin.txt", "The nature of the following work", "\nINDEX.\n\n"),
-    ("Darkwater", "classic-books/dubois.txt", "These are the things of which men think", "WILLIAM LEVI BULL"),
-    ("The Negro in the South", "classic-books/dubois.txt", "WILLIAM LEVI BULL", "THE QUEST OF THE SILVER FLEECE"),
-    ("The Quest of the Silver Fleece", "classic-books/dubois.txt", "He who would tell a tale", "Herein lie buried many things"),
-    ("The Souls of Black Folk", "classic-books/dubois.txt", "Herein lie buried many things", "THE SUPPRESSION OF THE\n"),
-    ("The Suppression of the Slave-Trade", "classic-books/dubois.txt", "This monograph proposes", "\nAPPENDIX A."),
-    ("The Negro", "classic-books/dubois.txt", "The time has not yet come for a complete", "SUGGESTIONS FOR FURTHER READING"),
-    ("Shakespeare's plays", "tinyshakespeare/input.txt", "First Citizen:", None),
-]  # fmt: skip
+    ("Jane Eyre", BRONTE, "There was no possibility of taking a walk", "SHIRLEY.\n\nCHAPTER I."),
+    ("Shirley", BRONTE, "Of late years an abundant shower of curates", "THE PROFESSOR\n\nCHAPTER I."),
+    ("The Professor", BRONTE, "THE other day, in looking over my papers", "\nVillette\n"),
+    ("Villette", BRONTE, "\nVillette\n", None),
+    ("On the Origin of Species", DARWIN, "When on board H.M.S. 'Beagle,'", "\nINDEX.\n\n"),
+    ("The Expression of the Emotions", DARWIN, "MANY works have been written on", "\nFOOTNOTES:\n"),
+    ("The Descent of Man", DARWIN, "The nature of the following work", "\nINDEX.\n\n"),
+    ("Darkwater", DU_BOIS, "These are the things of which men think", "WILLIAM LEVI BULL"),
+    ("The Negro in the South", DU_BOIS, "WILLIAM LEVI BULL", "THE QUEST OF THE SILVER FLEECE"),
+    ("The Quest of the Silver Fleece", DU_BOIS, "He who would tell a tale", "Herein lie buried many things"),
+    ("The Souls of Black Folk", DU_BOIS, "Herein lie buried many things", "THE SUPPRESSION OF THE\n"),
+    ("The Suppression of the African Slave-Trade", DU_BOIS, "This monograph proposes", "\nAPPENDIX A."),
+    ("The Negro", DU_BOIS, "The time has not yet come for a complete", "SUGGESTIONS FOR FURTHER READING"),
+    ("Plays of Shakespeare", SHAKESPEARE, "First Citizen:", None),
+]
 HELDOUT_START, HELDOUT_SHARE = 0.70, 0.009
 VALID_START, VALID_SHARE = 0.35, 0.020
 GAP_BYTES = 2_000
@@ -124,7 +126,7 @@ def split_books(data: Path) -> Split:
     valid: list[str] = []
     heldout: list[str] = []
     for _, file, start, end in BOOKS:
-        blocks = paragraphs(read_book(data, file, start, end), verse=file.startswith("tinyshakespeare"))
+        blocks = paragraphs(read_book(data, file, start, end), verse=file == SHAKESPEARE)
         held, held_gap = take(blocks, HELDOUT_START, HELDOUT_SHARE)
         vali, vali_gap = take(blocks, VALID_START, VALID_SHARE)
         heldout.append("\n\n".join(blocks[i] for i in held if blocks[i]))
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="file to write")
     args = parser.parse_args()
     split = split_books(args.data)
-    args.heldout.write_text("\n\n".join(split.heldout) + "\n", encoding="utf-8")
+    args.heldout.write_text("\n\n".join(split.heldout), encoding="utf-8")
     for name in ("train", "valid", "heldout"):
         part = getattr(split, name)
         print(f"{name:8s} {len(part):5d} passages {sum(len(p.encode()) for p in part):10,d} bytes")

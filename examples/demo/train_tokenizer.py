@@ -1,16 +1,15 @@
 """Training text -> byte-level BPE tokenizer, as Transformers reads it.
 
 Knows nothing of the model. Every string of UTF-8 survives encoding and decoding: all 256 bytes are in the vocabulary
-and nothing is normalised. The split is Llama 3's (words with their space, runs of up to three digits, newlines together).
+and nothing is normalised. The split is Llama 3's: words with their space, up to three digits, newlines together.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 from texts import split_books
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"  # before every passage and after it: both BOS and EOS
 CONTEXT = 1024
