@@ -1,6 +1,7 @@
 """CpuBackend: the Backend protocol over hasten._core. Gathers weights into the stacks that the core packs; the rest is
 passed on. Knows nothing of files or policy."""
 
+import mmap
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -152,7 +153,8 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
         parts[name] = weight
         if len(parts) == len(members):
             decoder.add_matrices(role, layer, [(member, parts[member]) for member in members])
-            del waiting[role, layer]
+            for part in waiting.pop((role, layer)).values():
+                _give_back(part.data)
     for (role, layer), parts in waiting.items():
         missing = [name for name in _place(next(iter(parts)), spec)[2] if name not in parts]
         raise ModelError(f"weight {missing[0]} is missing (of {role} in layer {layer})")
@@ -169,6 +171,23 @@ def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
     if not spec.gated_mlp and role == "gate_up":
         members = ("up",)
     return role, int(parts[1]), [f"layers.{parts[1]}.{member}" for member in members]
+
+
+def _give_back(array: NDArray[Any]) -> None:
+    """Let the system take the pages of a mapped file that packing has read: a weight that waited for others was read
+    again after its checkpoint had let go of it, and would count as this process's memory for good."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or array.flags.writeable or not array.flags.c_contiguous:
+        return
+    first = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    last = (first + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    if last > first:
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _vector(weight: Weight) -> NDArray[np.float32]:
