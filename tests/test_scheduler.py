@@ -186,7 +186,8 @@ def test_decode_batches_equal_the_general_construction(seed: int) -> None:
     kept.build = build  # type: ignore[method-assign]
     for _ in range(12):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 5, 16, 40)))]
-        params = SamplingParams(max_tokens=rng.randrange(1, 40), n=rng.choice((1, 1, 2)), priority=rng.randrange(3))
+        num, priority = rng.choice((1, 1, 2)), rng.randrange(3)
+        params = SamplingParams(max_tokens=rng.randrange(1, 40), n=num, priority=priority, ignore_eos=True)
         engine.add(prompt, params)
         for _ in range(rng.randrange(6)):
             engine.step()

@@ -3,9 +3,10 @@
 Knows how they are put together and how prompts become token ids; policy is in engine.py, files are in hasten.model.
 """
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from hasten.errors import ModelError, RequestError
 from hasten.hardware import memory_available
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
+from hasten.model.spec import ModelSpec
 from hasten.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -45,9 +47,11 @@ class LLM:
     "cpu", "reference" (numpy, slow), or a Backend of one's own. threads: 0 is all cores. kv_cache: how keys and values
     are stored; "auto" is fp32 for an fp32 checkpoint and bf16 else. speculation: "ngram" drafts from the text so far,
     which changes the speed and never the tokens. What is left None or automatic is taken from the folder where
-    `hasten tune` has written it. max_len: longest prompt and answer, in tokens; None is what the model knows, as far as
-    it fits. memory: bytes for the KV cache; None is enough for a few sequences. max_sequences: that run at once.
-    max_step_tokens: tokens of one step; longer prompts run in chunks.
+    `hasten tune` has written it.
+    max_len: longest prompt and answer, in tokens; None is what the model knows, as far as it fits. A model with two
+    sets of rotary factors (Phi-3 longrope) takes those for long texts where max_len asks for more than its original
+    length, and is held to that length with None. memory: bytes for the KV cache; None is enough for a few sequences.
+    max_sequences: that run at once. max_step_tokens: tokens of one step; longer prompts run in chunks.
     Raises ModelError for a model that cannot be used, ResourceError where memory does not suffice.
     """
 
@@ -72,7 +76,7 @@ class LLM:
         if speculation not in ("none", "ngram"):
             raise RequestError(f"speculation is {speculation!r}, expected none or ngram")
         self.path = checkpoint.path
-        self.spec = checkpoint.spec
+        self.spec = _with_one_rope(checkpoint.spec, max_len)
         self.tokenizer = Tokenizer(checkpoint.path)
         self.backend = _make_backend(backend, threads or settings.get("threads") or 0)
         self.backend.load(self.spec, checkpoint.weights())
@@ -199,12 +203,17 @@ class LLM:
                 self._inboxes[delta.request_id].append(delta)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestError(f"a prompt is {prompt!r:.80}, expected text or a list of token ids") from None
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, or several: a list of numbers is one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], (int, np.integer))):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
 
@@ -235,6 +244,24 @@ def _make_backend(backend: str | Backend, threads: int) -> Backend:
 
         return ReferenceBackend()
     raise RequestError(f"backend is {backend!r}, expected auto, cpu, reference or a Backend")
+
+
+def _with_one_rope(spec: ModelSpec, max_len: int | None) -> ModelSpec:
+    """The spec with its rotary factors settled for all lengths. Were they to change when a sequence grows, what is
+    cached would depend on how long the sequence was when it was computed."""
+    original = max((rope.original_max for rope in spec.ropes if rope.long_inv_freq is not None), default=0)
+    if not original:
+        return spec
+    is_long = max_len is not None and max_len > original
+    ropes = tuple(
+        replace(
+            rope,
+            inv_freq=rope.long_inv_freq if is_long and rope.long_inv_freq is not None else rope.inv_freq,
+            long_inv_freq=None,
+        )
+        for rope in spec.ropes
+    )
+    return replace(spec, ropes=ropes, max_position=spec.max_position if is_long else original)
 
 
 _SETTINGS = ("kv_cache", "speculation", "threads")
