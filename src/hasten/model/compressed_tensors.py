@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError
-from hasten.model.formats import Format, Weight, pack_nibbles
+from hasten.model.formats import Format, Weight
 from hasten.model.names import Source
 from hasten.model.quantized import (
     FLOATS,
@@ -29,6 +29,7 @@ from hasten.model.quantized import (
 
 PACKED = "pack-quantized"
 UNPACKED = ("naive-quantized", "int-quantized")
+_CHUNK = 1 << 17
 # A module that Transformers keeps as a Conv1D (GPT-2) is not one that compressed-tensors knows. It is stored as the
 # Linear that it stands for, under a format name that makes Transformers refuse the folder, not load half of it.
 CONV1D_PACKED = "hasten-conv1d"
@@ -67,6 +68,8 @@ class CompressedTensors:
         scheme = self._scheme(source)
         if scheme is None:
             return None
+        if scheme.bits == 4 and source.shape[1] % 2:
+            raise ModelError(f"{source.module}: 4 bits need an even number of inputs, found {source.shape[1]}")
         group = group_of(scheme.group_size, source.shape[1], source.module)
         return Format("int8" if scheme.bits == 8 else "int4", group, scheme.symmetric)
 
@@ -183,10 +186,18 @@ def _packed_data(words: NDArray[Any], bits: int, columns: int) -> NDArray[Any]:
 
 
 def _pack_signed(values: NDArray[np.int8], where: str) -> NDArray[np.uint8]:
-    """int8 [N, K] of -8..7 -> nibbles of value + 8."""
-    if values.size and (values.min() < -8 or values.max() > 7):
-        raise ModelError(f"{where}: values outside -8..7 in weights of 4 bits")
-    return pack_nibbles((values + np.int8(8)).view(np.uint8))
+    """int8 [N, K] of -8..7 -> nibbles of value + 8. Two columns at a time, a piece that stays in cache at a time: the
+    largest matrix of a model comes this way, when it starts."""
+    rows, columns = values.shape
+    packed = np.empty((rows, columns // 2), np.uint8)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part = values[first : first + step]
+        if (part + np.int8(8)).view(np.uint8).max() > 15:
+            raise ModelError(f"{where}: values outside -8..7 in weights of 4 bits")
+        pairs = part.view("<u2")
+        packed[first : first + step] = ((pairs & 0x000F) | ((pairs >> 4) & 0x00F0)) ^ 0x88
+    return packed
 
 
 def _zeros(stored: NDArray[Any], rows: int, packed: bool) -> NDArray[np.uint8]:
