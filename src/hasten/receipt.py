@@ -69,7 +69,8 @@ class Candidate:
     """One way to run the model. verdict: "chosen", "accepted", "rejected" (quality), "slower" (than the original, for
     the goal), or "reference" (what others are compared with). reason says why, in a sentence.
 
-    decode: tokens/s by number of streams. ratio: to the original in the same round, by "1", "8" and "prefill".
+    decode: tokens/s by number of streams. ratio: to the original in the same rounds, by "1", "8", "prefill" and
+    "memory"; "gain ..." is to the same weights run plainly.
     prefill tokens/s; ttft seconds; memory: bytes of weights and KV cache, and peak resident set where measured.
     bandwidth_fraction: bytes a token times tokens/s over the read bandwidth measured in the same run.
     search: quality on the text the search used. final: on text that it did not use.

@@ -23,9 +23,13 @@ def within(quality: Quality, max_loss: float) -> bool:
 
 def score(candidate: Candidate, goal: Goal) -> float:
     """How good for the goal against the original; more than 1 is better than it."""
-    if goal == "memory":
-        return candidate.ratio["memory"].median
-    return candidate.ratio[STREAMS[goal]].median
+    return candidate.ratio[STREAMS.get(goal, goal)].median
+
+
+def worthwhile(candidate: Candidate, goal: Goal) -> bool:
+    """Whether a way of running brings enough over the same weights without it, and did so in every round."""
+    gain = candidate.ratio[f"gain {STREAMS.get(goal, goal)}"]
+    return gain.median >= WORTHWHILE and gain.low >= 1
 
 
 def judge(candidate: Candidate, goal: Goal, max_loss: float) -> Candidate:

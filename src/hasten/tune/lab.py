@@ -105,15 +105,17 @@ class Lab:
         windows: Sequence[Window],
         workloads: Mapping[str, Workload],
         rounds: int,
+        base: str = ORIGINAL,
     ) -> dict[str, Candidate]:
-        """The original and each recipe, without verdicts: quality on `windows`, speed in interleaved rounds."""
+        """The original and each recipe, no verdicts: quality on `windows`, speed in interleaved rounds. Ratios are to
+        the original; to another `base` as well, under "gain 1" and so on."""
         backends = self._load_all(recipes)
         every = {ORIGINAL: Recipe(), **recipes}
         scores = self._score(backends, every, windows)
         timings = self._time(backends, every, workloads, rounds)
-        base = scores[ORIGINAL]
+        gains = None if base == ORIGINAL else (base, every[base])
         return {
-            name: self._candidate(name, recipe, timings, search=summarize(scores[name], base))
+            name: self._candidate(name, recipe, timings, gains, search=summarize(scores[name], scores[ORIGINAL]))
             for name, recipe in every.items()
         }
 
@@ -184,15 +186,18 @@ class Lab:
         longest = max(len(work.prompts[0]) + work.num_tokens for work in workloads.values())
         return make_engine(self.spec, backend, recipe.run, streams, longest)
 
-    def _candidate(self, name: str, recipe: Recipe, timings: Timings, **more: Any) -> Candidate:
+    def _candidate(
+        self, name: str, recipe: Recipe, timings: Timings, base: tuple[str, Recipe] | None = None, **more: Any
+    ) -> Candidate:
         """Figures of one model out of interleaved timings, which hold the original's."""
         memory = self.memory(recipe)
-        decode, ratio = {}, {"memory": _exact(_total(self.memory(Recipe())) / _total(memory))}
-        for key in sorted({key for _, key in timings}):
-            field = "prefill" if key == "prefill" else "decode"
-            values = [getattr(timing, field) for timing in timings[name, key]]
-            ratio[key] = ratio_of_rounds(values, [getattr(timing, field) for timing in timings[ORIGINAL, key]])
-            decode[key] = spread(values, "tokens/s")
+        decode: dict[str, Measurement] = {}
+        ratio = self._ratios("", name, memory, timings, (ORIGINAL, Recipe()))
+        if base is not None:
+            ratio |= self._ratios("gain ", name, memory, timings, base)
+        for model, key in timings:
+            if model == name:
+                decode[key] = spread(_rates(timings, name, key), "tokens/s")
         prediction = self.predict(recipe)
         return Candidate(
             name=name,
@@ -210,6 +215,18 @@ class Lab:
             **more,
         )
 
+    def _ratios(
+        self, prefix: str, name: str, memory: Mapping[str, int], timings: Timings, base: tuple[str, Recipe]
+    ) -> dict[str, Measurement]:
+        """Speed over the base's in the same round, and the base's memory over this one's."""
+        found = {
+            prefix + key: ratio_of_rounds(_rates(timings, name, key), _rates(timings, base[0], key))
+            for model, key in timings
+            if model == name
+        }
+        share = _total(self.memory(base[1])) / _total(memory)
+        return found | {f"{prefix}memory": Measurement(share, share, share, 1, "times")}
+
 
 def ticks(num_recipes: int, rounds: int) -> int:
     """How often `measure` ticks for a group of so many recipes."""
@@ -220,5 +237,6 @@ def _total(memory: Mapping[str, int]) -> int:
     return memory["weights"] + memory["kv_cache"]
 
 
-def _exact(value: float) -> Measurement:
-    return Measurement(value, value, value, 1, "times")
+def _rates(timings: Timings, name: str, key: str) -> list[float]:
+    """Tokens/s in each round: of decoding, or of the prompt for the prefill workload."""
+    return [timing.prefill if key == "prefill" else timing.decode for timing in timings[name, key]]

@@ -38,7 +38,8 @@ def speed(value: Measurement | None, ratio: Measurement | None) -> str:
     """Tokens/s and how many times the original's that is."""
     if value is None or ratio is None:
         return ""
-    return f"{value.median:,.0f} ({ratio.median:.2f}x)"
+    times = f"{ratio.median:.2f}" if ratio.median >= 0.1 else f"{ratio.median:.2g}"
+    return f"{value.median:,.0f} ({times}x)"
 
 
 def lines(receipt: Receipt) -> list[str]:
@@ -46,8 +47,9 @@ def lines(receipt: Receipt) -> list[str]:
     found = [f"Chosen: {receipt.choice}. {receipt.reason}."]
     chosen = receipt.chosen
     if chosen is not None and receipt.reference is not None:
+        # Both were measured beside the original, at different moments: the original cancels what changed between.
         parts = [
-            f"{chosen.decode[size].median / receipt.reference.decode[size].median:.1f}x with {size}"
+            f"{chosen.ratio[size].median / receipt.reference.ratio[size].median:.1f}x with {size}"
             for size in ("1", "8")
         ]
         found.append(f"Against Transformers as users run it today: {', '.join(parts)} streams.")

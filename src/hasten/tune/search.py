@@ -73,14 +73,25 @@ class Search:
         return build(Candidate, self.state.get("candidates", ORIGINAL))
 
     def measured(
-        self, recipes: Mapping[str, Recipe], workloads: Mapping[str, Workload] | None = None
+        self,
+        recipes: Mapping[str, Recipe],
+        workloads: Mapping[str, Workload] | None = None,
+        base: tuple[str, Recipe] | None = None,
     ) -> dict[str, Candidate]:
-        """Each recipe with its verdict, and the original they stood beside; what is in the state is not done again."""
+        """Each recipe with its verdict; what is in the state is not done again. base: measured beside every group, for
+        what is gained over it."""
         missing = {name: recipe for name, recipe in recipes.items() if self.state.get("candidates", name) is None}
         groups = self.lab.groups(missing)
-        self.progress.plan(sum(ticks(len(group), self.rounds) for group in groups))
+        beside = {} if base is None else {base[0]: base[1]}
+        self.progress.plan(sum(ticks(len(group) + len(beside), self.rounds) for group in groups))
         for group in groups:
-            found = self.lab.measure(group, self.windows, workloads or self.workloads, self.rounds)
+            found = self.lab.measure(
+                {**beside, **group},
+                self.windows,
+                workloads or self.workloads,
+                self.rounds,
+                base[0] if base else ORIGINAL,
+            )
             if self.state.get("candidates", ORIGINAL) is None:
                 self.state.put("candidates", ORIGINAL, replace(found[ORIGINAL], verdict="reference"))
             for name in group:
@@ -111,10 +122,8 @@ class Search:
         """The best candidate with other ways of running, all timed while sampling. Only one that brings something worth
         its complication is accepted."""
         ways = made.ways_to_run(base.name, base.recipe, self.lab.kv_cache(base.recipe), self.lab.threads)
-        again = f"{base.name} sampled"
-        found = self.measured({again: base.recipe, **ways}, self.sampled)
-        plain = choose.score(found.pop(again), self.goal)
-        return [self._worthwhile(way, choose.score(way, self.goal) / plain, base.name) for way in found.values()]
+        found = self.measured(ways, self.sampled, (f"{base.name} sampled", base.recipe))
+        return [self._worthwhile(way, base.name) for way in found.values()]
 
     def prove(self, ranked: Sequence[Candidate], final: Sequence[Window]) -> list[Candidate]:
         """Walk down the ranking until one keeps the limit on text the search has not seen. All that were tried, the
@@ -144,11 +153,12 @@ class Search:
     def _alone(self) -> Candidate:
         return replace(self.lab.measure({}, self.windows, self.workloads, self.rounds)[ORIGINAL], verdict="reference")
 
-    def _worthwhile(self, way: Candidate, gain: float, base: str) -> Candidate:
+    def _worthwhile(self, way: Candidate, base: str) -> Candidate:
         if way.verdict == "rejected":
             return way
-        reason = f"{gain:.2f}x {base}, both sampled at temperature 1"
-        if gain >= choose.WORTHWHILE:
+        gain = way.ratio[f"gain {choose.STREAMS.get(self.goal, self.goal)}"]
+        reason = f"{gain.median:.2f}x {base} ({gain.low:.2f} .. {gain.high:.2f}), both sampled at temperature 1"
+        if choose.worthwhile(way, self.goal):
             return replace(way, verdict="accepted", reason=reason)
         return replace(way, verdict="slower", reason=f"{reason}: not worth it")
 
