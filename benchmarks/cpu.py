@@ -74,6 +74,13 @@ def measure_system(system: SystemUnderTest, shape: str, seed: int, args: argpars
     return {**result, "starts_s": [seconds for _, seconds in starts], "starts_foreign": [load for load, _ in starts]}
 
 
+def source_version() -> str:
+    """The commit that is measured, "-dirty" where files differ from it; "unknown" outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
 def bandwidth(python: Path) -> float:
     output = subprocess.run([python, str(HERE / "machine.py")], check=True, capture_output=True, text=True).stdout
     return float(output)
@@ -110,7 +117,11 @@ def measure_all(args: argparse.Namespace, out: Path) -> dict[str, object]:
     chosen = choose(args)
     options = {"rounds": args.rounds, "repetitions": args.repetitions, "starts": args.starts, "cores": args.cores}
     runs: list[dict[str, object]] = []
-    report: dict[str, object] = {"conditions": conditions(), "options": options, "runs": runs}
+    report: dict[str, object] = {
+        "conditions": {**conditions(), "commit": source_version()},
+        "options": options,
+        "runs": runs,
+    }
     for shape, system in chosen:
         warm_page_cache(system.path(shape))
     before = bandwidth(args.hasten_python)

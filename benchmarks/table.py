@@ -184,6 +184,7 @@ def render(report: dict[str, Any]) -> str:
     versions = {name: version for run in runs for name, version in run.get("versions", {}).items()}
     lines = [
         f"{processor}; {machine['cores_used']} of {machine['cores_of_machine']} cores; {machine['date']}; "
+        f"hasten at {machine.get('commit', 'unknown')}; "
         f"read bandwidth {spread(bandwidths, 1)} GB/s. Median [least-most].",
         ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if name != "ggml"),
     ]
