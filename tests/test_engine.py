@@ -143,6 +143,7 @@ def test_n_shares_the_prompt_and_samples_apart() -> None:
     assert model.copies == 3  # the partly filled block of the prompt
     assert output.metrics.num_cached_tokens == 3 * 39
     assert len({c.token_ids for c in output.outputs}) == 4
+    assert derive_seed(9, 0) == 9  # the first is what n = 1 gives
     for c in output.outputs:
         single = SamplingParams(temperature=1.0, seed=derive_seed(9, c.index), max_tokens=30, ignore_eos=True)
         assert alone(prompt, single).outputs[0].token_ids == c.token_ids

@@ -152,6 +152,20 @@ def test_drafts_never_preempt_and_respect_the_budget() -> None:
     assert roomy.schedule().query_lens == [5, 2, 1]  # five rows for drafts in all
 
 
+def test_a_copy_that_was_not_made_is_dropped_with_its_sequence() -> None:
+    plan = scheduler(8)
+    first = sequence(20, n=2)
+    second = Sequence(first.request, 1, 0, 0, 1000)
+    first.request.sequences.append(second)
+    plan.add(first)
+    plan.add(second)
+    complete(plan, plan.schedule())
+    assert plan.schedule().copies == [(first.blocks[1], second.blocks[1])]
+    assert plan.schedule().copies == [(first.blocks[1], second.blocks[1])]  # until it is confirmed
+    plan.remove(second)
+    assert plan.schedule().copies == []
+
+
 def test_scored_prompts_share_the_rows_of_a_step() -> None:
     plan = scheduler(64, extra_rows=10)
     for arrival in range(2):
@@ -184,7 +198,7 @@ def test_decode_batches_equal_the_general_construction(seed: int) -> None:
         return fast
 
     kept.build = build  # type: ignore[method-assign]
-    for _ in range(12):
+    for _ in range(24):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice((1, 5, 16, 40)))]
         num, priority = rng.choice((1, 1, 2)), rng.randrange(3)
         params = SamplingParams(max_tokens=rng.randrange(1, 40), n=num, priority=priority, ignore_eos=True)
