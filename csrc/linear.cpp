@@ -240,7 +240,7 @@ void linear(Pool& pool, const LinearKernels& kernels, const Matrix& w, const Act
   const double bytes = static_cast<double>(total_bytes(w, w.zeros != nullptr)) / num_blocks;
   const double microseconds = std::max(bytes / 16e3, 2.0 * kBlockRows * w.k_pad * act.rows / 400e3);
   constexpr double kShortest = 0.5, kLongest = 50;  // microseconds a chunk: claiming one costs 0.03
-  constexpr int kChunksPerThread = 8;
+  constexpr int kChunksPerThread = 12;
   int step = divide_up(num_blocks, kChunksPerThread * pool.size());
   step = std::max(step, static_cast<int>(kShortest / microseconds));
   step = std::min(step, static_cast<int>(kLongest / microseconds));

@@ -1,7 +1,8 @@
 // See pool.h. Two facts carry the whole of it:
-// - A chunk is claimed by one compare-and-swap on a counter of chunks left. The phase's description is written before that
-//   counter is raised and read only after a successful claim; until the claimed chunk is counted as done, the phase cannot
-//   end and its description cannot change. So a thread that comes late finds either nothing or a chunk of the present phase.
+// - A share's word holds the phase it was last claimed in and how many of its chunks were. A chunk is claimed by reading the
+//   word, then checking that the phase is still the present one, then one compare-and-swap of the word. A phase is over only
+//   when the chunks of all shares were claimed and done; so if it ends after the check, the word has changed and the swap
+//   fails. One that succeeds knows that its phase lasts until it counts its chunk as done, and may read its description.
 // - Whoever must sleep announces it first and then sleeps on the word that the other side changes first (Dekker's pattern,
 //   all sequentially consistent): either the sleeper sees the change, or the other side sees the announcement and wakes it.
 #include "pool.h"
@@ -114,68 +115,81 @@ void pin(std::thread& thread, const std::vector<int>& cpus) {
   CPU_FREE(set);
 }
 
-struct alignas(64) Share {    // of one node, in the present phase
-  std::atomic<uint32_t> left{0};  // chunks not yet claimed
-  int end = 0;                // chunk numbers [end - left, end)
+// Phase and count in one word; 40 bits of phases outlast any share that happens to stay unclaimed.
+constexpr int kCountBits = 24;
+constexpr uint64_t pack_word(uint64_t phase, uint32_t count) { return phase << kCountBits | count; }
+constexpr uint64_t phase_of(uint64_t word) { return word >> kCountBits; }
+constexpr uint32_t count_of(uint64_t word) { return static_cast<uint32_t>(word & ((uint64_t{1} << kCountBits) - 1)); }
+
+struct alignas(64) Share {
+  std::atomic<uint64_t> claimed{0};  // the phase of the last claim, and how many chunks were claimed in it
 };
 
 }  // namespace
 
 struct Pool::State {
-  int num_threads;
-  int spin_microseconds;
-  std::vector<Share> shares;  // one a node
-  // The present phase; stable while a claimed chunk of it is not done.
+  const int num_threads;
+  const int spin_microseconds;
+  std::vector<Share> shares;  // one a thread
+  // The present phase's function; stable while a claimed chunk of it is not done.
   void* context = nullptr;
   void (*call)(void*, int, int) = nullptr;
-  alignas(64) std::atomic<uint32_t> phase{0};     // workers sleep on it
+  alignas(64) std::atomic<uint64_t> phase{0};   // number of the phase, and of its chunks
+  std::atomic<uint32_t> wake{0};                // workers sleep on it
   std::atomic<uint32_t> sleepers{0};
   std::atomic<bool> stop{false};
-  alignas(64) std::atomic<uint32_t> undone{0};    // chunks of the present phase; the caller sleeps on it
+  alignas(64) std::atomic<uint32_t> undone{0};  // chunks of the present phase; the caller sleeps on it
   std::atomic<bool> caller_sleeps{false};
   std::vector<std::thread> workers;
 
-  State(int threads, int spin_us, int nodes) : num_threads(threads), spin_microseconds(spin_us), shares(nodes) {}
+  State(int threads, int spin) : num_threads(threads), spin_microseconds(spin), shares(static_cast<size_t>(threads)) {}
 
-  int node_of(int thread) const { return static_cast<int>(static_cast<int64_t>(thread) * shares.size() / num_threads); }
-
-  bool has_work() const {
-    for (const Share& share : shares)
-      if (share.left.load(std::memory_order_relaxed)) return true;
-    return false;
+  int share_begin(int share, uint32_t num_chunks) const {
+    return static_cast<int>(static_cast<uint64_t>(num_chunks) * static_cast<uint32_t>(share) / static_cast<uint32_t>(num_threads));
   }
 
   // Runs chunks of one share until none is left.
-  void drain(Share& share, int thread) {
-    uint32_t left = share.left.load(std::memory_order_relaxed);
-    while (left) {
-      if (!share.left.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
-      call(context, share.end - static_cast<int>(left), thread);
+  void drain(int share, uint64_t present, int thread) {
+    const int begin = share_begin(share, count_of(present));
+    const uint32_t size = static_cast<uint32_t>(share_begin(share + 1, count_of(present)) - begin);
+    std::atomic<uint64_t>& claimed = shares[static_cast<size_t>(share)].claimed;
+    while (size) {
+      uint64_t word = claimed.load(std::memory_order_acquire);
+      if (phase.load(std::memory_order_relaxed) != present) return;
+      const uint32_t count = phase_of(word) == phase_of(present) ? count_of(word) : 0;
+      if (count >= size) return;
+      const uint64_t next = pack_word(phase_of(present), count + 1);
+      if (!claimed.compare_exchange_weak(word, next, std::memory_order_acq_rel, std::memory_order_relaxed)) continue;
+      call(context, begin + static_cast<int>(count), thread);
       if (undone.fetch_sub(1, std::memory_order_seq_cst) == 1 && thread && caller_sleeps.load(std::memory_order_seq_cst))
         futex_wake(undone);
-      left = share.left.load(std::memory_order_relaxed);
     }
   }
 
-  void drain_all(int thread) {
-    const int num_nodes = static_cast<int>(shares.size()), own = node_of(thread);
-    for (int i = 0; i < num_nodes; i++) drain(shares[(own + i) % num_nodes], thread);
+  void drain_all(uint64_t present, int thread) {
+    for (int i = 0; i < num_threads; i++) drain((thread + i) % num_threads, present, thread);
   }
 
   void work(int thread) {
+    uint64_t seen = 0;
     while (!stop.load(std::memory_order_acquire)) {
-      const uint32_t seen = phase.load(std::memory_order_seq_cst);
-      drain_all(thread);
-      if (spin(spin_microseconds, [this] { return has_work() || stop.load(std::memory_order_relaxed); })) continue;
+      const uint32_t before = wake.load(std::memory_order_seq_cst);
+      const uint64_t present = phase.load(std::memory_order_acquire);
+      if (present != seen) {
+        drain_all(present, thread);
+        seen = present;
+      }
+      const auto changed = [&] { return phase.load(std::memory_order_relaxed) != seen || stop.load(std::memory_order_relaxed); };
+      if (spin(spin_microseconds, changed)) continue;
       sleepers.fetch_add(1, std::memory_order_seq_cst);
-      if (!stop.load(std::memory_order_seq_cst)) futex_wait(phase, seen);
+      futex_wait(wake, before);
       sleepers.fetch_sub(1, std::memory_order_seq_cst);
     }
   }
 
-  void announce() {
-    phase.fetch_add(1, std::memory_order_seq_cst);
-    if (sleepers.load(std::memory_order_seq_cst)) futex_wake(phase);
+  void wake_workers() {
+    wake.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers.load(std::memory_order_seq_cst)) futex_wake(wake);
   }
 
   // Sleeping leaves a core idle, to which the system moves a worker that waits behind a neighbour on another core.
@@ -198,22 +212,20 @@ int available_cores() {
   return std::max(1, std::min(static_cast<int>(cores.size()), quota_cores()));
 }
 
-Pool::Pool(int num_threads, int spin_microseconds, int num_nodes) {
+Pool::Pool(int num_threads, int spin_microseconds) {
   const std::vector<std::vector<int>> nodes = numa_nodes();
   if (num_threads <= 0) num_threads = available_cores();
-  if (num_nodes <= 0) num_nodes = std::max<int>(1, static_cast<int>(nodes.size()));
-  num_nodes = std::min(num_nodes, num_threads);
-  state_ = std::make_unique<State>(num_threads, spin_microseconds, num_nodes);
+  state_ = std::make_unique<State>(num_threads, spin_microseconds);
   for (int thread = 1; thread < num_threads; thread++) {
     state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
-    if (nodes.size() > 1 && num_nodes == static_cast<int>(nodes.size()))
-      pin(state_->workers.back(), nodes[state_->node_of(thread)]);
+    // Neighbours in number share a node, so that shares next to each other in memory do.
+    if (nodes.size() > 1) pin(state_->workers.back(), nodes[static_cast<size_t>(thread) * nodes.size() / static_cast<size_t>(num_threads)]);
   }
 }
 
 Pool::~Pool() {
   state_->stop.store(true, std::memory_order_seq_cst);
-  state_->announce();
+  state_->wake_workers();
   for (std::thread& worker : state_->workers) worker.join();
 }
 
@@ -228,15 +240,11 @@ void Pool::run_erased(int num_chunks, void* context, void (*call)(void*, int, in
   s.context = context;
   s.call = call;
   s.undone.store(static_cast<uint32_t>(num_chunks), std::memory_order_relaxed);
-  const int num_nodes = static_cast<int>(s.shares.size());
-  int first = 0;
-  for (int node = 0; node < num_nodes; node++) {
-    s.shares[node].end = static_cast<int>(static_cast<int64_t>(num_chunks) * (node + 1) / num_nodes);
-    s.shares[node].left.store(static_cast<uint32_t>(s.shares[node].end - first), std::memory_order_release);
-    first = s.shares[node].end;
-  }
-  s.announce();
-  s.drain_all(0);
+  const uint64_t present = pack_word(phase_of(s.phase.load(std::memory_order_relaxed)) + 1,
+                                     static_cast<uint32_t>(num_chunks));
+  s.phase.store(present, std::memory_order_seq_cst);
+  s.wake_workers();
+  s.drain_all(present, 0);
   s.wait_until_done();
 }
 

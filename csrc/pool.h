@@ -2,7 +2,7 @@
 //
 // A phase is a number of chunks. Threads claim chunks one by one; the phase is over when every *chunk* is done, not when
 // every thread has arrived: a worker that the system has descheduled before it claimed anything is not waited for, the
-// caller does its share. Workers spin for a bounded time between phases and then sleep on a futex.
+// others do its share. Workers spin for a bounded time between phases and then sleep on a futex.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,18 @@ constexpr int kSpinMicroseconds = 50;  // how long a worker without work, or a c
 class Pool {
  public:
   // num_threads counts the caller. 0 takes one for each core this process may run on (affinity and cgroup quota counted).
-  // num_nodes 0 takes the machine's NUMA nodes. Workers are pinned, node by node, only where there are several; each node's
-  // threads then claim first the chunks of their share of [0, num_chunks), so that what was packed there is read there.
-  explicit Pool(int num_threads, int spin_microseconds = kSpinMicroseconds, int num_nodes = 0);
+  // Workers are pinned, node by node, only where the machine has several NUMA nodes.
+  explicit Pool(int num_threads, int spin_microseconds = kSpinMicroseconds);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int size() const;
 
-  // Calls fn(chunk, thread) once for each chunk in [0, num_chunks), thread in [0, size()); returns when all are done.
-  // Chunks are claimed in rising order (within a node). Not reentrant; one caller at a time. fn must not throw.
+  // Calls fn(chunk, thread) once for each chunk in [0, num_chunks), thread in [0, size()); returns when all are done. Each
+  // thread takes, in rising order, the chunks of its share, the thread-th part of [0, num_chunks), then helps the others:
+  // who reads memory in the order of chunks reads it front to back, and reads what the same thread has touched first.
+  // Not reentrant; one caller at a time. fn must not throw.
   template <class F>
   void run(int num_chunks, F&& fn) {
     run_erased(num_chunks, const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int chunk, int thread) {

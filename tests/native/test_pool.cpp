@@ -1,5 +1,5 @@
-// The pool under stress: every chunk of every phase exactly once, results visible to the caller, late and sleeping workers,
-// shares of several nodes. Meant to run under ThreadSanitizer as well.
+// The pool under stress: every chunk of every phase exactly once, results visible to the caller, late and sleeping workers.
+// Meant to run under ThreadSanitizer as well.
 #include "pool.h"
 
 #include <atomic>
@@ -18,8 +18,8 @@ void require(bool condition, const char* what) {
 }
 
 // Phases of changing size that write plain (not atomic) memory: a chunk run twice, lost, or run in another phase shows.
-void phases(int threads, int spin_microseconds, int nodes, int count, bool pauses) {
-  hasten::Pool pool(threads, spin_microseconds, nodes);
+void phases(int threads, int spin_microseconds, int count, bool pauses) {
+  hasten::Pool pool(threads, spin_microseconds);
   std::vector<int> runs;
   for (int phase = 0; phase < count; phase++) {
     const int num_chunks = (phase * 7919 + 13) % 41;
@@ -63,9 +63,9 @@ int main() {
   require(hasten::available_cores() >= 1, "no core available");
   require(hasten::Pool(0).size() == hasten::available_cores(), "Pool(0) does not take all cores");
   for (int threads = 1; threads <= 5; threads++) {
-    phases(threads, 50, 0, 2000, false);
-    phases(threads, 0, 0, 500, true);  // always asleep between phases
-    phases(threads, 20, 3, 1000, true);
+    phases(threads, 50, 2000, false);
+    phases(threads, 0, 500, true);  // always asleep between phases
+    phases(threads, 20, 1000, true);
   }
   uneven();
   create_and_destroy();
