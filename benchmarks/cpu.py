@@ -23,6 +23,7 @@ from table import render
 
 RESULTS = ROOT / "benchmarks" / "results"
 TASKS = ("decode", "batch", "prefill")
+TIMEOUT = 600  # seconds
 
 
 def say(line: str) -> None:
@@ -45,13 +46,13 @@ def process_environment(extra: dict[str, str], cores: int) -> dict[str, str]:
 
 
 def run_driver(system: SystemUnderTest, shape: str, options: list[str], cores: int) -> dict[str, object]:
-    """What one process of a driver measured, or {"error": its last lines}."""
+    """What one process of a driver measured, or {"error": its last lines}; one that hangs costs TIMEOUT."""
     command = [*system.command(shape), "--threads", str(cores), *options]
     environment = process_environment(system.environment, cores)
     try:
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return {"error": "took longer than 15 minutes"}
+        return {"error": f"took longer than {TIMEOUT} s"}
     lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     if process.returncode != 0 or not lines:
         return {"error": f"exit {process.returncode}: {(process.stderr or process.stdout)[-600:]}"}
