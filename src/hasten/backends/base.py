@@ -43,9 +43,9 @@ class SamplingBatch:
     """How each of the R rows is sampled. Order: penalties and bias, temperature, top-k, top-p, min-p, draw.
 
     temperature f32 [R]: 0 is greedy (lowest id wins a tie). top_k i32 [R]: 0 is off. top_p, min_p f32 [R]: 1 and 0 are
-    off. repetition, presence, frequency f32 [R]: 1, 0, 0 are off. repetition divides positive and multiplies negative logits
-    of tokens seen in prompt or output (Keskar et al. 2019); presence and frequency subtract, from tokens seen in the
-    output only (OpenAI's definition).
+    off. repetition, presence, frequency f32 [R]: 1, 0, 0 are off. repetition divides positive and multiplies negative
+    logits of tokens seen in prompt or output (Keskar et al. 2019); presence and frequency subtract, from tokens seen in
+    the output only (OpenAI's definition).
     seeds u64 [R] and counters u64 [R]: the draw is a pure function of the two (Philox 4x32-10, Salmon et al. 2011).
     num_logprobs i32 [R]: -1 none; else that many best tokens are returned besides the sampled one's.
     targets i32 [R]: -1, or a token whose log-probability is wanted.

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hasten.cli import options
-from hasten.cli.generate import with_room
 from hasten.cli.terminal import note
 from hasten.errors import RequestError
 
 if TYPE_CHECKING:
     from hasten.engine.llm import LLM
-    from hasten.engine.request import SamplingParams
+    from hasten.engine.request import Delta, SamplingParams
 
 COMMANDS = """\
 /help            this list
@@ -56,7 +55,7 @@ class Conversation:
 def chat(
     model: options.ModelArgument,
     system: options.SystemOption = None,
-    max_tokens: options.MaxTokensOption = None,
+    max_tokens: options.MaxTokensOption = 1024,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
     top_p: options.TopPOption = None,
@@ -157,8 +156,7 @@ def answer(llm: "LLM", conversation: Conversation, params: "SamplingParams", lin
     conversation.say("user", line)
     said = ""
     try:
-        ids = encode(llm, conversation)
-        for delta in llm.stream(ids, with_room(llm, ids, params)):
+        for delta in stream(llm, conversation, params):
             said += delta.text
             sys.stdout.write(delta.text)
             sys.stdout.flush()
@@ -173,8 +171,8 @@ def answer(llm: "LLM", conversation: Conversation, params: "SamplingParams", lin
     conversation.say("assistant", said)
 
 
-def encode(llm: "LLM", conversation: Conversation) -> list[int]:
-    """The conversation so far as the model reads it."""
+def stream(llm: "LLM", conversation: Conversation, params: "SamplingParams") -> Iterator["Delta"]:
+    """The answer to the conversation so far."""
     if conversation.has_template:
-        return llm.tokenizer.encode_chat(conversation.with_system)
-    return llm.tokenizer.encode(conversation.text)
+        return llm.stream_chat(conversation.with_system, params)
+    return llm.stream(conversation.text, params)

@@ -1,8 +1,7 @@
 """`hasten generate`: continue prompts given as arguments, in files, or on stdin."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +13,16 @@ from hasten.errors import RequestError
 
 if TYPE_CHECKING:
     from hasten.engine.llm import LLM
-    from hasten.engine.request import RequestOutput, SamplingParams
+    from hasten.engine.request import Delta, RequestOutput
 
 
 def generate(
     model: options.ModelArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", help="Texts to continue; - or none at all reads stdin.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT...", help="Texts to continue; - or none at all reads stdin.", show_default=False
+        ),
     ] = None,
     file: Annotated[
         list[str] | None,
@@ -31,7 +32,7 @@ def generate(
         bool, typer.Option("--chat", help="Take each prompt as a message: apply the chat template.")
     ] = False,
     system: options.SystemOption = None,
-    max_tokens: options.MaxTokensOption = None,
+    max_tokens: options.MaxTokensOption = options.USUAL_TOKENS,
     n: Annotated[int, typer.Option("-n", min=1, max=1024, metavar="N", help="Continuations of each prompt.")] = 1,
     temperature: options.TemperatureOption = None,
     top_k: options.TopKOption = None,
@@ -78,15 +79,12 @@ def generate(
         logprobs=logprobs,
     )
     llm = LLM(model, threads=threads, kv_cache=kv_cache, speculation=speculation, max_len=max_len)
-    if chat or system:
-        ready = [llm.tokenizer.encode_chat(as_messages(text, system)) for text in texts]
-    else:
-        ready = [llm.tokenizer.encode(text) for text in texts]
-    each = [with_room(llm, ids, params) for ids in ready]
-    if len(ready) == 1 and n == 1 and not json:
-        _write_stream(llm, ready[0], each[0])
+    conversations = [as_messages(text, system) for text in texts] if chat or system else None
+    if len(texts) == 1 and n == 1 and not json:
+        stream = llm.stream_chat(conversations[0], params) if conversations else llm.stream(texts[0], params)
+        _write_stream(stream)
         return
-    outputs = llm.generate(ready, each)
+    outputs = llm.chat(conversations, params) if conversations else llm.generate(texts, params)
     if json:
         for text, output in zip(texts, outputs, strict=True):
             write_json({"prompt": text, **describe_output(llm, output)}, lines=True)
@@ -98,14 +96,6 @@ def as_messages(text: str, system: str | None) -> list[dict[str, str]]:
     """A prompt as a conversation."""
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": text}]
-
-
-def with_room(llm: "LLM", prompt_ids: Sequence[int], params: "SamplingParams") -> "SamplingParams":
-    """Where no length was asked for: the usual one, or what room the prompt leaves."""
-    if params.max_tokens is not None:
-        return params
-    room = llm.max_len - len(prompt_ids)
-    return replace(params, max_tokens=max(1, min(options.USUAL_TOKENS, room)))
 
 
 def gather_prompts(arguments: list[str], files: list[str]) -> list[str]:
@@ -130,9 +120,9 @@ def _read(name: str) -> str:
         raise RequestError(f"{where} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from None
 
 
-def _write_stream(llm: "LLM", prompt: Sequence[int], params: "SamplingParams") -> None:
+def _write_stream(stream: Iterable["Delta"]) -> None:
     output = None
-    for delta in llm.stream(prompt, params):
+    for delta in stream:
         sys.stdout.write(delta.text)
         sys.stdout.flush()
         output = delta.output or output

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-USUAL_TOKENS = 256  # of an answer, where nothing is asked for
+USUAL_TOKENS = 256  # of an answer
 
 KvCache = Literal["fp32", "bf16", "int8"]
 Speculation = Literal["none", "ngram"]
@@ -27,8 +27,7 @@ MaxLenOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Longest prompt and answer together, in tokens.")
 ]
 MaxTokensOption = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help=f"Most tokens of an answer; by default {USUAL_TOKENS}, or as many as fit."),
+    int, typer.Option(min=1, metavar="N", help="Most tokens of an answer; fewer where no more fit.")
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option(min=0.0, metavar="T", help="0 is greedy; by default as the model's folder says.")
