@@ -131,8 +131,8 @@ def test_a_reader_that_leaves_is_no_error(stories):
 
 
 def test_ctrl_c_ends_generate_with_130_and_no_traceback(stories):
-    flags = ["--max-tokens", "10", "--json", "-n", "1000", "--temperature", "1"]
-    done = interrupted(["generate", stories, *([START] * 40), *flags], after=1.5)
+    flags = ["--max-tokens", "480", "--json", "-n", "1000", "--temperature", "1"]
+    done = interrupted(["generate", stories, START, *flags], after=2)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr.decode()
 
