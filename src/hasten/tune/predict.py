@@ -1,7 +1,8 @@
 """Predicted speed and memory from sizes and two measured limits, before any weight is loaded.
 
 The roofline model (Williams et al. 2009): a step takes as long as reading its bytes at the measured bandwidth, or as
-its operations at the measured peak, whichever is longer. Overheads are left out: a prediction is an upper limit.
+its operations at the measured peak, whichever is longer. Overheads are left out: a prediction is an upper limit, but
+for models small enough to stay in the processor's caches.
 """
 
 from collections.abc import Mapping
