@@ -112,6 +112,7 @@ void Decoder::start(const StepBatch& b) {
   num_tokens_ = b.num_tokens;
   positions_of_.assign(b.positions, b.positions + b.num_tokens);
   slots_.assign(b.slots, b.slots + b.num_tokens);
+  rows_.assign(b.rows, b.rows + b.num_rows);
   sequences_.clear();
   sequence_of_.clear();
   single_queries_ = true;
@@ -240,13 +241,13 @@ void Decoder::embed(const StepBatch& b) {
   });
 }
 
-void Decoder::run_layer(Layer& l) {
+void Decoder::run_layer(Layer& l, bool last) {
   const int T = num_tokens_, q_width = l.q_width();
   begin_rows(l.qkv, T, 0);
   if (spec_.parallel_residual) begin_rows(l.gate_up, T, 1);
-  for_rows(T, spec_.hidden_size, [&](int first, int last, int thread) {
+  for_rows(T, spec_.hidden_size, [&](int first, int end, int thread) {
     float* normed = row_scratch_[thread].floats();
-    for (int t = first; t < last; t++) {
+    for (int t = first; t < end; t++) {
       const float* x = residual_row(t);
       if (spec_.pre_norm) norm(l.attn_norm, x, normed);
       prepare_row(l.qkv, 0, spec_.pre_norm ? normed : x, t);
@@ -257,13 +258,28 @@ void Decoder::run_layer(Layer& l) {
   });
   pending_ = nullptr;
   product(l.qkv, 0, wide_.floats(), l.qkv.outputs, 1.0f, false);
-  timed(profile.attention, [&] { attention(l); });
-  begin_rows(l.o, T, 0);
-  for_rows(T, q_width, [&](int first, int last, int) {
-    for (int t = first; t < last; t++) prepare_row(l.o, 0, attended_.floats() + (size_t)t * q_width, t);
+  timed(profile.attention, [&] { attention(l, last); });
+  if (last && !spec_.parallel_residual) keep_wanted_rows(l);
+  if (!num_tokens_) return;
+  begin_rows(l.o, num_tokens_, 0);
+  for_rows(num_tokens_, q_width, [&](int first, int end, int) {
+    for (int t = first; t < end; t++) prepare_row(l.o, 0, attended_.floats() + (size_t)t * q_width, t);
   });
   add_to_residual(l.o, 0, l.attn_post_norm);
   mlp(l);
+}
+
+// After the last layer's keys and values are stored, tokens without logits have nothing left to give.
+void Decoder::keep_wanted_rows(const Layer& l) {
+  const size_t H = spec_.hidden_size, width = l.q_width();
+  for (size_t r = 0; r < rows_.size(); r++) {  // rows ascend: none is overwritten before it has moved
+    const size_t from = rows_[r];
+    if (from == r) continue;
+    memcpy(x_.floats() + r * H, x_.floats() + from * H, H * sizeof(float));
+    memcpy(attended_.floats() + r * width, attended_.floats() + from * width, width * sizeof(float));
+    rows_[r] = (int32_t)r;
+  }
+  num_tokens_ = (int)rows_.size();
 }
 
 void Decoder::mlp(Layer& l) {
@@ -292,7 +308,7 @@ void Decoder::mlp(Layer& l) {
   add_to_residual(l.down, 0, l.mlp_post_norm);
 }
 
-void Decoder::attention(Layer& l) {
+void Decoder::attention(Layer& l, bool last) {
   const int T = num_tokens_, kv_heads = l.spec.num_kv_heads, group = l.spec.num_heads / kv_heads;
   const int units = (int)sequences_.size() * kv_heads;
   const bool enough = units >= pool_.size() || group == 1;
@@ -307,7 +323,7 @@ void Decoder::attention(Layer& l) {
         for (int head = 0; head < kv_heads; head++) rotate_and_store(l, t, head);
     });
   // Few units: heads that share keys are spread over the threads, which then read the keys once each.
-  plan_attention(l, enough ? 1 : std::min(group, (pool_.size() + units - 1) / units));
+  plan_attention(l, enough ? 1 : std::min(group, (pool_.size() + units - 1) / units), fused || !last);
   pool_.run((int)chunks_.size(), [&](int c, int thread) {
     const AttentionChunk& chunk = chunks_[c];
     if (fused) rotate_and_store(l, sequences_[chunk.sequence].first_token, chunk.kv_head);
@@ -315,17 +331,21 @@ void Decoder::attention(Layer& l) {
   });
 }
 
-// The longest pieces of work first, so that threads end together.
-void Decoder::plan_attention(const Layer& l, int parts) {
+// The longest pieces of work first, so that threads end together. Not `all`: only queries whose logits are wanted count.
+void Decoder::plan_attention(const Layer& l, int parts, bool all) {
   const int group = l.spec.num_heads / l.spec.num_kv_heads, heads = (group + parts - 1) / parts;
   const int most = attention_queries(group);
   chunks_.clear();
   for (int s = 0; s < (int)sequences_.size(); s++) {
     const int queries = sequences_[s].num_tokens;
-    for (int first = (queries - 1) / most * most; first >= 0; first -= most)
+    for (int first = (queries - 1) / most * most; first >= 0; first -= most) {
+      const int begin = sequences_[s].first_token + first, end = begin + std::min(most, queries - first);
+      const auto wanted = std::lower_bound(rows_.begin(), rows_.end(), begin);
+      if (!all && (wanted == rows_.end() || *wanted >= end)) continue;
       for (int kv_head = 0; kv_head < l.spec.num_kv_heads; kv_head++)
         for (int head = 0; head < group; head += heads)
           chunks_.push_back({s, kv_head, head, std::min(heads, group - head), first, std::min(most, queries - first)});
+    }
   }
 }
 
@@ -381,14 +401,14 @@ void Decoder::attend(Layer& l, const AttentionChunk& c, int thread) {
   kernels_.ops.attend(job, row_scratch_[thread].data());
 }
 
-void Decoder::head(const StepBatch& b) {
-  const int V = spec_.vocab_size;
+void Decoder::head() {
+  const int V = spec_.vocab_size, R = (int)rows_.size();
   const Stack& stack = spec_.tied_head ? embed_ : head_;
-  begin_rows(stack, b.num_rows, 0);
-  for_rows(b.num_rows, spec_.hidden_size, [&](int first, int last, int thread) {
+  begin_rows(stack, R, 0);
+  for_rows(R, spec_.hidden_size, [&](int first, int last, int thread) {
     float* normed = row_scratch_[thread].floats();
     for (int r = first; r < last; r++) {
-      norm(final_norm_, residual_row(b.rows[r]), normed);
+      norm(final_norm_, residual_row(rows_[r]), normed);
       prepare_row(stack, 0, normed, r);
     }
   });
@@ -396,7 +416,7 @@ void Decoder::head(const StepBatch& b) {
   if (spec_.final_softcap > 0.0f) {
     constexpr int piece = 8192;
     const int pieces = (V + piece - 1) / piece;
-    pool_.run(b.num_rows * pieces, [&](int c, int) {
+    pool_.run(R * pieces, [&](int c, int) {
       const int first = c % pieces * piece;
       kernels_.ops.softcap(logits_->floats() + (size_t)(c / pieces) * V + first, spec_.final_softcap, std::min(piece, V - first));
     });
@@ -410,8 +430,8 @@ std::shared_ptr<Buffer> Decoder::forward(const StepBatch& batch) {
     start(batch);
     embed(batch);
     pending_ = nullptr;
-    for (Layer& l : layers_) run_layer(l);
-    if (batch.num_rows) head(batch);
+    for (Layer& l : layers_) run_layer(l, &l == &layers_.back());
+    if (batch.num_rows) head();
   });
   return logits_;
 }

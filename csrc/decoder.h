@@ -174,14 +174,15 @@ class Decoder {
   void add_to_residual(const Stack& stack, int which, const NormWeights& post_norm);
   float* residual_row(int row);
   void embed(const StepBatch& batch);
-  void run_layer(Layer& layer);
+  void run_layer(Layer& layer, bool last);
   void mlp(Layer& layer);
-  void attention(Layer& layer);
+  void attention(Layer& layer, bool last);
+  void keep_wanted_rows(const Layer& layer);
   void normalize_full(Layer& layer, int token);
   void rotate_and_store(Layer& layer, int token, int kv_head);
-  void plan_attention(const Layer& layer, int parts);
+  void plan_attention(const Layer& layer, int parts, bool all);
   void attend(Layer& layer, const AttentionChunk& chunk, int thread);
-  void head(const StepBatch& batch);
+  void head();
 
   DecoderSpec spec_;
   const Kernels& kernels_;
@@ -201,6 +202,7 @@ class Decoder {
   std::vector<Sequence> sequences_;
   std::vector<int> sequence_of_;                    // [tokens]
   std::vector<int32_t> positions_of_, slots_;       // [tokens]
+  std::vector<int32_t> rows_;                       // where logits are wanted
   std::vector<AttentionChunk> chunks_;
   const NormWeights* pending_ = nullptr;            // a post-norm whose input is still in y_
   Buffer x_, y_, wide_, attended_;
