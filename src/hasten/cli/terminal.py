@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -76,16 +77,16 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A function progress(done, total, what) that shows a bar with the time left on a terminal, and each new `what` as
-    a line elsewhere. It is drawn only when something is done: a thread that draws would disturb what is measured."""
+    """A function progress(done, total, what) that shows a bar with the time left on a terminal, and elsewhere a line, at
+    most one a second. It is drawn only when something is done: a thread that draws would disturb what is measured."""
     if not sys.stderr.isatty():
-        told = ""
+        last = -math.inf
 
         def tell(done: int, total: int, what: str) -> None:
-            nonlocal told
-            if what != told:
+            nonlocal last
+            if time.monotonic() - last >= 1:
+                last = time.monotonic()
                 note(f"[{done}/{total}] {what}")
-                told = what
 
         yield tell
         return
