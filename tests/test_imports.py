@@ -14,8 +14,8 @@ HEAVY = ["torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "jin
 
 
 def median_seconds(*arguments: str, runs: int = 7) -> float:
-    """Median processor time of a python process. Start-up waits for nothing, so on an idle machine that is the time that
-    passes; on a busy one it is not the neighbours' time too."""
+    """Median processor time of a python process. Start-up waits for nothing, so on an idle machine that is the time
+    that passes; on a busy one it is not the neighbours' time too."""
     seconds = []
     for _ in range(runs):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

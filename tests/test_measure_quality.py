@@ -66,7 +66,7 @@ def test_few_windows_are_spread_and_too_little_text_is_refused() -> None:
     some = make_windows(TEXT, by_byte, 1, 100, most=5)
     assert len(some) == 5
     assert some[0].tokens.tolist() == every[0].tokens.tolist()
-    with pytest.raises(HastenError, match="the text gives [23] windows"):
+    with pytest.raises(HastenError, match=r"the text gives [23] windows"):
         make_windows(TEXT[:150], by_byte, 1, 100)
 
 

@@ -31,5 +31,5 @@ class ResourceError(HastenError):
     """Memory, disk space, permission or a device is not there."""
 
 
-class MissingExtra(HastenError):
+class MissingExtra(HastenError):  # noqa: N818 - it is named after what is missing
     """An optional dependency is not installed."""

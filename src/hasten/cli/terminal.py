@@ -77,8 +77,8 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A function progress(done, total, what) that shows a bar with the time left on a terminal, and elsewhere a line, at
-    most one a second. It is drawn only when something is done: a thread that draws would disturb what is measured."""
+    """A function progress(done, total, what) that shows a bar with the time left on a terminal, and elsewhere a line,
+    at most one a second. It is drawn only as work is done: a thread that draws would disturb what is measured."""
     if not sys.stderr.isatty():
         last = -math.inf
 
