@@ -179,6 +179,18 @@ def test_preempted_requests_resume_to_the_same_tokens() -> None:
         assert results(output) == results(alone(LONG[i : i + 20], params))
 
 
+def test_a_scored_prompt_that_is_preempted_goes_on_where_it_was() -> None:
+    engine = make_engine(num_blocks=6, max_step_tokens=8, max_sequences=2)
+    params = SamplingParams(max_tokens=5, prompt_logprobs=2, logprobs=1, priority=1, ignore_eos=True)
+    slow = engine.add(LONG[:70], params)
+    for _ in range(6):
+        engine.step()
+    engine.add(LONG[30:70], SamplingParams(max_tokens=30, ignore_eos=True))
+    output = drain(engine)[slow]
+    assert output.metrics.num_preemptions > 0
+    assert results(output) == results(alone(LONG[:70], params))
+
+
 def test_priority_decides_who_waits() -> None:
     engine = make_engine(num_blocks=6, max_sequences=2)
     slow = [engine.add(LONG[i : i + 20], SamplingParams(max_tokens=20, ignore_eos=True, priority=1)) for i in range(3)]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from engine_tools import VOCAB, alone, assert_idle, make_engine, results
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -121,5 +121,6 @@ def test_random_operations(name: str) -> None:
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
+        phases=(Phase.generate,),  # shrinking takes minutes
     )
     case().runTest()

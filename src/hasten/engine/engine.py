@@ -200,9 +200,10 @@ class Engine:
         for sequence, count in zip(step.sequences, step.query_lens, strict=True):
             last = len(sequence.tokens) - 1
             end = sequence.num_computed + count
-            if sequence.score_from < sequence.num_prompt - 1:
+            num_scorable = min(end, sequence.num_prompt - 1)
+            if sequence.score_from < num_scorable:
                 assert sampled is not None
-                row = self._score(sequence, min(end, sequence.num_prompt - 1), sampled, row)
+                row = self._score(sequence, num_scorable, sampled, row)
             if end <= last:
                 self.scheduler.advance(sequence, end)
             elif len(sequence.tokens) == sequence.limit:  # nothing is to be sampled: max_tokens is 0
