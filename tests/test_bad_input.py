@@ -1,6 +1,5 @@
 """What a user can get wrong, and what the disk can: one clear line, exit code 2, nothing half-written."""
 
-import contextlib
 import json
 import os
 import resource
@@ -309,18 +308,26 @@ def test_full_disk(stories, tmp_path):
 # Ctrl-C
 
 
-def test_ctrl_c_during_tune_leaves_no_result_and_a_rerun_goes_on(stories, tmp_path):
-    out = tmp_path / "out"
-    process = subprocess.Popen([*COMMAND, "tune", str(stories), "-o", str(out)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    # Anything written beside the result means that a part is finished.
-    while not list(tmp_path.iterdir()) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert process.poll() is None
+def test_ctrl_c_during_tune_keeps_what_is_finished_and_a_rerun_goes_on(stories, tmp_path):
+    out, state = tmp_path / "out", tmp_path / "out.tune.json"
+    command = ["tune", str(stories), "-o", str(out), "--rounds", "1", "--no-transformers", "--json"]
+    process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(60)
-    stderr = process.communicate()[1].decode()
+    stderr = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert not out.exists()
+    assert "goes on from there" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == [state.name]
+    finished = json.loads(state.read_text())["parts"]["candidates"]
+    receipt = json.loads(hasten(*command).good.stdout)
+    again = {candidate["name"]: candidate for candidate in (receipt["original"], *receipt["candidates"])}
+    for name, candidate in finished.items():
+        assert again[name]["decode"] == candidate["decode"], "measured again"
+    assert not state.exists()
+    assert json.loads((out / "receipt.json").read_text()) == receipt
+    assert hasten("generate", out, TEXT, "--max-tokens", 8).good.stdout.strip()

@@ -242,7 +242,7 @@ def test_bench_reports_speed_and_its_conditions(stories):
     for row in data["results"]:
         assert 0 < row["speed"]["low"] <= row["speed"]["median"] <= row["speed"]["high"]
     assert data["results"][0]["ttft"]["median"] > 0
-    assert 0 < data["results"][1]["of_bandwidth"] < 1.5
+    assert data["results"][1]["of_bandwidth"] > 0  # above 1 for a model that stays in cache
     assert data["peak_memory"] > 1 << 20
     assert data["conditions"]["threads"] >= 1
     table = hasten("bench", stories, *flags).good.stdout
@@ -252,6 +252,44 @@ def test_bench_reports_speed_and_its_conditions(stories):
 def test_bench_that_does_not_fit_says_what_does(stories):
     complaint = hasten("bench", stories, "--prefill", 4096).complaint
     assert "--prefill 511" in complaint
+
+
+@pytest.fixture(scope="module")
+def int8(stories, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compressed") / "int8"
+    done = hasten("compress", stories, "int8", "-o", out).good
+    assert str(out) in done.stdout
+    return out
+
+
+def test_compress_writes_a_folder_that_runs_and_says_what_was_done(stories, int8):
+    assert {"config.json", "model.safetensors", "recipe.yaml", "receipt.json"} <= {path.name for path in int8.iterdir()}
+    text = hasten("generate", int8, START, "--max-tokens", 16).good.stdout
+    assert GREEDY.startswith(text.strip("\n")[:30])
+    again = int8.with_name("again")
+    assert hasten("compress", stories, int8 / "recipe.yaml", "-o", again).good.stdout
+    assert (again / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
+
+
+def test_evaluate_measures_against_the_original(stories, int8, tmp_path):
+    (tmp_path / "text.txt").write_text(hasten("generate", stories, START, "--max-tokens", 480).good.stdout * 4)
+    flags = ["--against", stories, "--data", tmp_path / "text.txt", "--window", 64]
+    quality = json.loads(hasten("evaluate", int8, *flags, "--json").good.stdout)["quality"]
+    assert 0.9 < quality["top1_agreement"]["median"] <= 1
+    assert abs(quality["loss"]["median"]) < 0.01
+    assert quality["loss"]["low"] < quality["loss"]["median"] < quality["loss"]["high"]
+    words = hasten("evaluate", int8, *flags).good.stdout
+    assert [line.split("  ")[0] for line in words.splitlines()] == [
+        *("text", "bits per byte", "perplexity", "loss", "divergence", "agreement")
+    ]
+
+
+def test_max_loss_is_a_share():
+    from hasten.cli.tune import parse_share
+
+    assert parse_share("1%") == parse_share("0.01") == 0.01
+    for wrong in ("-1%", "100%", "lots", "nan", ""):
+        assert "--max-loss" in hasten("tune", "demo", "--max-loss", wrong).complaint
 
 
 def test_colours_only_where_wanted(stories):

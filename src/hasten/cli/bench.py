@@ -44,11 +44,11 @@ def bench(
     from hasten.recipe import Run
 
     batches = batch or [1, 8, 32]
-    hardware = probe(threads=threads)
     start = time.perf_counter()
     llm = LLM(model, threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
     works = workloads(llm, prefill, decode, batches)
+    hardware = probe(threads=threads)
     longest = max(len(work.prompts[0]) + work.num_tokens for work in works.values())
     engine = make_engine(llm.spec, llm.backend, Run(kv_cache=llm.kv_cache), max(batches), longest)
     note(f"{len(works)} measurements, {rounds} rounds ...")
