@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -290,6 +291,26 @@ def test_max_loss_is_a_share():
     assert parse_share("1%") == parse_share("0.01") == 0.01
     for wrong in ("-1%", "100%", "lots", "nan", ""):
         assert "--max-loss" in hasten("tune", "demo", "--max-loss", wrong).complaint
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    done = hasten("generate", tmp_path, "x", env={"HASTEN_DEBUG": "1"})
+    assert done.code == 1
+    assert "Traceback" in done.stderr
+
+
+def test_too_little_memory_is_said_in_a_line():
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (230 << 20, 230 << 20))  # less than what bandwidth is measured on
+
+    done = hasten("inspect", env={"OPENBLAS_NUM_THREADS": "1"}, preexec_fn=limit)
+    assert done.complaint.startswith("not enough memory")
+
+
+def test_an_encoding_without_the_letters_gets_question_marks(stories):
+    flags = ["caf\u00e9", "--max-tokens", 1, "--json"]
+    done = hasten("generate", stories, *flags, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}).good
+    assert json.loads(done.stdout)["prompt"] == "caf?"
 
 
 def test_colours_only_where_wanted(stories):

@@ -3,6 +3,7 @@
 Knows nothing of what verbs do. A verb imports what it needs when it runs, so that `hasten --help` is quick.
 """
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -56,6 +57,8 @@ app.command("evaluate")(evaluate.evaluate)
 def main() -> None:
     """Run the command line and leave with its exit code: 0, or 2 with one line on stderr for what a user can mend, 130
     after Ctrl-C, 141 where the reader of a pipe has gone. HASTEN_DEBUG=1 shows where an error came from."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model says what a terminal's encoding may not have
     try:
         try:
             app(prog_name="hasten")
@@ -67,8 +70,9 @@ def main() -> None:
         sys.exit(EXIT_PIPE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except HastenError as error:
+    except (HastenError, MemoryError) as error:
         if os.environ.get("HASTEN_DEBUG"):
             raise
-        print(f"hasten: {' '.join(str(error).split())}", file=sys.stderr)
+        what = "not enough memory: " if isinstance(error, MemoryError) else ""
+        print(f"hasten: {what}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_USER)
