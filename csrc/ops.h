@@ -43,6 +43,8 @@ struct AttentionJob {
   ptrdiff_t out_stride;
 };
 
+constexpr int kBounds = 4;
+
 struct OpKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);   // out may be x
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* out);  // bias: or null
@@ -57,6 +59,8 @@ struct OpKernels {
   float (*max)(const float* x, int n);                                                   // n > 0, no NaN
   void (*exp_scaled)(const float* x, float max, float scale, int n, float* out);         // exp((x - max) * scale)
   double (*sum_exp)(const float* x, float max, float scale, int n);
+  // sums[i]: of exp((x - max) * scale) where x >= bounds[i], for i < kBounds; sums[kBounds]: of all.
+  void (*sum_exp_above)(const float* x, float max, float scale, const float* bounds, int n, double* sums);
   double (*burn)(bool bf16, int rounds, float* sink);                                    // for measuring: see ops.inc
 };
 

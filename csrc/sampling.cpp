@@ -1,11 +1,12 @@
 // No row is ever sorted whole. A bound below the last token that can be kept is found first (from the largest logits of
-// short blocks for top-k, from the mass that the tail can have at most for top-p); what lies above it is collected in the
-// order of ids and cut exactly. Tokens rank by logit, equal ones by id, the lower first.
+// short blocks for top-k, from the mass above a few depths for top-p); what lies above it is collected in the order of ids
+// and cut exactly. Tokens rank by logit, equal ones by id, the lower first.
 #include "sampling.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace hasten {
@@ -27,9 +28,12 @@ struct RowSampler {
   const OpKernels& ops;
   float* x;  // the row
   int n;
+  // Tokens kept so far, by rising id; weight = exp((logit - top) / temperature). Room for all, touched as far as needed.
+  int kept = 0;
+  std::unique_ptr<int[]> ids;
+  std::unique_ptr<float[]> logits, weights;
   std::vector<float> maxima;           // of blocks
-  std::vector<Token> tokens, ranked;   // kept so far, by id; scratch for ranking
-  std::vector<float> logits, weights;  // of `tokens`; weight = exp((logit - top) / temperature)
+  std::vector<Token> ranked;           // scratch for ranking
   std::vector<double> sums;
   std::vector<Token> changed;          // logits before penalties and bias
 
@@ -38,10 +42,11 @@ struct RowSampler {
   void restore();
   void find_maxima();
   float kth_bound(int k);
+  float lower_bound(float top, float scale, float top_p, float min_p, double* mass) const;
   void collect(float bound);
+  void keep(const Token& last);
   void keep_top_k(int k);
-  void keep_top_p(float top, float scale, double mass);
-  void weigh(float top, float scale);
+  void keep_top_p(float top, double mass);
   int draw(const SamplingParams& p, int row, int best);
   int draw_all(float top, float scale, double u);
   void best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out);
@@ -74,69 +79,75 @@ void RowSampler::find_maxima() {
 // A bound that at least k logits reach: the k-th largest of the blocks' largest.
 float RowSampler::kth_bound(int k) {
   if (k > (int)maxima.size()) return -std::numeric_limits<float>::infinity();
-  std::vector<float>& largest = logits;  // not in use yet
-  largest = maxima;
+  std::vector<float> largest = maxima;
   std::nth_element(largest.begin(), largest.begin() + (k - 1), largest.end(), std::greater<float>());
   return largest[k - 1];
 }
 
 void RowSampler::collect(float bound) {
-  tokens.clear();
+  if (!ids) {
+    ids.reset(new int[n + kBlock]);
+    logits.reset(new float[n + kBlock]);
+    weights.reset(new float[n + kBlock]);
+  }
+  kept = 0;
   for (size_t b = 0; b < maxima.size(); b++) {
     if (maxima[b] < bound) continue;
-    const int first = (int)b * kBlock, count = std::min(kBlock, n - first);
-    size_t kept = tokens.size();
-    tokens.resize(kept + count);
-    for (int i = 0; i < count; i++) {  // without a branch: every slot is written, few are kept
-      tokens[kept] = {x[first + i], first + i};
-      kept += x[first + i] >= bound;
+    const int first = (int)b * kBlock, end = std::min(first + kBlock, n);
+    for (int i = first; i < end; i++) {  // without a branch: every place is written, few are kept
+      ids[kept] = i;
+      logits[kept] = x[i];
+      kept += x[i] >= bound;
     }
-    tokens.resize(kept);
   }
 }
 
-void RowSampler::keep_top_k(int k) {
-  if (k >= (int)tokens.size()) return;
-  ranked = tokens;
-  std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), before);
-  const Token last = ranked[k - 1];
-  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const Token& t) { return before(last, t); }), tokens.end());
+// Drops what ranks after `last`.
+void RowSampler::keep(const Token& last) {
+  int j = 0;
+  for (int i = 0; i < kept; i++) {
+    const int id = ids[i];
+    const float logit = logits[i];
+    ids[j] = id;
+    logits[j] = logit;
+    weights[j] = weights[i];
+    j += (logit > last.logit) | ((logit == last.logit) & (id <= last.id));
+  }
+  kept = j;
 }
 
-void RowSampler::weigh(float top, float scale) {
-  logits.resize(tokens.size());
-  weights.resize(tokens.size());
-  for (size_t i = 0; i < tokens.size(); i++) logits[i] = tokens[i].logit;
-  ops.exp_scaled(logits.data(), top, scale, (int)tokens.size(), weights.data());
+void RowSampler::keep_top_k(int k) {
+  if (k >= kept) return;
+  ranked.clear();
+  for (int i = 0; i < kept; i++) ranked.push_back({logits[i], ids[i]});
+  std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), before);
+  keep(ranked[k - 1]);
 }
 
 // Keeps the shortest run of tokens, best first, whose weights reach `mass`. Buckets of falling logit bound the place where
 // the sum crosses it; only that bucket is sorted.
-void RowSampler::keep_top_p(float top, float scale, double mass) {
-  weigh(top, scale);
+void RowSampler::keep_top_p(float top, double mass) {
   float bottom = top;
-  for (float v : logits) bottom = std::min(bottom, v);
+  for (int i = 0; i < kept; i++) bottom = std::min(bottom, logits[i]);
   const float width = top - bottom, per_unit = width > 0.0f && std::isfinite(width) ? (kBuckets - 1) / width : 0.0f;
   const auto bucket_of = [&](float v) { return std::min(kBuckets - 1, (int)((top - v) * per_unit)); };
   sums.assign(kBuckets, 0.0);
-  for (size_t i = 0; i < tokens.size(); i++) sums[bucket_of(logits[i])] += weights[i];
+  for (int i = 0; i < kept; i++) sums[bucket_of(logits[i])] += weights[i];
   double sum = 0.0;
   int crossing = 0;
   while (crossing < kBuckets && sum + sums[crossing] < mass) sum += sums[crossing++];
   if (crossing == kBuckets) return;  // by rounding, all of them together stay below
   ranked.clear();
-  for (const Token& t : tokens)
-    if (bucket_of(t.logit) == crossing) ranked.push_back(t);
+  for (int i = 0; i < kept; i++)
+    if (bucket_of(logits[i]) == crossing) ranked.push_back({logits[i], i});  // places rank as ids do
   std::sort(ranked.begin(), ranked.end(), before);
-  Token last = ranked[0];
+  int last = ranked[0].id;
   for (const Token& t : ranked) {
-    float weight;
-    ops.exp_scaled(&t.logit, top, scale, 1, &weight);
-    last = t;
-    sum += weight;
+    last = t.id;
+    sum += weights[last];
     if (sum >= mass) break;
   }
-  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const Token& t) { return before(last, t); }), tokens.end());
+  keep({logits[last], ids[last]});
 }
 
 // All tokens may be drawn: sums of blocks first, then the one block where the draw falls.
@@ -157,12 +168,12 @@ int RowSampler::draw_all(float top, float scale, double u) {
       continue;
     }
     const int first = (int)b * kDrawBlock, count = std::min(kDrawBlock, n - first);
-    weights.resize(count);
-    ops.exp_scaled(x + first, top, scale, count, weights.data());
+    float here_weights[kDrawBlock];
+    ops.exp_scaled(x + first, top, scale, count, here_weights);
     double here = sum;
     for (int i = 0; i < count; i++) {
-      here += weights[i];
-      if (weights[i] > 0.0f) last = first + i;
+      here += here_weights[i];
+      if (here_weights[i] > 0.0f) last = first + i;
       if (here > target) return first + i;
     }
     sum += sums[b];
@@ -177,56 +188,65 @@ int RowSampler::draw(const SamplingParams& p, int row, int best) {
   const int k = p.top_k[row] > 0 ? std::min(p.top_k[row], n) : n;
   const float top_p = p.top_p[row], min_p = p.min_p[row];
   if (k == n && top_p >= 1.0f && min_p <= 0.0f) return draw_all(top, scale, u);
+  double mass = 0.0;  // of what top-k leaves
 
   find_maxima();
-  float bound = k < n ? kth_bound(k) : -std::numeric_limits<float>::infinity();
-  double total = 0.0;
-  if (k == n && top_p < 1.0f) {
-    total = ops.sum_exp(x, top, scale, n);
-    // Tokens lighter than this weigh (1 - top_p) of the total at most, all together: the others hold the rest.
-    const double lightest = (1.0 - (double)top_p) * total / n;
-    bound = (float)(top + std::log(lightest) / scale - 1e-3);
-  }
-  if (k == n && min_p > 0.0f) bound = std::max(bound, (float)(top + std::log((double)min_p) / scale - 1e-3));
-  collect(std::min(bound, top));
+  collect(std::min(top, k < n ? kth_bound(k) : lower_bound(top, scale, top_p, min_p, &mass)));
+  ops.exp_scaled(logits.get(), top, scale, kept, weights.get());
   keep_top_k(k);
-  if (top_p < 1.0f) {
-    if (k < n) {
-      weigh(top, scale);
-      for (float w : weights) total += w;
-    }
-    keep_top_p(top, scale, (double)top_p * total);
-  }
-  weigh(top, scale);
-  total = 0.0;
-  for (float& w : weights) {
-    if (w < min_p) w = 0.0f;
-    total += w;
+  if (k < n)
+    for (int i = 0; i < kept; i++) mass += weights[i];
+  if (top_p < 1.0f) keep_top_p(top, (double)top_p * mass);
+
+  double total = 0.0;
+  for (int i = 0; i < kept; i++) {
+    if (weights[i] < min_p) weights[i] = 0.0f;
+    total += weights[i];
   }
   const double target = u * total;
   double sum = 0.0;
   int last = best;
-  for (size_t i = 0; i < tokens.size(); i++) {
+  for (int i = 0; i < kept; i++) {
     sum += weights[i];
-    if (weights[i] > 0.0f) last = tokens[i].id;
+    if (weights[i] > 0.0f) last = ids[i];
     if (sum > target) break;
   }
   return last;
 }
 
+// A logit that no token kept by top-p or min-p is below. *mass: the sum of all weights, where top_p needs it.
+float RowSampler::lower_bound(float top, float scale, float top_p, float min_p, double* mass) const {
+  float bound = -std::numeric_limits<float>::infinity();
+  if (min_p > 0.0f) bound = (float)(top + std::log((double)min_p) / scale - 1e-3);
+  if (top_p >= 1.0f) return bound;
+  const float depths[kBounds] = {2.0f, 4.0f, 8.0f, 12.0f};
+  float bounds[kBounds];
+  double above[kBounds + 1];
+  for (int i = 0; i < kBounds; i++) bounds[i] = top - depths[i] / scale;
+  ops.sum_exp_above(x, top, scale, bounds, n, above);
+  *mass = above[kBounds];
+  for (int i = 0; i < kBounds; i++)
+    if (above[i] * (1.0 - 1e-6) >= (double)top_p * *mass) return std::max(bound, bounds[i]);
+  // Tokens lighter than this weigh (1 - top_p) of the total at most, all together: the others hold the rest.
+  const double lightest = (1.0 - (double)top_p) * *mass / n;
+  return std::max(bound, (float)(top + std::log(lightest) / scale - 1e-3));
+}
+
 void RowSampler::best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out) {
-  int32_t* ids = out.top_ids + (size_t)row * out.num_top;
+  int32_t* best_ids = out.top_ids + (size_t)row * out.num_top;
   float* values = out.top_logprobs + (size_t)row * out.num_top;
-  std::fill(ids, ids + out.num_top, -1);
+  std::fill(best_ids, best_ids + out.num_top, -1);
   std::fill(values, values + out.num_top, -std::numeric_limits<float>::infinity());
   const int k = std::min(p.num_logprobs[row], n);
   if (k < 1) return;
   find_maxima();
   collect(kth_bound(k));
-  std::partial_sort(tokens.begin(), tokens.begin() + k, tokens.end(), before);
+  ranked.clear();
+  for (int i = 0; i < kept; i++) ranked.push_back({logits[i], ids[i]});
+  std::partial_sort(ranked.begin(), ranked.begin() + k, ranked.end(), before);
   for (int i = 0; i < k; i++) {
-    ids[i] = tokens[i].id;
-    values[i] = (float)((double)tokens[i].logit - log_total);
+    best_ids[i] = ranked[i].id;
+    values[i] = (float)((double)ranked[i].logit - log_total);
   }
 }
 
@@ -294,7 +314,7 @@ void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int ro
 void sample(Pool& pool, const OpKernels& ops, float* logits, int rows, int n, const SamplingParams& params,
             const SamplingResult& result) {
   std::vector<RowSampler> samplers;
-  for (int t = 0; t < pool.size(); t++) samplers.push_back({ops, nullptr, n, {}, {}, {}, {}, {}, {}, {}});
+  for (int t = 0; t < pool.size(); t++) samplers.push_back({ops, nullptr, n, 0, {}, {}, {}, {}, {}, {}, {}});
   pool.run(rows, [&](int row, int thread) {
     RowSampler& sampler = samplers[thread];
     sampler.x = logits + (size_t)row * n;

@@ -30,7 +30,7 @@ def params(rows: int, **changes: Any) -> SamplingBatch:
             values[field.name] = value
             continue
         kind = str(field.type)
-        dtype = np.uint64 if "uint64" in kind else np.float32 if "Float32" in kind else np.int32
+        dtype = np.uint64 if "uint64" in kind else np.float32 if "float32" in kind else np.int32
         array = np.asarray(value, dtype)
         values[field.name] = np.full(rows, array) if array.ndim == 0 else np.ascontiguousarray(array)
     return SamplingBatch(**values)
