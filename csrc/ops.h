@@ -43,7 +43,7 @@ struct AttentionJob {
   ptrdiff_t out_stride;
 };
 
-constexpr int kBounds = 4;
+constexpr int kBounds = 8;
 
 struct OpKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);   // out may be x

@@ -46,7 +46,7 @@ struct RowSampler {
   void collect(float bound);
   void keep(const Token& last);
   void keep_top_k(int k);
-  void keep_top_p(float top, double mass);
+  void keep_top_p(float top, float bottom, double mass);
   int draw(const SamplingParams& p, int row, int best);
   int draw_all(float top, float scale, double u);
   void best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out);
@@ -90,27 +90,34 @@ void RowSampler::collect(float bound) {
     logits.reset(new float[n + kBlock]);
     weights.reset(new float[n + kBlock]);
   }
-  kept = 0;
+  int* to_ids = ids.get();
+  float* to_logits = logits.get();
+  int j = 0;  // not `kept`: the stores might change it, for all that a compiler knows
   for (size_t b = 0; b < maxima.size(); b++) {
     if (maxima[b] < bound) continue;
     const int first = (int)b * kBlock, end = std::min(first + kBlock, n);
     for (int i = first; i < end; i++) {  // without a branch: every place is written, few are kept
-      ids[kept] = i;
-      logits[kept] = x[i];
-      kept += x[i] >= bound;
+      const float v = x[i];
+      to_ids[j] = i;
+      to_logits[j] = v;
+      j += v >= bound;
     }
   }
+  kept = j;
 }
 
 // Drops what ranks after `last`.
 void RowSampler::keep(const Token& last) {
+  int* at_id = ids.get();
+  float *at_logit = logits.get(), *at_weight = weights.get();
+  const int count = kept;
   int j = 0;
-  for (int i = 0; i < kept; i++) {
-    const int id = ids[i];
-    const float logit = logits[i];
-    ids[j] = id;
-    logits[j] = logit;
-    weights[j] = weights[i];
+  for (int i = 0; i < count; i++) {
+    const int id = at_id[i];
+    const float logit = at_logit[i];
+    at_id[j] = id;
+    at_logit[j] = logit;
+    at_weight[j] = at_weight[i];
     j += (logit > last.logit) | ((logit == last.logit) & (id <= last.id));
   }
   kept = j;
@@ -125,10 +132,12 @@ void RowSampler::keep_top_k(int k) {
 }
 
 // Keeps the shortest run of tokens, best first, whose weights reach `mass`. Buckets of falling logit bound the place where
-// the sum crosses it; only that bucket is sorted.
-void RowSampler::keep_top_p(float top, double mass) {
-  float bottom = top;
-  for (int i = 0; i < kept; i++) bottom = std::min(bottom, logits[i]);
+// the sum crosses it; only that bucket is sorted. No logit is below `bottom`.
+void RowSampler::keep_top_p(float top, float bottom, double mass) {
+  if (!std::isfinite(bottom)) {
+    bottom = top;
+    for (int i = 0; i < kept; i++) bottom = std::min(bottom, logits[i]);
+  }
   const float width = top - bottom, per_unit = width > 0.0f && std::isfinite(width) ? (kBuckets - 1) / width : 0.0f;
   const auto bucket_of = [&](float v) { return std::min(kBuckets - 1, (int)((top - v) * per_unit)); };
   sums.assign(kBuckets, 0.0);
@@ -191,12 +200,13 @@ int RowSampler::draw(const SamplingParams& p, int row, int best) {
   double mass = 0.0;  // of what top-k leaves
 
   find_maxima();
-  collect(std::min(top, k < n ? kth_bound(k) : lower_bound(top, scale, top_p, min_p, &mass)));
+  const float bound = std::min(top, k < n ? kth_bound(k) : lower_bound(top, scale, top_p, min_p, &mass));
+  collect(bound);
   ops.exp_scaled(logits.get(), top, scale, kept, weights.get());
   keep_top_k(k);
   if (k < n)
     for (int i = 0; i < kept; i++) mass += weights[i];
-  if (top_p < 1.0f) keep_top_p(top, (double)top_p * mass);
+  if (top_p < 1.0f) keep_top_p(top, bound, (double)top_p * mass);
 
   double total = 0.0;
   for (int i = 0; i < kept; i++) {
@@ -219,7 +229,7 @@ float RowSampler::lower_bound(float top, float scale, float top_p, float min_p, 
   float bound = -std::numeric_limits<float>::infinity();
   if (min_p > 0.0f) bound = (float)(top + std::log((double)min_p) / scale - 1e-3);
   if (top_p >= 1.0f) return bound;
-  const float depths[kBounds] = {2.0f, 4.0f, 8.0f, 12.0f};
+  const float depths[kBounds] = {1.0f, 2.0f, 3.5f, 5.0f, 6.5f, 8.0f, 10.0f, 12.0f};
   float bounds[kBounds];
   double above[kBounds + 1];
   for (int i = 0; i < kBounds; i++) bounds[i] = top - depths[i] / scale;
