@@ -90,15 +90,16 @@ uint32_t interleave_nibbles(uint32_t x) {
 template <class Word, class Change>
 void transpose_block(const SourceRow* rows, size_t row_bytes, int num_words, uint8_t* to, Change change) {
   const int whole = static_cast<int>(row_bytes / sizeof(Word));
-  Word empty[kBlockRows] = {};
   for (int i = 0; i < num_words; i++) {
+    const size_t at = static_cast<size_t>(i) * sizeof(Word);
+    const size_t there = i < whole ? sizeof(Word) : at < row_bytes ? row_bytes - at : 0;
     Word line[kBlockRows];
     for (int r = 0; r < kBlockRows; r++) {
-      Word word = empty[r];
-      if (rows[r].data && i < whole)
-        std::memcpy(&word, rows[r].data + static_cast<size_t>(i) * sizeof(Word), sizeof(Word));
-      else if (rows[r].data && static_cast<size_t>(i) * sizeof(Word) < row_bytes)
-        std::memcpy(&word, rows[r].data + static_cast<size_t>(i) * sizeof(Word), row_bytes - static_cast<size_t>(i) * sizeof(Word));
+      Word word = 0;
+      if (rows[r].data && there == sizeof(Word))
+        std::memcpy(&word, rows[r].data + at, sizeof(Word));
+      else if (rows[r].data)
+        std::memcpy(&word, rows[r].data + at, there);
       line[r] = change(word);
     }
     std::memcpy(to + static_cast<size_t>(i) * sizeof(line), line, sizeof(line));

@@ -77,7 +77,8 @@ void deallocate(void* p, size_t bytes) {
     return;
   }
   // The slab's addresses are not used again, but its whole pages go back at once.
-  const uintptr_t first = round_up(reinterpret_cast<uintptr_t>(p), kPage), last = (reinterpret_cast<uintptr_t>(p) + size) / kPage * kPage;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(p);
+  const uintptr_t first = round_up(start, kPage), last = (start + size) / kPage * kPage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
   const std::lock_guard<std::mutex> lock(slab_mutex);
   let_go(reinterpret_cast<Slab*>(reinterpret_cast<uintptr_t>(p) / kSlab * kSlab));

@@ -10,6 +10,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -44,17 +45,34 @@ void pause() {
 #endif
 }
 
+using Clock = std::chrono::steady_clock;
+
 // Spins until ready() or the time is over; the clock is read only now and then.
 template <class Ready>
 bool spin(int microseconds, Ready&& ready) {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(microseconds);
+  const auto end = Clock::now() + std::chrono::microseconds(microseconds);
   do {
     for (int i = 0; i < 32; i++) {
       if (ready()) return true;
       pause();
     }
-  } while (std::chrono::steady_clock::now() < end);
+  } while (Clock::now() < end);
   return ready();
+}
+
+// Whether a neighbour has lately shown itself.
+class Neighbour {
+ public:
+  void seen() { busy_until_ = Clock::now() + std::chrono::milliseconds(50); }
+  bool busy() const { return Clock::now() < busy_until_; }
+
+ private:
+  Clock::time_point busy_until_{};
+};
+
+long preemptions() {  // of this thread
+  rusage usage;
+  return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
 }
 
 std::vector<int> allowed_cpus() {
@@ -140,12 +158,13 @@ struct Pool::State {
   std::atomic<bool> stop{false};
   alignas(64) std::atomic<uint32_t> undone{0};  // chunks of the present phase; the caller sleeps on it
   std::atomic<bool> caller_sleeps{false};
+  Neighbour late;                               // a worker kept the caller waiting
   std::vector<std::thread> workers;
 
   State(int threads, int spin) : num_threads(threads), spin_microseconds(spin), shares(static_cast<size_t>(threads)) {}
 
   int share_begin(int share, uint32_t num_chunks) const {
-    return static_cast<int>(static_cast<uint64_t>(num_chunks) * static_cast<uint32_t>(share) / static_cast<uint32_t>(num_threads));
+    return static_cast<int>(static_cast<int64_t>(num_chunks) * share / num_threads);
   }
 
   // Runs chunks of one share until none is left.
@@ -170,8 +189,22 @@ struct Pool::State {
     for (int i = 0; i < num_threads; i++) drain((thread + i) % num_threads, present, thread);
   }
 
+  // Spins for work, less where this thread is being preempted.
+  bool spin_for_work(uint64_t seen, Neighbour& neighbour, long& preempted) {
+    const auto changed = [&] {
+      return phase.load(std::memory_order_relaxed) != seen || stop.load(std::memory_order_relaxed);
+    };
+    if (spin(std::min(spin_microseconds, kBusySpinMicroseconds), changed)) return true;
+    const long now = preemptions();
+    if (now != preempted) neighbour.seen();
+    preempted = now;
+    return !neighbour.busy() && spin(spin_microseconds, changed);
+  }
+
   void work(int thread) {
     uint64_t seen = 0;
+    Neighbour neighbour;
+    long preempted = preemptions();
     while (!stop.load(std::memory_order_acquire)) {
       const uint32_t before = wake.load(std::memory_order_seq_cst);
       const uint64_t present = phase.load(std::memory_order_acquire);
@@ -179,8 +212,7 @@ struct Pool::State {
         drain_all(present, thread);
         seen = present;
       }
-      const auto changed = [&] { return phase.load(std::memory_order_relaxed) != seen || stop.load(std::memory_order_relaxed); };
-      if (spin(spin_microseconds, changed)) continue;
+      if (spin_for_work(seen, neighbour, preempted)) continue;
       sleepers.fetch_add(1, std::memory_order_seq_cst);
       futex_wait(wake, before);
       sleepers.fetch_sub(1, std::memory_order_seq_cst);
@@ -194,7 +226,10 @@ struct Pool::State {
 
   // Sleeping leaves a core idle, to which the system moves a worker that waits behind a neighbour on another core.
   void wait_until_done() {
-    while (!spin(spin_microseconds, [this] { return undone.load(std::memory_order_acquire) == 0; })) {
+    const auto done = [this] { return undone.load(std::memory_order_acquire) == 0; };
+    const int patience = late.busy() ? kBusySpinMicroseconds : spin_microseconds;
+    while (!spin(std::min(patience, spin_microseconds), done)) {
+      late.seen();
       caller_sleeps.store(true, std::memory_order_seq_cst);
       for (uint32_t left; (left = undone.load(std::memory_order_seq_cst)) != 0;) futex_wait(undone, left);
       caller_sleeps.store(false, std::memory_order_relaxed);
@@ -219,7 +254,8 @@ Pool::Pool(int num_threads, int spin_microseconds) {
   for (int thread = 1; thread < num_threads; thread++) {
     state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
     // Neighbours in number share a node, so that shares next to each other in memory do.
-    if (nodes.size() > 1) pin(state_->workers.back(), nodes[static_cast<size_t>(thread) * nodes.size() / static_cast<size_t>(num_threads)]);
+    const size_t node = static_cast<size_t>(thread) * nodes.size() / static_cast<size_t>(num_threads);
+    if (nodes.size() > 1) pin(state_->workers.back(), nodes[node]);
   }
 }
 

@@ -11,9 +11,11 @@
 
 namespace hasten {
 
-// How long a worker without work, or a caller waiting for one, spins before it sleeps. Longer gains nothing on quiet cores;
-// beside a busy neighbour it uses up the worker's part of the core, which is then taken away in the midst of a chunk.
-constexpr int kSpinMicroseconds = 10;
+// How long a worker without work, or a caller waiting for one, spins before it sleeps: long enough for what lies between two
+// steps of a small model on quiet cores. Beside a busy neighbour, which shows as a preemption or a worker that keeps the
+// caller waiting, it is kBusySpinMicroseconds: a worker that spins uses up its part of the core, which is then taken away
+// in the midst of a chunk.
+constexpr int kSpinMicroseconds = 100, kBusySpinMicroseconds = 5;
 
 class Pool {
  public:
