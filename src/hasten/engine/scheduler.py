@@ -5,8 +5,7 @@ the step as the budgets allow. One token left is decoding; the prompt, a chunk o
 preemption are the same thing. Order of service is Sequence.key: priority, then arrival.
 """
 
-import heapq
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 from hasten.engine.blocks import BlockPool, block_hash
@@ -36,7 +35,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.max_extra_rows = max_extra_rows
         self.running: list[Sequence] = []  # in order of service
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []  # heap by order of service
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []  # by order of service
         self._copies: list[tuple[int, int]] = []  # due before the next forward; kept until confirm_copies()
 
     @property
@@ -44,7 +43,7 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.key, sequence))
+        insort(self._waiting, (sequence.key, sequence))
 
     def schedule(self) -> Step:
         """Admit what fits, give each running sequence its share of the step's budgets, preempt where blocks run out."""
@@ -98,8 +97,7 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
         else:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
+            del self._waiting[bisect_left(self._waiting, sequence.key, key=lambda entry: entry[0])]
         self._release(sequence)
 
     def clear(self) -> None:
@@ -140,7 +138,7 @@ class Scheduler:
             if self.pool.num_available < needed:
                 self.pool.release(matched)
                 return
-            heapq.heappop(self._waiting)
+            del self._waiting[0]
             self._start(sequence, matched)
             planned += len(sequence.tokens) - sequence.num_computed
 
