@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hasten
 from hasten.backends.cpu import CpuBackend
 from hasten.compress.folder import compress
 from hasten.engine.llm import LLM
@@ -18,7 +19,7 @@ from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
 from hasten.model.tokenizer import Tokenizer
 
-DEMO = Path(__file__).parents[1] / "src" / "hasten" / "demo"
+DEMO = Path(hasten.__file__).parent / "demo"
 BOS = 0
 CONTEXT = 1024
 PROMPTS = ["Reader, I", "ROMEO:\n", "The males of many birds", "It was the", "Æschylus – 你好 🙂"]
