@@ -29,7 +29,8 @@ size_t floats(size_t rows, size_t width) { return rows * ((width + 15) & ~(size_
 
 Decoder::Decoder(DecoderSpec spec, const Kernels& kernels, Pool& pool)
     : spec_(std::move(spec)), kernels_(kernels), pool_(pool) {
-  if (spec_.vocab_size < 1 || spec_.hidden_size < 1 || spec_.layers.empty()) fail("the model's spec has no layers or no width");
+  if (spec_.vocab_size < 1 || spec_.hidden_size < 1 || spec_.layers.empty())
+    fail("the model's spec has no layers or no width");
   if (spec_.parallel_residual && spec_.post_norm) fail("a parallel residual with post-norms is not supported");
   for (const RopeSpec& r : spec_.ropes) {
     ropes_.emplace_back(r.inv_freq, r.scale);
@@ -61,16 +62,20 @@ size_t Decoder::block_bytes(int block_size, KvKind kind) const {
 
 void Decoder::allocate(int num_blocks, int block_size, KvKind kind) {
   if (num_blocks < 1) fail("num_blocks is " + std::to_string(num_blocks) + ", expected at least 1");
-  block_bytes(block_size, kind);  // checks block_size
+  const size_t stride = block_bytes(block_size, kind);
   num_blocks_ = 0;
-  size_t scratch = 64, width = (size_t)spec_.hidden_size;
+  cache_.reset(0);  // first, so that there are never two
+  cache_.reset(num_blocks * stride);
+  uint8_t* at = cache_.data();
+  size_t scratch = 64;
   for (Layer& l : layers_) {
     l.layout = make_kv_layout(kind, block_size, l.spec.num_kv_heads, l.spec.head_dim);
-    l.cache.reset(0);
-    l.cache.reset(num_blocks * l.layout.block_bytes);
+    l.layout.block_stride = stride;
+    l.cache = at;
+    at += l.layout.block_bytes;
     scratch = std::max(scratch, attention_scratch_bytes(l.layout, l.spec.num_heads / l.spec.num_kv_heads));
   }
-  for (Buffer& b : row_scratch_) b.reserve(std::max(scratch, floats(1, width)));
+  for (Buffer& b : row_scratch_) b.reserve(std::max(scratch, floats(1, spec_.hidden_size)));
   num_blocks_ = num_blocks;
   block_size_ = block_size;
 }
@@ -78,8 +83,8 @@ void Decoder::allocate(int num_blocks, int block_size, KvKind kind) {
 void Decoder::copy_block(int from, int to) {
   const int32_t both[] = {from, to};
   check_range("block", both, 2, num_blocks_);
-  for (Layer& l : layers_)
-    memcpy(l.cache.data() + to * l.layout.block_bytes, l.cache.data() + from * l.layout.block_bytes, l.layout.block_bytes);
+  const size_t stride = layers_[0].layout.block_stride;
+  if (from != to) memcpy(cache_.data() + to * stride, cache_.data() + from * stride, stride);
 }
 
 void Decoder::check(const StepBatch& b) const {
@@ -99,11 +104,17 @@ void Decoder::check(const StepBatch& b) const {
            std::to_string(context) + " in a batch of " + std::to_string(b.num_tokens) + " tokens");
     const int blocks = (context + block_size_ - 1) / block_size_;
     if (blocks > b.table_width) fail("sequence " + std::to_string(s) + " is longer than its block table");
-    check_range("block", b.block_tables + (size_t)s * b.table_width, blocks, num_blocks_);
-    for (int i = 0; i < queries; i++, token++)
-      if (b.positions[token] != context - queries + i)
+    const int32_t* table = b.block_tables + (size_t)s * b.table_width;
+    check_range("block", table, blocks, num_blocks_);
+    for (int i = 0; i < queries; i++, token++) {
+      const int position = context - queries + i;
+      if (b.positions[token] != position)
         fail("token " + std::to_string(token) + " has position " + std::to_string(b.positions[token]) + ", expected " +
-             std::to_string(context - queries + i) + " from the sequence's lengths");
+             std::to_string(position) + " from the sequence's lengths");
+      if (b.slots[token] != table[position / block_size_] * block_size_ + position % block_size_)
+        fail("token " + std::to_string(token) + " has slot " + std::to_string(b.slots[token]) +
+             ", which is not its place in the block table");
+    }
   }
   if (token != b.num_tokens) fail("query_lens sum to " + std::to_string(token) + ", not to the batch's tokens");
 }
@@ -236,7 +247,7 @@ void Decoder::embed(const StepBatch& b) {
         kernels_.ops.add(x, position, 1.0f, H);
       }
       if (b.positions[t] % kTileKeys == 0)
-        for (Layer& l : layers_) clear_values(l.layout, l.cache.data(), b.slots[t]);
+        for (Layer& l : layers_) clear_values(l.layout, l.cache, b.slots[t]);
     }
   });
 }
@@ -375,7 +386,7 @@ void Decoder::rotate_and_store(Layer& l, int token, int kv_head) {
     for (int h = 0; h < group; h++) kernels_.ops.rope(q + h * d, c, s, table.rotary_dim());
     kernels_.ops.rope(k, c, s, table.rotary_dim());
   }
-  kernels_.ops.write_kv(l.layout, l.cache.data(), slots_[token], kv_head, k, v);
+  kernels_.ops.write_kv(l.layout, l.cache, slots_[token], kv_head, k, v);
 }
 
 void Decoder::attend(Layer& l, const AttentionChunk& c, int thread) {
@@ -385,7 +396,7 @@ void Decoder::attend(Layer& l, const AttentionChunk& c, int thread) {
   const ptrdiff_t head = (ptrdiff_t)(c.kv_head * group + c.first_head) * d;
   AttentionJob job;
   job.layout = &l.layout;
-  job.cache = l.cache.data();
+  job.cache = l.cache;
   job.block_table = s.block_table;
   job.kv_head = c.kv_head;
   job.group = c.num_heads;
@@ -418,7 +429,8 @@ void Decoder::head() {
     const int pieces = (V + piece - 1) / piece;
     pool_.run(R * pieces, [&](int c, int) {
       const int first = c % pieces * piece;
-      kernels_.ops.softcap(logits_->floats() + (size_t)(c / pieces) * V + first, spec_.final_softcap, std::min(piece, V - first));
+      float* logits = logits_->floats() + (size_t)(c / pieces) * V + first;
+      kernels_.ops.softcap(logits, spec_.final_softcap, std::min(piece, V - first));
     });
   }
 }

@@ -140,7 +140,7 @@ class Decoder {
     NormWeights attn_norm, attn_post_norm, mlp_norm, mlp_post_norm;
     const float *q_norm = nullptr, *k_norm = nullptr;
     KvLayout layout{};
-    Buffer cache;
+    uint8_t* cache = nullptr;  // its part of the first block
     int q_width() const { return spec.num_heads * spec.head_dim; }
     int kv_width() const { return spec.num_kv_heads * spec.head_dim; }
   };
@@ -193,6 +193,7 @@ class Decoder {
   NormWeights final_norm_;
   std::vector<Layer> layers_;
   std::vector<RopeTable> ropes_, long_ropes_;
+  Buffer cache_;
   int num_blocks_ = 0, block_size_ = 0;
   bool finished_ = false;
 

@@ -6,19 +6,19 @@
 namespace hasten {
 
 KvLayout make_kv_layout(KvKind kind, int block_size, int num_kv_heads, int head_dim) {
-  KvLayout l{kind, block_size, num_kv_heads, head_dim, (head_dim + 15) & ~15, 0, 0, 0, 0};
+  KvLayout l{kind, block_size, num_kv_heads, head_dim, (head_dim + 15) & ~15, 0, 0, 0, 0, 0};
   const size_t numbers = (size_t)kTileKeys * l.head_dim_pad;
   const size_t scales = kind == KvKind::I8 ? kTileKeys * sizeof(float) : 0;
   l.k_bytes = l.v_bytes = numbers * (kind == KvKind::F32 ? 4 : kind == KvKind::BF16 ? 2 : 1) + scales;
   l.head_bytes = (size_t)(block_size / kTileKeys) * (l.k_bytes + l.v_bytes);
-  l.block_bytes = l.head_bytes * num_kv_heads;
+  l.block_bytes = l.block_stride = l.head_bytes * num_kv_heads;
   return l;
 }
 
 void clear_values(const KvLayout& l, uint8_t* cache, int slot) {
   const int block = slot / l.block_size, tile = slot % l.block_size / kTileKeys;
   for (int head = 0; head < l.num_kv_heads; head++) {
-    uint8_t* values = cache + block * l.block_bytes + head * l.head_bytes + (size_t)(l.block_size / kTileKeys) * l.k_bytes;
+    uint8_t* values = cache + block * l.block_stride + head * l.head_bytes + (size_t)(l.block_size / kTileKeys) * l.k_bytes;
     memset(values + tile * l.v_bytes, 0, l.v_bytes);
   }
 }

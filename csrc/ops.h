@@ -12,7 +12,8 @@ enum class Act : uint8_t { Silu, Gelu, GeluTanh };
 
 constexpr int kTileKeys = 16;  // keys of one KV tile; a block is a multiple of it
 
-// The KV cache of one layer: [block][kv_head] of {K tiles, V tiles}.
+// The KV cache of one layer: [kv_head] of {K tiles, V tiles}, in every block. A block holds all layers, one after the other:
+// memory is touched, hence taken, block by block.
 //   F32   K [d][16], V [16][d]
 //   BF16  K [d/2][16][2], V [16/2][d][2]
 //   I8    K [d/4][16][4] as value + 128, V [16][d] signed, each followed by f32 scales [16]: one a token and head
@@ -22,7 +23,8 @@ struct KvLayout {
   int block_size, num_kv_heads, head_dim, head_dim_pad;
   size_t k_bytes, v_bytes;  // one tile of K, of V, scales included
   size_t head_bytes;        // one head of one block
-  size_t block_bytes;
+  size_t block_bytes;       // this layer's part of a block
+  size_t block_stride;      // from one block to the next
 };
 
 KvLayout make_kv_layout(KvKind kind, int block_size, int num_kv_heads, int head_dim);
@@ -30,7 +32,7 @@ KvLayout make_kv_layout(KvKind kind, int block_size, int num_kv_heads, int head_
 // Attention of `num_queries` consecutive queries of one sequence for one kv head and its group of query heads.
 struct AttentionJob {
   const KvLayout* layout;
-  const uint8_t* cache;        // this layer's
+  const uint8_t* cache;        // this layer's part of the first block
   const int32_t* block_table;
   int kv_head, group;          // group: query heads that share this kv head
   int first_position;          // of the first query

@@ -57,6 +57,7 @@ def test_damaged_models_are_refused(change: Change, message: str, tiny_model: Ca
     [
         ({"tokens": [3, 307]}, "token 307 is outside"),
         ({"slots": [0, 40 * 16]}, "slot 640 is outside"),
+        ({"slots": [5, 5]}, "slot 5, which is not its place"),
         ({"rows": [2]}, "row 2 is outside"),
         ({"rows": [1, 1]}, "not ascending"),
         ({"positions": [0, 2]}, "token 1 has position 2, expected 1"),
