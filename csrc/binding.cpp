@@ -74,7 +74,8 @@ struct BorrowedWeight {
     const nb::object format = weight.attr("format");
     Source& s = matrix.source;
     s.kind = choose<Kind>("weight kind", nb::cast<std::string>(format.attr("kind")),
-                          {{"fp32", Kind::F32}, {"fp16", Kind::F16}, {"bf16", Kind::BF16}, {"int8", Kind::I8}, {"int4", Kind::I4}});
+                          {{"fp32", Kind::F32}, {"fp16", Kind::F16}, {"bf16", Kind::BF16}, {"int8", Kind::I8},
+                           {"int4", Kind::I4}});
     const nb::tuple shape = nb::cast<nb::tuple>(weight.attr("shape"));
     s.n = nb::cast<int>(shape[0]);
     s.k = nb::cast<int>(shape[1]);
@@ -109,10 +110,9 @@ struct BorrowedWeight {
   }
 };
 
-void add_matrices(Decoder& decoder, const std::string& role, int layer, const std::vector<std::pair<std::string, nb::object>>& weights);
-
 nb::object forward(Decoder& decoder, In<int32_t, 1> tokens, In<int32_t, 1> positions, In<int32_t, 1> slots,
-                   In<int32_t, 1> query_lens, In<int32_t, 1> context_lens, In<int32_t, 2> block_tables, In<int32_t, 1> rows) {
+                   In<int32_t, 1> query_lens, In<int32_t, 1> context_lens, In<int32_t, 2> block_tables,
+                   In<int32_t, 1> rows) {
   const size_t T = tokens.shape(0), B = query_lens.shape(0), R = rows.shape(0);
   expect_size("positions", positions, T);
   expect_size("slots", slots, T);
@@ -127,7 +127,8 @@ nb::object forward(Decoder& decoder, In<int32_t, 1> tokens, In<int32_t, 1> posit
   }
   auto* held = new std::shared_ptr<Buffer>(logits);
   nb::capsule owner(held, [](void* p) noexcept { delete (std::shared_ptr<Buffer>*)p; });
-  return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(logits->floats(), {R, (size_t)decoder.spec().vocab_size}, owner));
+  const size_t V = (size_t)decoder.spec().vocab_size;
+  return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(logits->floats(), {R, V}, owner));
 }
 
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -143,7 +144,8 @@ nb::object greedy(Pool& pool, Logits logits, const std::optional<std::string>& i
   return new_array(std::move(tokens), {n});
 }
 
-void check_csr(const char* what, const In<int32_t, 1>& offsets, const In<int32_t, 1>& ids, size_t values, size_t rows, int vocab) {
+void check_csr(const char* what, const In<int32_t, 1>& offsets, const In<int32_t, 1>& ids, size_t values, size_t rows,
+               int vocab) {
   expect_size(what, offsets, rows + 1);
   bool ok = offsets.data()[0] == 0 && (size_t)offsets.data()[rows] == ids.shape(0) && values == ids.shape(0);
   for (size_t r = 0; r < rows; r++) ok = ok && offsets.data()[r] <= offsets.data()[r + 1];
@@ -165,7 +167,8 @@ nb::tuple sample_rows(Pool& pool, Logits logits, nb::handle params, const std::o
   const In<int32_t, 1> top_k = ints("top_k"), num_logprobs = ints("num_logprobs"), targets = ints("targets"),
                        seen_offsets = ints("seen_offsets"), seen_ids = ints("seen_ids"), seen_counts = ints("seen_counts"),
                        bias_offsets = ints("bias_offsets"), bias_ids = ints("bias_ids");
-  const auto seeds = nb::cast<In<uint64_t, 1>>(params.attr("seeds")), counters = nb::cast<In<uint64_t, 1>>(params.attr("counters"));
+  const auto seeds = nb::cast<In<uint64_t, 1>>(params.attr("seeds"));
+  const auto counters = nb::cast<In<uint64_t, 1>>(params.attr("counters"));
   for (const auto* a : {&temperature, &top_p, &min_p, &repetition, &presence, &frequency}) expect_size("a parameter", *a, R);
   for (const auto* a : {&top_k, &num_logprobs, &targets}) expect_size("a parameter", *a, R);
   expect_size("seeds", seeds, R);
@@ -188,7 +191,8 @@ nb::tuple sample_rows(Pool& pool, Logits logits, nb::handle params, const std::o
                          seen_offsets.data(), seen_ids.data(), seen_counts.data(), bias_offsets.data(), bias_ids.data(),
                          bias_values.data()};
   const SamplingResult result{tokens.data(), wants_logprobs ? logprobs.data() : nullptr,
-                              wants_targets ? target_logprobs.data() : nullptr, num_top, top_ids.data(), top_logprobs.data()};
+                              wants_targets ? target_logprobs.data() : nullptr, num_top, top_ids.data(),
+                              top_logprobs.data()};
   {
     nb::gil_scoped_release release;
     sample(pool, k.ops, logits.data(), (int)R, (int)V, p, result);
@@ -225,7 +229,8 @@ class Linear {
   }
 
   // x [M, K] -> scale * (x W^T + bias) [M, N], added to `onto` where given.
-  nb::object product(In<float, 2> x, const std::optional<std::string>& isa, float scale, const std::optional<In<float, 2>>& onto) {
+  nb::object product(In<float, 2> x, const std::optional<std::string>& isa, float scale,
+                     const std::optional<In<float, 2>>& onto) {
     const Kernels& k = kernels_of(isa);
     const size_t M = x.shape(0), N = stack_.outputs;
     if (x.shape(1) != (size_t)stack_.inputs) throw nb::value_error("x does not have as many columns as the weights");
@@ -327,8 +332,8 @@ DecoderSpec read_spec(nb::handle spec) {
   s.max_position = (int)number("max_position");
   for (nb::handle l : spec.attr("layers")) {
     const auto field = [&](const char* name) { return nb::cast<int>(l.attr(name)); };
-    s.layers.push_back({field("num_heads"), field("num_kv_heads"), field("head_dim"), field("intermediate_size"), field("rope"),
-                        field("window")});
+    s.layers.push_back({field("num_heads"), field("num_kv_heads"), field("head_dim"), field("intermediate_size"),
+                        field("rope"), field("window")});
   }
   for (nb::handle r : spec.attr("ropes")) {
     RopeSpec rope;
@@ -343,7 +348,8 @@ DecoderSpec read_spec(nb::handle spec) {
   s.pre_norm = flag("pre_norm");
   s.post_norm = flag("post_norm");
   s.parallel_residual = flag("parallel_residual");
-  s.qk_norm = choose<QkNorm>("qk_norm", text("qk_norm"), {{"none", QkNorm::None}, {"head", QkNorm::Head}, {"full", QkNorm::Full}});
+  s.qk_norm = choose<QkNorm>("qk_norm", text("qk_norm"),
+                             {{"none", QkNorm::None}, {"head", QkNorm::Head}, {"full", QkNorm::Full}});
   s.activation = choose<Act>("activation", text("activation"),
                              {{"silu", Act::Silu}, {"gelu", Act::Gelu}, {"gelu_tanh", Act::GeluTanh}});
   s.gated_mlp = flag("gated_mlp");
@@ -362,7 +368,8 @@ DecoderSpec read_spec(nb::handle spec) {
 
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of hasten's CPU backend.";
-  m.def("isa", [](const std::optional<std::string>& isa) { return std::string(kernels_of(isa).isa); }, nb::arg("isa") = nb::none(),
+  m.def("isa", [](const std::optional<std::string>& isa) { return std::string(kernels_of(isa).isa); },
+        nb::arg("isa") = nb::none(),
         "The instruction set that is used: the one asked for, else HASTEN_ISA, else the best this CPU has.");
   m.def("isas", [] {
     std::vector<std::string> names;
@@ -391,7 +398,8 @@ NB_MODULE(_core, m) {
       .def("add_vector", [](Decoder& d, const std::string& name, In<float, 1> values) {
         d.add_vector(name, std::vector<float>(values.data(), values.data() + values.shape(0)));
       }, nb::arg("name"), nb::arg("values"))
-      .def("finish", &Decoder::finish, nb::call_guard<nb::gil_scoped_release>(), "No more weights; ValueError if one is missing.")
+      .def("finish", &Decoder::finish, nb::call_guard<nb::gil_scoped_release>(),
+           "No more weights; ValueError if one is missing.")
       .def("block_bytes", [](const Decoder& d, int block_size, const std::string& dtype) {
         return d.block_bytes(block_size, kv_kind(dtype));
       }, nb::arg("block_size"), nb::arg("dtype"))

@@ -129,7 +129,8 @@ std::vector<float> run(Decoder& d, const std::vector<int>& sizes) {
 void check_sampler(Pool& pool, const Kernels& k, std::vector<float> logits) {
   const int rows = (int)logits.size() / kVocab;
   const std::vector<float> before = logits, one(rows, 1.0f), zero(rows, 0.0f), top_p(rows, 0.7f), bias = {2.0f};
-  std::vector<int32_t> top_k(rows, 20), num(rows, 3), targets(rows, 5), offsets(rows + 1, 1), ids = {kVocab - 1}, counts = {2};
+  std::vector<int32_t> top_k(rows, 20), num(rows, 3), targets(rows, 5);
+  std::vector<int32_t> offsets(rows + 1, 1), ids = {kVocab - 1}, counts = {2};
   std::vector<uint64_t> seeds(rows, 9), counters(rows);
   offsets[0] = 0;
   for (int i = 0; i < rows; i++) counters[i] = i, top_k[i] = i % 3 ? 20 : 0;
@@ -160,7 +161,8 @@ int main() {
       Decoder d(make_spec(variant), k, pool);
       fill(d);
       for (KvKind kind : {KvKind::F32, KvKind::BF16, KvKind::I8}) {
-        const std::string where = std::string(*isa) + " variant " + std::to_string(variant) + " kv " + std::to_string((int)kind);
+        const std::string where =
+            std::string(*isa) + " variant " + std::to_string(variant) + " kv " + std::to_string((int)kind);
         d.allocate(10, kBlock, kind);
         const std::vector<float> whole = run(d, {kTokens});
         d.allocate(10, kBlock, kind);

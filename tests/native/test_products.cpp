@@ -56,7 +56,8 @@ Weights make_weights(Kind kind, int n, int k, int group, bool asymmetric) {
         f = (float)sixteenths / 16;
         int exponent = 0;
         const float mantissa = std::frexp(std::fabs(f), &exponent);
-        const uint16_t bits = sixteenths == 0 ? 0 : (uint16_t)((f < 0) << 15 | (exponent + 14) << 10 | (int)((mantissa * 2 - 1) * 1024));
+        const int normal = (f < 0) << 15 | (exponent + 14) << 10 | (int)((mantissa * 2 - 1) * 1024);
+        const uint16_t bits = (uint16_t)(sixteenths == 0 ? 0 : normal);
         w.data.push_back((uint8_t)bits), w.data.push_back((uint8_t)(bits >> 8));
       } else if (kind == Kind::I8) {
         const int8_t q = (int8_t)std::lround(f * 127);
@@ -110,7 +111,8 @@ void check(const Kernels& k, Pool& pool, Kind kind, int n, int columns, int grou
         size += std::fabs(v);
       }
       const double got = (y[(size_t)r * n + i] - 0.25) / 2.0;
-      require(std::fabs(got - sum) <= size * (input_error + 1e-5) + 1e-3, where + ": " + std::to_string(got) + " for " + std::to_string(sum));
+      require(std::fabs(got - sum) <= size * (input_error + 1e-5) + 1e-3,
+              where + ": " + std::to_string(got) + " for " + std::to_string(sum));
     }
   std::vector<float> row(columns);
   k.linear.row(w, n - 1, 3.0f, row.data());
