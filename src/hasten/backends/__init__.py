@@ -1,1 +1,68 @@
-"""Mechanism: run one batch on one kind of device."""
+"""Mechanism: run one batch on one kind of device. The one place that chooses a backend by its name.
+
+Importing this imports no backend, and looking for a GPU imports torch only where a driver of one is present: without one
+a start costs nothing more.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hasten.errors import RequestError, ResourceError
+
+if TYPE_CHECKING:
+    from hasten.backends.base import Backend
+
+DEVICES = ("auto", "cpu", "cuda", "reference")
+
+# What NVIDIA's driver makes on Linux, and the device through which it is reached under WSL.
+_DRIVER = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+_INSTALL = "pip install 'hasten[cuda]'"
+
+
+def open_backend(
+    device: str = "auto", *, threads: int = 0, format: str | None = None, deterministic: bool = False
+) -> "Backend":
+    """An empty backend, ready to load a model.
+
+    device: "cpu", "cuda", "reference" (numpy, slow), or "auto", which is cuda where torch sees a GPU, else cpu.
+    threads: of the CPU, 0 is all. format: quantise weights on load ("fp8" on cuda); None loads them as they are stored.
+    deterministic: a row's bits do not depend on its batch, as is always so on a CPU.
+    Raises RequestError for a device or format that there is not, ResourceError where this machine has none such.
+    """
+    if device not in DEVICES:
+        raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    if device == "cuda" or (device == "auto" and missing_for_cuda() is None):
+        return _open_cuda(format, deterministic)
+    if format is not None:
+        raise RequestError(f"format {format} on load needs a GPU (device cuda): use hasten compress, then that folder")
+    if device == "reference":
+        from hasten.backends.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    from hasten.backends.cpu import CpuBackend
+
+    return CpuBackend(threads=threads)
+
+
+def missing_for_cuda() -> str | None:
+    """Why a GPU cannot be used here, in words that a person can act on; None where it can."""
+    if not any(path.exists() for path in _DRIVER):
+        return "no NVIDIA driver was found on this machine: use --device cpu"
+    if find_spec("torch") is None or find_spec("triton") is None:
+        return f"torch and Triton are not installed: {_INSTALL}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU: update the driver, or {_INSTALL} for a torch with CUDA"
+    return None
+
+
+def _open_cuda(format: str | None, deterministic: bool) -> "Backend":
+    reason = missing_for_cuda()
+    if reason is not None:
+        raise ResourceError(f"device cuda cannot be used: {reason}")
+    from hasten.backends.cuda import CudaBackend
+
+    backend: Backend = CudaBackend(format=format, deterministic=deterministic)
+    return backend

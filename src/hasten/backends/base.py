@@ -2,12 +2,16 @@
 
 A Batch is packed: all tokens of all sequences one after the other. Prefill, decode and speculative verification are the
 same call with other lengths. A row's result does not depend on what shares its batch, bit for bit: the engine's
-promises (a seeded request repeats, speculation changes nothing) rest on it.
+promises (a seeded request repeats, speculation changes nothing) rest on it. A device on which that costs speed may
+offer it as a mode (open_backend's `deterministic`); without it the promises hold up to rounding.
+
+One thread calls copy_blocks, forward and sample, and each sees the effects of those before it. They take what they need
+of their arguments before they return: the engine reuses its arrays. Only Pending.result() waits for the device.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,8 @@ from hasten.model.spec import ModelSpec
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+# float32 [R, vocab_size] where the backend keeps it; only the backend that made it knows what it is.
+Logits: TypeAlias = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,8 @@ class Batch:
     query_lens [B] sums to T. context_lens [B] is each sequence's length after this step, this step's tokens included.
     block_tables [B, N] lists each sequence's blocks in order; entries past ceil(context_len / block_size) are ignored.
     rows [R] indexes tokens, ascending.
+    sampled_from [T], or None for all -1: where it is not -1, the token is not known to the host yet. It is what row
+    sampled_from[t] of the last sample() call chose, and tokens[t] means nothing. Only where `overlaps`.
     """
 
     tokens: Int32
@@ -36,6 +44,7 @@ class Batch:
     context_lens: Int32
     block_tables: Int32
     rows: Int32
+    sampled_from: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +86,9 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens i32 [R]; the rest is None unless some row asked: logprobs f32 [R] of the sampled token, target_logprobs
-    f32 [R], top_ids i32 [R, K] and top_logprobs f32 [R, K] in falling order, padded with -1 and -inf."""
+    """tokens i32 [R], -1 where a logit is NaN; the rest is None unless some row asked: logprobs f32 [R] of the sampled
+    token, target_logprobs f32 [R], top_ids i32 [R, K] and top_logprobs f32 [R, K] in falling order, padded with -1 and
+    -inf."""
 
     tokens: Int32
     logprobs: Float32 | None = None
@@ -86,24 +96,72 @@ class Sampled:
     top_ids: Int32 | None = None
     top_logprobs: Float32 | None = None
 
+    def result(self) -> "Sampled":
+        """Itself: a Pending that is done."""
+        return self
+
+
+class Pending(Protocol):
+    """What a step has sampled, or will have."""
+
+    def result(self) -> Sampled:
+        """Wait for the device. Raises what went wrong there. May be called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step that will come: T, B and R of its Batch."""
+
+    max_tokens: int
+    max_sequences: int
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a device once the weights are loaded.
+
+    total: all that one process can have. free: what nobody has taken. reserved: what steps will take beside the KV
+    cache and have not taken yet (activations, logits, workspaces, graphs). shared: other programs live there too, so
+    unless told otherwise the cache takes what is usual; where it is False the cache takes all that is left.
+    """
+
+    total: int
+    free: int
+    reserved: int = 0
+    shared: bool = True
+
 
 class Backend(Protocol):
-    """Runs batches of one model on one device."""
+    """Runs batches of one model on one device.
+
+    kv_dtypes: those that allocate() takes, of "fp32", "bf16", "int8", "fp8". overlaps: forward() of step n + 1 may be
+    called before result() of step n, and its tokens may be named by Batch.sampled_from.
+    """
+
+    kv_dtypes: tuple[str, ...]
+    overlaps: bool
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         """Take the model's weights (canonical names, see model/spec.py), in any order, once."""
 
+    def memory(self, limits: StepLimits) -> DeviceMemory:
+        """Room for the KV cache. Called after load()."""
+
     def block_bytes(self, block_size: int, dtype: str) -> int:
-        """Bytes of one KV block over all layers; dtype is "fp32", "bf16" or "int8"."""
+        """Bytes of one KV block over all layers."""
 
     def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
-        """Make the KV cache. block_size is a multiple of 16."""
+        """Make the KV cache, dropping an earlier one. block_size is a multiple of 16."""
 
-    def forward(self, batch: Batch) -> Float32:
-        """Run one step; logits float32 [R, vocab_size], valid until the next call."""
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; its logits, valid until the next call."""
 
-    def sample(self, logits: Float32, params: SamplingBatch) -> Sampled:
+    def sample(self, logits: Logits, params: SamplingBatch) -> Pending:
         """Choose one token a row of `logits`, which it may overwrite."""
+
+    def fetch(self, logits: Logits) -> Float32:
+        """The logits as numpy float32 [R, vocab_size], valid until the next forward()."""
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination), for n > 1 sharing a partly filled block."""

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.backends.base import Batch, Float32, Int32, Sampled, SamplingBatch
+from hasten.backends.base import Batch, DeviceMemory, Float32, Int32, Sampled, SamplingBatch, StepLimits
 from hasten.backends.reference_math import activate, layer_norm, rms_norm, rotate, softcap, softmax
 from hasten.backends.reference_sampling import sample_rows
 from hasten.errors import ModelError, ResourceError
+from hasten.hardware import memory_available
 from hasten.model.formats import Weight, dequantize, from_bf16, product, quantize_activations, to_bf16
 from hasten.model.spec import Layer, ModelSpec
 
@@ -25,6 +26,9 @@ class ReferenceBackend:
     act_quant: multiply quantised weights by activations rounded to 8 bits a group, as fast backends do; without it
     quantised weights act as the numbers that they stand for.
     """
+
+    kv_dtypes: tuple[str, ...] = tuple(KV_BYTES)
+    overlaps = False
 
     def __init__(self, act_quant: bool = False) -> None:
         self._act_quant = act_quant
@@ -49,6 +53,11 @@ class ReferenceBackend:
             self._dense["head"] = self._dense["embed"]
             if "embed" in self._weights:
                 self._weights["head"] = self._weights["embed"]
+
+    def memory(self, limits: StepLimits) -> DeviceMemory:
+        """What is free in this machine now."""
+        free = memory_available()
+        return DeviceMemory(total=free, free=free)
 
     def block_bytes(self, block_size: int, dtype: str) -> int:
         """Bytes of one KV block over all layers: keys, values and, for int8, a float32 scale a token and head."""
@@ -88,6 +97,10 @@ class ReferenceBackend:
     def sample(self, logits: Float32, params: SamplingBatch) -> Sampled:
         """Choose one token a row; see SamplingBatch for the order of its parts."""
         return sample_rows(logits, params)
+
+    def fetch(self, logits: Float32) -> Float32:
+        """Themselves: they are on the host."""
+        return logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination), one pair after the other."""

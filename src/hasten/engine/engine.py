@@ -137,7 +137,7 @@ class Engine:
             self._backend.copy_blocks(step.copies)
             self.scheduler.confirm_copies()
         logits = self._backend.forward(batch)
-        sampled = self._backend.sample(logits, params) if num_rows else None
+        sampled = self._backend.sample(logits, params).result() if num_rows else None
         if sampled is not None and sampled.tokens.min() < 0:
             raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
         self._inconsistent = True

@@ -57,7 +57,7 @@ def score(
         for batch, targets in _batches(window, vocab_size):
             original = np.empty(0, np.float32)
             for name in names:
-                logits = backends[name].forward(batch)[: len(targets)]
+                logits = backends[name].fetch(backends[name].forward(batch))[: len(targets)]
                 if name == names[0]:
                     original = logits
                 rows = compare_rows(original, logits, targets)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.backends.base import Batch, Float32, Sampled, SamplingBatch
+from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
 from hasten.errors import HastenError, ModelError, ResourceError
+from hasten.hardware import memory_available
 from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
 
@@ -33,6 +34,9 @@ class CpuBackend:
     isa: an instruction set by name, for tests; None takes HASTEN_ISA, else the best that this CPU has.
     Raises ResourceError where the compiled core is missing or does not have the instruction set.
     """
+
+    kv_dtypes: tuple[str, ...] = ("fp32", "bf16", "int8")
+    overlaps = False
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         self._core = _load_core()
@@ -65,6 +69,11 @@ class CpuBackend:
         """Bytes of the packed weights."""
         return int(self._loaded.weight_bytes)
 
+    def memory(self, limits: StepLimits) -> DeviceMemory:
+        """What is free in this machine now; a step takes little beside it."""
+        free = memory_available()
+        return DeviceMemory(total=free, free=free)
+
     def block_bytes(self, block_size: int, dtype: str) -> int:
         """Bytes of one KV block over all layers."""
         with _resource_errors():
@@ -93,6 +102,10 @@ class CpuBackend:
         if not params.any_special:
             return Sampled(self._core.sample_greedy(self._pool, logits, self.isa))
         return Sampled(*self._core.sample(self._pool, logits, params, self.isa))
+
+    def fetch(self, logits: Float32) -> Float32:
+        """Themselves: they are on the host."""
+        return logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination), one pair after the other."""
