@@ -1,6 +1,6 @@
 """Mechanism: run one batch on one kind of device. The one place that chooses a backend by its name.
 
-Importing this imports no backend, and looking for a GPU imports torch only where a driver of one is present: without one
+Importing this imports no backend, and looking for a GPU imports torch only where one's driver is present: without it
 a start costs nothing more.
 """
 
