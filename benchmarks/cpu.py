@@ -24,6 +24,7 @@ from table import render
 RESULTS = ROOT / "benchmarks" / "results"
 TASKS = ("decode", "batch", "prefill")
 TIMEOUT = 600  # seconds
+BANDWIDTH_PROBES = 3
 
 
 def say(line: str) -> None:
@@ -82,9 +83,13 @@ def source_version() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def bandwidth(python: Path) -> float:
-    output = subprocess.run([python, str(HERE / "machine.py")], check=True, capture_output=True, text=True).stdout
-    return float(output)
+def bandwidth(python: Path) -> list[float]:
+    """Bytes a second, several probes: one alone may fall into a neighbour's burst or pause."""
+    command = [python, str(HERE / "machine.py")]
+    return [
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(BANDWIDTH_PROBES)
+    ]
 
 
 def make_hasten_folder(system: SystemUnderTest, shape: str) -> None:
@@ -130,7 +135,7 @@ def measure_all(args: argparse.Namespace, out: Path) -> dict[str, object]:
         for shape, system in chosen:
             result = measure_system(system, shape, number, args)
             after = bandwidth(args.hasten_python)
-            run = {"round": number, "shape": shape, "system": system.name, "bandwidth": [before, after], **result}
+            run = {"round": number, "shape": shape, "system": system.name, "bandwidth": [*before, *after], **result}
             before = after
             runs.append(run)
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -62,12 +62,12 @@ def of(report: dict[str, Any], shape: str, system: str) -> list[Run]:
 
 
 def bandwidth_fractions(runs: Iterable[Run]) -> list[float]:
-    """Of each round: weight bytes a token x tokens/s over the mean of the bandwidth measured just before and after.
+    """Of each round: weight bytes a token x tokens/s over the median of the bandwidths measured just before and after.
 
     Reading the KV cache is not counted (a few per cent here), so the fraction errs low.
     """
     return [
-        statistics.median(run["decode"]) * run["weight_bytes"] / statistics.mean(run["bandwidth"])
+        statistics.median(run["decode"]) * run["weight_bytes"] / statistics.median(run["bandwidth"])
         for run in runs
         if "decode" in run
     ]

@@ -1,8 +1,9 @@
-"""Drives ONNX Runtime GenAI with its defaults. Model: a folder of its model builder.
+"""Drives ONNX Runtime GenAI with its defaults, but for the number of threads. Model: a folder of its model builder.
 
-It is given no number of threads: it takes one for each core the process may run on.
+Left alone it makes a thread for each core of the machine, whatever cores the process may run on.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import onnxruntime_genai
 from measure import Prompts, System, main
 
 
-def load(model: str, _threads: int) -> System:
-    network = onnxruntime_genai.Model(model)
+def load(model: str, threads: int) -> System:
+    config = onnxruntime_genai.Config(model)
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    network = onnxruntime_genai.Model(config)
 
     def generate(prompts: Prompts, num_tokens: int) -> int:
         length = len(prompts[0]) + num_tokens
