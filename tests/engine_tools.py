@@ -6,6 +6,7 @@ from typing import Any
 
 from slot_model import SlotModel
 
+from hasten.backends.base import Backend
 from hasten.engine.engine import Engine, EngineConfig
 from hasten.engine.request import RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator, StepCost
@@ -47,7 +48,11 @@ def eager_speculator(depth: int = 5) -> Speculator:
 
 
 def make_engine(
-    num_blocks: int = 64, speculation: bool = False, model: SlotModel | None = None, **config: Any
+    num_blocks: int = 64,
+    speculation: bool = False,
+    model: Backend | None = None,
+    speculator: Speculator | None = None,
+    **config: Any,
 ) -> Engine:
     model = model or SlotModel(VOCAB, wildness=0.3)
     model.allocate(num_blocks, 16, "fp32")
@@ -56,7 +61,7 @@ def make_engine(
         model,
         EngineConfig(**{**sizes, **config}),
         new_decoder=Letters,
-        speculator=eager_speculator() if speculation else None,
+        speculator=eager_speculator() if speculation else speculator,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from hasten.backends.base import Batch, Sampled, SamplingBatch
+from hasten.backends.base import Batch, DeviceMemory, Sampled, SamplingBatch, StepLimits
 from hasten.backends.reference_sampling import sample_rows
 from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
@@ -29,12 +29,18 @@ def scatter(x: np.ndarray) -> np.ndarray:
 class SlotModel:
     """See the file's docstring. `forwards` counts steps, `most_rows` is the largest R seen."""
 
+    kv_dtypes: tuple[str, ...] = ("fp32",)
+    overlaps = False
+
     def __init__(self, vocab_size: int = 96, wildness: float = 0.6) -> None:
         self.vocab_size, self.wildness = vocab_size, wildness
         self.forwards = self.most_rows = self.most_tokens = self.copies = 0
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         raise AssertionError("has no weights")
+
+    def memory(self, limits: StepLimits) -> DeviceMemory:
+        return DeviceMemory(1 << 30, 1 << 30)
 
     def block_bytes(self, block_size: int, dtype: str) -> int:
         return 8 * block_size
@@ -95,6 +101,9 @@ class SlotModel:
             wanted = batch.block_tables[i][places // size] * size + places % size
             assert (batch.slots[start : start + count] == wanted).all()
             start += count
+
+    def fetch(self, logits: np.ndarray) -> np.ndarray:
+        return logits
 
     def sample(self, logits: np.ndarray, params: SamplingBatch) -> Sampled:
         assert len(params.temperature) == len(logits)

@@ -102,7 +102,7 @@ class Sampled:
 
 
 class Pending(Protocol):
-    """What a step has sampled, or will have."""
+    """What a step has sampled, or will have. May be dropped without asking."""
 
     def result(self) -> Sampled:
         """Wait for the device. Raises what went wrong there. May be called again."""

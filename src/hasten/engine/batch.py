@@ -1,7 +1,7 @@
 """A Step of the scheduler -> the packed arrays of a Batch. Knows nothing of sampling.
 
 Block tables are kept between steps, only new blocks are written. A step in which every sequence runs one token, as most
-are, has a short path (`_decode`); `_general` gives the same arrays for any step, and a test compares them.
+do, has a short path (`_decode`); `general` gives the same arrays for any step, and a test compares them.
 """
 
 import numpy as np
@@ -19,71 +19,96 @@ class BatchBuilder:
         self._tables = np.zeros((max_sequences, max_blocks), np.int32)
         self._held: list[list[int]] = [[] for _ in range(max_sequences)]  # the block list that each row mirrors
         self._written = [0] * max_sequences  # how many of its blocks are in the row
-        self._ranges = [np.arange(i, dtype=np.int32) for i in range(max_sequences + 1)]
-        self._ones = [np.ones(i, np.int32) for i in range(max_sequences + 1)]
+        self._range = np.arange(max_sequences, dtype=np.int32)
+        self._ones = np.ones(max_sequences, np.int32)
+        self._decoding: list[Sequence] = []  # of the last step, if each of them ran its last token
 
     def build(self, step: Step) -> Batch:
         """The step's batch. Arrays are valid until the next call."""
-        tables = self._update_tables(step.sequences)
-        if all(s.num_computed + 1 == len(s.tokens) < s.limit and not s.drafts for s in step.sequences):
-            return self._decode(step.sequences, tables)
-        return self._general(step, tables)
+        return self._decode(step.sequences) if step.decodes else self.general(step)
 
-    def _update_tables(self, sequences: list[Sequence]) -> Int32:
-        held, written = self._held, self._written
-        for row, sequence in enumerate(sequences):
-            blocks = sequence.blocks  # grows at its end only; a sequence that is preempted gets a new list
-            if held[row] is not blocks:
-                held[row], written[row] = blocks, 0
-            start, end = written[row], len(blocks)
-            if start != end:
-                self._tables[row, start:end] = blocks[start:]
-                written[row] = end
-        return self._tables[: len(sequences)]
-
-    def _decode(self, sequences: list[Sequence], tables: Int32) -> Batch:
-        """Every sequence runs its last token, and a token is sampled from each."""
-        size, num = self.block_size, len(sequences)
-        positions = [s.num_computed for s in sequences]
-        slots = [s.blocks[p // size] * size + p % size for s, p in zip(sequences, positions, strict=True)]
-        places = np.array(positions, np.int32)
-        return Batch(
-            tokens=np.array([s.tokens[-1] for s in sequences], np.int32),
-            positions=places,
-            slots=np.array(slots, np.int32),
-            query_lens=self._ones[num],
-            context_lens=places + 1,
-            block_tables=tables,
-            rows=self._ranges[num],
-        )
-
-    def _general(self, step: Step, tables: Int32) -> Batch:
-        size = self.block_size
-        tokens: list[int] = []
-        positions: list[Int32] = []
-        slots: list[Int32] = []
-        rows: list[int] = []
-        for index, (sequence, count) in enumerate(zip(step.sequences, step.query_lens, strict=True)):
-            start = sequence.num_computed
-            rows += (len(tokens) + position - start for position in wanted_positions(sequence, count))
-            if sequence.drafts:
-                tokens += sequence.tokens[start:] + sequence.drafts
-            else:
-                tokens += sequence.tokens[start : start + count]
-            places = np.arange(start, start + count, dtype=np.int32)
-            positions.append(places)
-            slots.append(tables[index, places // size] * size + places % size)
+    def general(self, step: Step) -> Batch:
+        """Any step's batch."""
         starts = [sequence.num_computed for sequence in step.sequences]
-        query_lens = np.array(step.query_lens, np.int32)
+        runs: list[list[int]] = []
+        rows: list[int] = []
+        num_tokens = 0
+        for sequence, start, count in zip(step.sequences, starts, step.query_lens, strict=True):
+            rows += (num_tokens + position - start for position in wanted_positions(sequence, count))
+            run = sequence.tokens[start : start + count]
+            runs.append(run + sequence.drafts if sequence.drafts else run)
+            num_tokens += count
+        return self.pack(step.sequences, starts, runs, rows)
+
+    def pack(self, sequences: list[Sequence], starts: list[int], runs: list[list[int]], rows: list[int]) -> Batch:
+        """Sequence i runs the tokens runs[i] from position starts[i] on; logits are wanted of `rows`, counted over the
+        tokens of all. A token that is not known yet is ~row of the last sample() (see Sequence)."""
+        size = self.block_size
+        tables = self._update_tables(sequences)
+        query_lens = np.array([len(run) for run in runs], np.int32)
+        first = np.array(starts, np.int32)
+        ends = np.cumsum(query_lens, dtype=np.int32)
+        owner = np.repeat(self._range[: len(runs)], query_lens)
+        positions = np.arange(len(owner), dtype=np.int32) + np.repeat(first - (ends - query_lens), query_lens)
+        tokens, sampled_from = _split(np.array([token for run in runs for token in run], np.int32))
         return Batch(
-            tokens=np.array(tokens, np.int32),
-            positions=np.concatenate(positions),
-            slots=np.concatenate(slots),
+            tokens=tokens,
+            positions=positions,
+            slots=tables[owner, positions // size] * size + positions % size,
             query_lens=query_lens,
-            context_lens=np.array(starts, np.int32) + query_lens,
+            context_lens=first + query_lens,
             block_tables=tables,
             rows=np.array(rows, np.int32),
+            sampled_from=sampled_from,
         )
+
+    def _decode(self, sequences: list[Sequence]) -> Batch:
+        """Every sequence runs its last token, and a token is sampled from each."""
+        size, num = self.block_size, len(sequences)
+        positions = np.array([s.num_computed for s in sequences], np.int32)
+        index, offset = positions // size, positions % size
+        if sequences == self._decoding:  # a block is new only where one begins
+            tables = self._tables[:num]
+            for row in np.flatnonzero(offset == 0).tolist():
+                self._update_row(row, sequences[row].blocks)
+        else:
+            tables = self._update_tables(sequences)
+            self._decoding = sequences
+        tokens, sampled_from = _split(np.array([s.tokens[-1] for s in sequences], np.int32))
+        return Batch(
+            tokens=tokens,
+            positions=positions,
+            slots=tables[self._range[:num], index] * size + offset,
+            query_lens=self._ones[:num],
+            context_lens=positions + 1,
+            block_tables=tables,
+            rows=self._range[:num],
+            sampled_from=sampled_from,
+        )
+
+    def _update_tables(self, sequences: list[Sequence]) -> Int32:
+        self._decoding = []
+        held, written = self._held, self._written
+        for row, sequence in enumerate(sequences):
+            blocks = sequence.blocks
+            if held[row] is not blocks or written[row] != len(blocks):
+                self._update_row(row, blocks)
+        return self._tables[: len(sequences)]
+
+    def _update_row(self, row: int, blocks: list[int]) -> None:
+        """`blocks` grows at its end only; a sequence that is preempted gets a new list."""
+        if self._held[row] is not blocks:
+            self._held[row], self._written[row] = blocks, 0
+        start = self._written[row]
+        self._tables[row, start : len(blocks)] = blocks[start:]
+        self._written[row] = len(blocks)
+
+
+def _split(tokens: Int32) -> tuple[Int32, Int32 | None]:
+    """Tokens and where those come from that are not known yet."""
+    if tokens.min() >= 0:
+        return tokens, None
+    return np.maximum(tokens, 0), np.where(tokens < 0, ~tokens, np.int32(-1))
 
 
 def wanted_positions(sequence: Sequence, count: int) -> list[int]:

@@ -2,20 +2,25 @@
 
 Knows tokens and, through a decoder it is handed, their text; no files, prompts or threads. step() is the only thing
 that drives it, so whoever owns the engine (LLM, a server) decides when it runs. Not thread-safe: one owner.
+
+On a device that works by itself (Backend.overlaps), the step after the one that runs is launched before its result is
+waited for, as if every sequence in it went on: each has one token more, whose number the device fills in. Where the
+result then ends a sequence, the token that is on its way for it is dropped. Its blocks may have new owners by then: the
+device does things in order, so theirs are written later.
 """
 
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from hasten.backends.base import Backend, Sampled, SamplingBatch
+from hasten.backends.base import Backend, Batch, Pending, Sampled, SamplingBatch
 from hasten.engine.batch import BatchBuilder, wanted_positions
 from hasten.engine.blocks import BlockPool
 from hasten.engine.request import Delta, FinishReason, Request, RequestOutput, SamplingParams, Sequence, TokenLogprob
-from hasten.engine.sampling import greedy_batch, prepare, sampling_batch
+from hasten.engine.sampling import DecodeSampling, greedy_batch, prepare, sampling_batch
 from hasten.engine.scheduler import Scheduler, Step
 from hasten.engine.speculate import Speculator
 from hasten.engine.text import TextStream, TokenDecoder
@@ -39,6 +44,21 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_sequences: int = 64
     max_extra_rows: int = 64
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that the device was given. num_rows: of each sequence, the rows that score its prompt and those that
+    sample, or _ENDS where its last token runs and none is to be sampled."""
+
+    step: Step
+    num_rows: list[tuple[int, int]]
+    pending: Pending | None
+    num_tokens: int
+    start: float
+
+
+_ENDS = -1
 
 
 class Engine:
@@ -66,7 +86,12 @@ class Engine:
         self._eos_token_ids = [token for token in config.eos_token_ids if token < config.vocab_size]
         self._requests: dict[str, Request] = {}
         self._num_added = 0
-        self._inconsistent = False  # an exception cut schedule or update short
+        self._sampling = DecodeSampling()
+        self._flight: _Flight | None = None  # on the device; its tokens are promised to their sequences
+        self._ahead: _Flight | None = None  # given to the device after that; nothing is promised yet
+        self._last_settled = 0.0
+        self._cut_short = False  # an exception in a launch: what the device has sampled last is not known
+        self._inconsistent = False  # an exception in the midst of the books
 
     @property
     def num_unfinished(self) -> int:
@@ -108,6 +133,7 @@ class Engine:
 
     def abort(self) -> None:
         """End every request and forget the cache: the way back from an exception in the midst of a step."""
+        self._flight = self._ahead = None
         self._requests.clear()
         self.scheduler.clear()
         self._inconsistent = False
@@ -120,33 +146,83 @@ class Engine:
         """
         if self._inconsistent:
             self.abort()
+        if not self._requests:
+            self._flight = self._ahead = None
+            return []
+        if self._flight is None:
+            if self.speculator is not None:
+                self.speculator.draft(self.scheduler)
+            flight = self._launch()
+            assert flight is not None, "requests are waiting that can never be scheduled"
+            self._promise(flight)
+            self._flight = flight
+            self._inconsistent = self._cut_short = False
+        if self._ahead is None and self._may_run_ahead(self._flight):
+            self._ahead = self._launch()
+            self._cut_short = False
+        deltas = self._settle(self._flight)
+        self._flight, self._ahead = self._ahead, None
+        if self._flight is not None:
+            self._promise(self._flight)
+        self._inconsistent = False
+        return deltas
+
+    def _may_run_ahead(self, flight: _Flight) -> bool:
+        """Whether the step after this one can be made without its tokens."""
+        if not self._backend.overlaps or self._cut_short:
+            return False
+        if not flight.step.decodes and any(scored or sampled > 1 for scored, sampled in flight.num_rows):
+            return False
+        if any(sequence.seen is not None for sequence in flight.step.sequences):
+            return False
+        return self.speculator is None or self.speculator.rests(self.scheduler.running)
+
+    def _launch(self) -> _Flight | None:
+        """Schedule a step and give it to the device. None where nothing can run. The caller clears _cut_short when it
+        has the flight."""
         start = time.perf_counter()
         self._inconsistent = True
-        if self.speculator is not None:
-            self.speculator.draft(self.scheduler.running)
         step = self.scheduler.schedule()
         if not step.sequences:
-            assert not self._requests, "requests are waiting that can never be scheduled"
             self._inconsistent = False
-            return []
+            return None
         batch = self._batches.build(step)
-        num_rows = len(batch.rows)
-        params = self._sampling(step, num_rows)
+        params = self._sampling_rows(step, batch)
+        num_rows = (
+            [] if step.decodes else [_count_rows(s, n) for s, n in zip(step.sequences, step.query_lens, strict=True)]
+        )
         self._inconsistent = False
+        self._cut_short = True
         if step.copies:
             self._backend.copy_blocks(step.copies)
             self.scheduler.confirm_copies()
         logits = self._backend.forward(batch)
-        sampled = self._backend.sample(logits, params).result() if num_rows else None
-        if sampled is not None and sampled.tokens.min() < 0:
-            raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
+        pending = self._backend.sample(logits, params) if len(batch.rows) else None
+        num_tokens = len(batch.tokens) if len(batch.tokens) == len(batch.rows) else 0
+        return _Flight(step, num_rows, pending, num_tokens, start)
+
+    def _promise(self, flight: _Flight) -> None:
+        """Take a launched step into the books as far as it is known: its tokens are computed, and where one is sampled,
+        a place is kept for it."""
         self._inconsistent = True
-        now = time.perf_counter()
-        if self.speculator is not None and num_rows == len(batch.tokens):
-            self.speculator.cost.record(num_rows, now - start)
-        deltas = self._update(step, sampled, now)
-        self._inconsistent = False
-        return deltas
+        advance = self.scheduler.advance
+        step, row = flight.step, 0
+        if step.decodes:
+            for row, sequence in enumerate(step.sequences):
+                if sequence.finish_reason is None:
+                    advance(sequence, len(sequence.tokens))
+                    sequence.tokens.append(~row)
+        else:
+            for sequence, count, (scored, sampled) in zip(
+                step.sequences, step.query_lens, flight.num_rows, strict=True
+            ):
+                row += scored
+                if sequence.finish_reason is None:
+                    # Drafts are not counted before it is known which of them stay.
+                    advance(sequence, min(sequence.num_computed + count, len(sequence.tokens)))
+                    if sampled > 0:
+                        sequence.tokens.append(~row)
+                row += max(sampled, 0)
 
     def _check(self, prompt_ids: Seq[int], params: SamplingParams) -> int:
         """The length at which the request's sequences must end."""
@@ -179,9 +255,11 @@ class Engine:
             return f"the KV cache holds {capacity} tokens ({config.num_blocks} blocks of {config.block_size})"
         return f"a sequence may have {config.max_len} (max_len)"
 
-    def _sampling(self, step: Step, num_rows: int) -> SamplingBatch:
+    def _sampling_rows(self, step: Step, batch: Batch) -> SamplingBatch:
+        if step.decodes:
+            return self._sampling.build(step.sequences, batch.positions)
         if not any(s.special or s.score_from < s.num_prompt - 1 for s in step.sequences):
-            return greedy_batch(num_rows)
+            return greedy_batch(len(batch.rows))
         rows: list[tuple[Sequence, int, int]] = []
         for sequence, count in zip(step.sequences, step.query_lens, strict=True):
             last = len(sequence.tokens) - 1
@@ -192,40 +270,54 @@ class Engine:
                     rows.append((sequence, position - last, -1))
         return sampling_batch(rows) if rows else greedy_batch(0)
 
-    def _update(self, step: Step, sampled: Sampled | None, now: float) -> list[Delta]:
-        """Take the step's results into the books."""
+    def _settle(self, flight: _Flight) -> list[Delta]:
+        """Wait for the step's result and take it into the books."""
+        sampled = None if flight.pending is None else flight.pending.result()
+        self._refuse_nan(flight, sampled)
+        now = time.perf_counter()
+        self._inconsistent = True
+        self._cut_short = False
+        if self.speculator is not None and flight.num_tokens:
+            self.speculator.cost.record(flight.num_tokens, now - max(flight.start, self._last_settled))
+        self._last_settled = now
         deltas: list[Delta] = []
         tokens = [] if sampled is None else sampled.tokens.tolist()
         row = 0
-        for sequence, count in zip(step.sequences, step.query_lens, strict=True):
-            last = len(sequence.tokens) - 1
-            end = sequence.num_computed + count
-            num_scorable = min(end, sequence.num_prompt - 1)
-            if sequence.score_from < num_scorable:
-                assert sampled is not None
-                row = self._score(sequence, num_scorable, sampled, row)
-            if end <= last:
-                self.scheduler.advance(sequence, end)
-            elif len(sequence.tokens) == sequence.limit:  # nothing is to be sampled: max_tokens is 0
-                self.scheduler.advance(sequence, end)
-                deltas.append(self._finish(sequence, Delta(sequence.request.id, sequence.index, "", []), "length", now))
-            else:
-                num_rows = end - last
-                deltas.append(self._accept(sequence, tokens[row : row + num_rows], sampled, row, now))
-                row += num_rows
+        for sequence, num_scored, num_sampled in _parts(flight):
+            end = row + num_scored
+            if sequence.finish_reason is None:
+                if num_scored:
+                    assert sampled is not None
+                    self._score(sequence, sampled, row, end)
+                if num_sampled > 0:
+                    del sequence.tokens[-1]
+                    deltas.append(self._accept(sequence, tokens[end : end + num_sampled], sampled, end, now))
+                elif num_sampled == _ENDS:
+                    delta = Delta(sequence.request.id, sequence.index, "", [])
+                    deltas.append(self._finish(sequence, delta, "length", now))
+            row = end + max(num_sampled, 0)
         return deltas
 
-    def _score(self, sequence: Sequence, end: int, sampled: Sampled, row: int) -> int:
-        """Log-probabilities of the prompt tokens that follow positions score_from .. end - 1; the next row."""
+    def _refuse_nan(self, flight: _Flight, sampled: Sampled | None) -> None:
+        """Raise ModelError where a row of a request that still runs has no token."""
+        if sampled is None or sampled.tokens.min() >= 0:
+            return
+        row = 0
+        for sequence, num_scored, num_sampled in _parts(flight):
+            end = row + num_scored + max(num_sampled, 0)
+            if sequence.finish_reason is None and (sampled.tokens[row:end] < 0).any():
+                raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
+            row = end
+
+    def _score(self, sequence: Sequence, sampled: Sampled, start: int, end: int) -> None:
+        """Take the log-probabilities of prompt tokens in rows start .. end - 1."""
         scores = sequence.request.prompt_logprobs
         assert scores is not None
         assert sampled.target_logprobs is not None
-        for position in range(sequence.score_from, end):
+        for row in range(start, end):
             value = float(sampled.target_logprobs[row])
             top = _top(sampled, row, sequence.request.params.prompt_logprobs or 0)
-            scores.append(TokenLogprob(sequence.tokens[position + 1], value, top))
-            row += 1
-        return row
+            scores.append(TokenLogprob(sequence.tokens[len(scores)], value, top))
 
     def _accept(self, sequence: Sequence, drawn: list[int], sampled: Sampled | None, row: int, now: float) -> Delta:
         """Verify the drafts: the token drawn at each position is the one that counts; the next is of use only where the
@@ -250,10 +342,9 @@ class Engine:
             num_accepted = len(delta.token_ids) - 1
             request.metrics.num_drafted += len(drafts)
             request.metrics.num_accepted += num_accepted
-            assert sequence.ngrams is not None
-            sequence.ngrams.record(len(drafts), num_accepted)
+            sequence.acceptance.record(len(drafts), num_accepted)
             sequence.drafts = []
-        self.scheduler.advance(sequence, len(sequence.tokens) - 1)
+            self.scheduler.advance(sequence, len(sequence.tokens) - 1)
         return delta if reason is None else self._finish(sequence, delta, reason, now)
 
     def _append(self, sequence: Sequence, token: int, delta: Delta) -> FinishReason | None:
@@ -291,10 +382,28 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Give up the sequence's blocks; count what it made."""
         self.scheduler.remove(sequence)
+        if sequence.tokens[-1] < 0:
+            del sequence.tokens[-1]  # on its way when the request was cancelled
         sequence.finish_reason = reason
         metrics = sequence.request.metrics
         metrics.num_output_tokens += sequence.num_output
         metrics.longest_output = max(metrics.longest_output, sequence.num_output)
+
+
+def _count_rows(sequence: Sequence, count: int) -> tuple[int, int]:
+    """Rows that score the prompt and rows that sample (or _ENDS) where the sequence runs `count` tokens."""
+    end, num_tokens = sequence.num_computed + count, len(sequence.tokens)
+    num_scored = max(0, min(end, sequence.num_prompt - 1) - max(sequence.num_computed, sequence.score_from))
+    if end < num_tokens:
+        return num_scored, 0
+    return num_scored, _ENDS if num_tokens == sequence.limit else end - num_tokens + 1
+
+
+def _parts(flight: _Flight) -> Iterable[tuple[Sequence, int, int]]:
+    """Each sequence of the step with its rows that score and its rows that sample."""
+    if flight.step.decodes:
+        return ((sequence, 0, 1) for sequence in flight.step.sequences)
+    return ((sequence, *rows) for sequence, rows in zip(flight.step.sequences, flight.num_rows, strict=True))
 
 
 def _top(sampled: Sampled, row: int, most: int) -> tuple[tuple[int, float], ...]:

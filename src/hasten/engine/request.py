@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from hasten.errors import RequestError
 
 if TYPE_CHECKING:
+    from hasten.engine.draft_model import Mirror
     from hasten.engine.sampling import Seen
     from hasten.engine.speculate import NgramIndex
     from hasten.engine.text import TextStream
@@ -216,6 +217,25 @@ class Delta:
     output: RequestOutput | None = None
 
 
+class Acceptance:
+    """How often a sequence's drafts are right: decayed counts, begun at even odds."""
+
+    __slots__ = ("accepted", "rejected")
+
+    def __init__(self) -> None:
+        self.accepted, self.rejected = 1.0, 1.0
+
+    def record(self, num_drafted: int, num_accepted: int) -> None:
+        """Outcome of one verification."""
+        self.accepted = 0.9 * self.accepted + num_accepted
+        self.rejected = 0.9 * self.rejected + (num_accepted < num_drafted)
+
+    @property
+    def rate(self) -> float:
+        """Estimated chance that a drafted token is right, given that those before it are."""
+        return self.accepted / (self.accepted + self.rejected)
+
+
 class Request:
     """One prompt and its n sequences while they run."""
 
@@ -248,16 +268,16 @@ class Sequence:
     """One continuation while it runs. Index ranges of `tokens`:
 
     [0, num_prompt)             the prompt
-    [num_prompt, len)           sampled
-    [0, num_computed)           keys and values are in `blocks`
+    [num_prompt, len)           sampled; a negative last one is on its way: row ~token of the step that runs now
+    [0, num_computed)           keys and values are in `blocks`, or will be when that step is done
     [num_computed, len)         to be run; in decoding exactly the last sampled token
     drafts                      proposed to follow; run with the step and kept only where sampling agrees
     """
 
     __slots__ = (
-        "blocks", "drafts", "finish_reason", "hashes", "index", "key", "limit", "logprobs", "ngrams", "num_computed",
-        "num_prompt", "num_published", "request", "seed", "seen", "special", "stop_reason", "stop_tokens", "text",
-        "tokens",
+        "acceptance", "blocks", "drafts", "finish_reason", "hashes", "index", "key", "limit", "logprobs", "mirror",
+        "ngrams", "num_computed", "num_prompt", "num_published", "request", "seed", "seen", "special", "stop_reason",
+        "stop_tokens", "text", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, arrival: int, seed: int, limit: int) -> None:
@@ -276,7 +296,9 @@ class Sequence:
         self.special = True  # its rows need more than an argmax
         self.stop_tokens: frozenset[int] = frozenset()  # end-of-sequence tokens included, unless ignored
         self.seen: Seen | None = None
+        self.acceptance = Acceptance()
         self.ngrams: NgramIndex | None = None
+        self.mirror: Mirror | None = None
         self.text: TextStream | None = None
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
         self.finish_reason: FinishReason | None = None

@@ -5,14 +5,14 @@ is described as if d0 .. d(i-1) had been sampled: its counter, its penalties and
 that would be drawn there without speculation. So the same token is drawn there, on or off.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.backends.base import Float32, Int32, SamplingBatch
-from hasten.engine.request import Sequence
+from hasten.engine.request import SamplingParams, Sequence
 
 _NO_IDS = np.zeros(0, np.int32)
 _NO_VALUES = np.zeros(0, np.float32)
@@ -86,44 +86,74 @@ class _Csr:
         return offsets, np.concatenate(self.ids), np.concatenate(self.values)
 
 
+# Columns of what a row asks for: temperature, top_k, top_p, min_p, repetition, presence, frequency, num_logprobs.
+_Columns = tuple[float, int, float, float, float, float, float, int]
+_SCORING: _Columns = (0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0)
+
+
+def _columns(params: SamplingParams) -> _Columns:
+    return (
+        params.temperature or 0.0,
+        params.top_k or 0,
+        1.0 if params.top_p is None else params.top_p,
+        params.min_p or 0.0,
+        params.repetition_penalty or 1.0,
+        params.presence_penalty,
+        params.frequency_penalty,
+        -1 if params.logprobs is None else params.logprobs,
+    )
+
+
 def sampling_batch(rows: list[tuple[Sequence, int, int]]) -> SamplingBatch:
     """Describe rows, each (sequence, i, target). target >= 0: a prompt position whose next token is `target`, nothing
     is drawn. target -1: the draw after the sequence's tokens and its first i drafts."""
-    values: list[tuple[float, ...]] = []
-    counters, seeds = [], []
     seen, bias = _Csr(), _Csr()
+    columns: list[_Columns] = []
     for sequence, i, target in rows:
         params = sequence.request.params
         if target >= 0:
-            values.append((0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, params.prompt_logprobs or 0, target))
+            columns.append((*_SCORING[:-1], params.prompt_logprobs or 0))
             seen.append(_NO_IDS, _NO_IDS)
             bias.append(_NO_IDS, _NO_VALUES)
         else:
-            num_logprobs = -1 if params.logprobs is None else params.logprobs
-            values.append((
-                params.temperature or 0.0, params.top_k or 0, 1.0 if params.top_p is None else params.top_p,
-                params.min_p or 0.0, params.repetition_penalty or 1.0, params.presence_penalty,
-                params.frequency_penalty, num_logprobs, -1,
-            ))  # fmt: skip
+            columns.append(_columns(params))
             seen.append(*(sequence.seen.counts_with(sequence.drafts[:i]) if sequence.seen else (_NO_IDS, _NO_IDS)))
             bias.append(*_bias(sequence, i))
-        counters.append(sequence.num_output + i)
-        seeds.append(sequence.seed)
+    return _assemble(
+        columns,
+        seeds=np.array([sequence.seed for sequence, _, _ in rows], np.uint64),
+        counters=np.array([sequence.num_output + i for sequence, i, _ in rows], np.uint64),
+        targets=np.array([target for _, _, target in rows], np.int32),
+        seen=seen,
+        bias=bias,
+    )
+
+
+def _assemble(
+    columns: list[_Columns],
+    seeds: NDArray[np.uint64],
+    counters: NDArray[np.uint64],
+    targets: Int32,
+    seen: _Csr,
+    bias: _Csr,
+) -> SamplingBatch:
+    table = np.array(columns, np.float64)  # [R, 8]
+    temperature, top_p, min_p, repetition, presence, frequency = table[:, [0, 2, 3, 4, 5, 6]].T.astype(np.float32)
+    top_k, num_logprobs = table[:, [1, 7]].T.astype(np.int32)
     seen_offsets, seen_ids, seen_counts = seen.arrays(_NO_IDS)
     bias_offsets, bias_ids, bias_values = bias.arrays(_NO_VALUES)
-    columns = list(zip(*values, strict=True))
     return SamplingBatch(
-        temperature=np.array(columns[0], np.float32),
-        top_k=np.array(columns[1], np.int32),
-        top_p=np.array(columns[2], np.float32),
-        min_p=np.array(columns[3], np.float32),
-        repetition=np.array(columns[4], np.float32),
-        presence=np.array(columns[5], np.float32),
-        frequency=np.array(columns[6], np.float32),
-        seeds=np.array(seeds, np.uint64),
-        counters=np.array(counters, np.uint64),
-        num_logprobs=np.array(columns[7], np.int32),
-        targets=np.array(columns[8], np.int32),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+        seeds=seeds,
+        counters=counters,
+        num_logprobs=num_logprobs,
+        targets=targets,
         seen_offsets=seen_offsets,
         seen_ids=seen_ids,
         seen_counts=seen_counts.astype(np.int32, copy=False),
@@ -132,6 +162,34 @@ def sampling_batch(rows: list[tuple[Sequence, int, int]]) -> SamplingBatch:
         bias_values=bias_values.astype(np.float32, copy=False),
         any_special=True,
     )
+
+
+class DecodeSampling:
+    """Sampling rows of steps in which every sequence runs its last token. While the same sequences do so, nothing
+    changes but the counters, unless a penalty counts tokens or a ban on ending is about to be lifted."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._batch = greedy_batch(0)
+        self._num_prompt = np.zeros(0, np.int32)
+
+    def build(self, sequences: list[Sequence], positions: Int32) -> SamplingBatch:
+        """One row a sequence; positions [R] are those of their last tokens."""
+        if sequences == self._sequences:
+            if self._batch.any_special:
+                counters = (positions - self._num_prompt).astype(np.uint64)
+                self._batch = replace(self._batch, counters=counters)
+            return self._batch
+        if not any(sequence.special for sequence in sequences):
+            batch = greedy_batch(len(sequences))
+        else:
+            batch = sampling_batch([(sequence, 0, -1) for sequence in sequences])
+        steady = not any(s.seen is not None or s.num_output < s.request.params.min_tokens for s in sequences)
+        self._sequences = sequences if steady else []
+        self._batch = batch
+        # The token that follows position p of a sequence is number p + 1 - num_prompt of its output.
+        self._num_prompt = np.array([sequence.num_prompt - 1 for sequence in sequences], np.int32)
+        return batch
 
 
 @lru_cache(maxsize=64)

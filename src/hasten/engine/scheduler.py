@@ -15,11 +15,13 @@ from hasten.engine.request import Sequence
 @dataclass(slots=True)
 class Step:
     """What runs now: the i-th sequence runs its next query_lens[i] tokens (drafts come last). Before that, the KV
-    blocks `copies` (source, destination) must be copied."""
+    blocks `copies` (source, destination) must be copied. decodes: every sequence runs its last token, without drafts,
+    and a token is sampled from each."""
 
     sequences: list[Sequence] = field(default_factory=list)
     query_lens: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    decodes: bool = True
 
 
 class Scheduler:
@@ -50,33 +52,56 @@ class Scheduler:
         if self._waiting:
             self._admit()
         step = Step()
-        num_decoding = 0
-        for sequence in self.running:
-            if sequence.num_computed + 1 == len(sequence.tokens):
-                num_decoding += 1
+        running, sequences, query_lens = self.running, step.sequences, step.query_lens
+        size = self.pool.block_size
+        num_decoding = sum([sequence.num_computed + 1 == len(sequence.tokens) for sequence in running])
         budget = self.max_tokens - num_decoding  # for prompts and drafts: decodes are never held up
         extra_rows = self.max_extra_rows
         index = 0
-        while index < len(self.running):  # shrinks from its end by preemption
-            sequence = self.running[index]
+        while index < len(running):  # shrinks from its end by preemption
+            sequence = running[index]
             index += 1
-            if sequence.num_computed + 1 == len(sequence.tokens):
-                if sequence.drafts:
-                    self._clip_drafts(sequence, min(budget, extra_rows))
-                extra = rows = len(sequence.drafts)
-                count = 1 + extra
-            else:
-                extra = count = min(len(sequence.tokens) - sequence.num_computed, budget)
-                unwanted = sequence.score_from - sequence.num_computed  # tokens without a row of logits
-                extra = count = min(count, unwanted + extra_rows)
-                rows = max(0, count - unwanted)
+            num_tokens = len(sequence.tokens)
+            if sequence.num_computed + 1 == num_tokens and not sequence.drafts:
+                if num_tokens == sequence.limit:
+                    if sequence.tokens[-1] < 0:
+                        continue  # its last token is on its way
+                    step.decodes = False  # nothing is sampled
+                if len(sequence.blocks) * size >= num_tokens or self._grow(sequence, num_tokens):
+                    sequences.append(sequence)
+                    query_lens.append(1)
+                continue
+            count, extra, rows = self._share(sequence, budget, extra_rows)
             if count and self._grow(sequence, sequence.num_computed + count):
                 budget -= extra
                 extra_rows -= rows
-                step.sequences.append(sequence)
-                step.query_lens.append(count)
+                step.decodes = False
+                sequences.append(sequence)
+                query_lens.append(count)
         step.copies = self._copies
         return step
+
+    def _share(self, sequence: Sequence, budget: int, extra_rows: int) -> tuple[int, int, int]:
+        """Tokens that a prompt or a sequence with drafts runs; how many of them, and of their rows, are out of the
+        budgets."""
+        if sequence.drafts:
+            self._clip_drafts(sequence, min(budget, extra_rows))
+            extra = len(sequence.drafts)
+            return 1 + extra, extra, extra
+        count = min(len(sequence.tokens) - sequence.num_computed, budget)
+        unwanted = sequence.score_from - sequence.num_computed  # tokens without a row of logits
+        count = min(count, unwanted + extra_rows)
+        return count, count, max(0, count - unwanted)
+
+    def make_room(self, sequence: Sequence, num_drafts: int) -> int:
+        """Give a running sequence blocks for so many tokens after its own, taking none from others; how many fit."""
+        size = self.pool.block_size
+        while len(sequence.blocks) * size < len(sequence.tokens) + num_drafts:
+            block = self.pool.allocate()
+            if block is None:
+                break
+            sequence.blocks.append(block)
+        return max(0, min(num_drafts, len(sequence.blocks) * size - len(sequence.tokens)))
 
     def confirm_copies(self) -> None:
         """The copies of the last step have been made."""

@@ -1,12 +1,15 @@
-"""Speculation: guess the next tokens from what a sequence has said before, and how many guesses are worth running.
+"""Speculation: how many guesses at the next tokens are worth running; guesses from what a sequence has said before.
 
-Knows nothing of devices. Drafting is n-gram (prompt) lookup (Saxena 2023; Yang et al. 2023, "Inference with
-Reference"). Verification is shared by all drafters and is in engine.py: a drafted token stays only where the token
-drawn at its position equals it, so speculation changes the time and never the tokens. How deep to draft is decided by
-measurement.
+Knows nothing of devices. The drafter here is n-gram (prompt) lookup (Saxena 2023; Yang et al. 2023, "Inference with
+Reference"); draft_model.py has another. Verification is shared by all and is in engine.py: a drafted token stays only
+where the token drawn at its position equals it, so speculation changes the time and never the tokens. How deep to draft
+is decided by measurement.
 """
 
+from typing import Protocol
+
 from hasten.engine.request import Sequence
+from hasten.engine.scheduler import Scheduler
 
 _SIZES = (4, 3, 2)  # n-grams tried, longest first
 
@@ -14,13 +17,12 @@ _SIZES = (4, 3, 2)  # n-grams tried, longest first
 class NgramIndex:
     """Where each n-gram of one growing token list was last followed by something."""
 
-    __slots__ = ("_last", "_num_indexed", "accepted", "rejected")
+    __slots__ = ("_last", "_num_indexed", "num_misses")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
         self._num_indexed = 0
-        # Decayed counts of drafts that were right and wrong, begun at even odds.
-        self.accepted, self.rejected = 1.0, 1.0
+        self.num_misses = 0  # times in a row that nothing was found
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the last earlier occurrence of the longest n-gram that ends `tokens`. Where
@@ -34,21 +36,13 @@ class NgramIndex:
         for size in _SIZES:
             start = last.get(tuple(tokens[-size:])) if len(tokens) >= size else None
             if start is not None:
+                self.num_misses = 0
                 found = tokens[start : start + most]
                 while len(found) < most:
                     found += found[: most - len(found)]
                 return found
+        self.num_misses += 1
         return []
-
-    def record(self, num_drafted: int, num_accepted: int) -> None:
-        """Outcome of one verification."""
-        self.accepted = 0.9 * self.accepted + num_accepted
-        self.rejected = 0.9 * self.rejected + (num_accepted < num_drafted)
-
-    @property
-    def acceptance(self) -> float:
-        """Estimated chance that a drafted token is right, given that those before it are."""
-        return self.accepted / (self.accepted + self.rejected)
 
 
 class StepCost:
@@ -65,17 +59,27 @@ class StepCost:
         self._xx = keep * self._xx + num_tokens * num_tokens
         self._xy = keep * self._xy + num_tokens * seconds
 
+    def seconds(self, num_tokens: int) -> float | None:
+        """Of a step of so many tokens; None until a step was seen."""
+        if self._weight == 0:
+            return None
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        return max(mean_y + (self._slope() or 0.0) * (num_tokens - mean_x), 0.1 * mean_y)
+
     def of_one_more(self, num_tokens: int) -> float:
         """Cost of one more token, relative to a step of `num_tokens`. A guess until steps of two sizes were seen."""
-        if self._weight == 0:
+        slope, whole = self._slope(), self.seconds(num_tokens)
+        if slope is None or not whole:
             return 0.1 / num_tokens
+        return max(slope, 0.0) / whole
+
+    def _slope(self) -> float | None:
+        """Seconds a token; None until steps of two sizes were seen."""
+        if self._weight == 0:
+            return None
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x
-        if spread < 0.01 or mean_y <= 0:
-            return 0.1 / num_tokens
-        slope = (self._xy / self._weight - mean_x * mean_y) / spread
-        whole = mean_y + slope * (num_tokens - mean_x)
-        return max(slope, 0.0) / max(whole, 0.1 * mean_y)
+        return (self._xy / self._weight - mean_x * mean_y) / spread if spread >= 0.01 else None
 
 
 def best_depth(acceptance: float, relative_cost: float, most: int) -> int:
@@ -92,30 +96,89 @@ def best_depth(acceptance: float, relative_cost: float, most: int) -> int:
     return best
 
 
+class Drafter(Protocol):
+    """Proposes tokens."""
+
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+        """Set `drafts` on each sequence, at most so many. All its tokens are known."""
+
+    def seconds(self, num_sequences: int) -> float | None:
+        """What one draft for each of so many sequences takes; None where it is not known yet."""
+
+    def is_dry(self, sequence: Sequence) -> bool:
+        """Whether nothing is likely to be proposed. Asked where drafting means waiting for tokens."""
+
+
+class NgramDrafter:
+    """Looks back in the text."""
+
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+        for sequence, depth in wanted:
+            if sequence.ngrams is None:
+                sequence.ngrams = NgramIndex()
+            sequence.drafts = sequence.ngrams.propose(sequence.tokens, depth)
+
+    def seconds(self, num_sequences: int) -> float | None:
+        return 0.0
+
+    def is_dry(self, sequence: Sequence) -> bool:
+        return sequence.ngrams is not None and sequence.ngrams.num_misses >= 8
+
+
 class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays; now and then one draft where it does not,
     to notice when that changes."""
 
-    def __init__(self, max_depth: int = 8, probe_every: int = 32) -> None:
+    def __init__(self, drafter: Drafter | None = None, max_depth: int = 8, probe_every: int = 32) -> None:
+        self.drafter = drafter or NgramDrafter()
         self.max_depth = max_depth
         self.probe_every = probe_every
         self.cost = StepCost()
-        self._num_skipped = 0
+        self._num_steps = 0
 
-    def draft(self, running: list[Sequence]) -> None:
+    def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
+        self._num_steps += 1
+        depths = self._depths(scheduler.running)
+        resting = [sequence for sequence, depth in depths if depth == 0]
+        probed = None
+        if resting and self._num_steps % self.probe_every == 0:
+            probed = resting[self._num_steps // self.probe_every % len(resting)]
+        wanted = []
+        for sequence, depth in depths:
+            sequence.drafts = []
+            # The step itself gives one token.
+            depth = min(max(depth, int(sequence is probed)), sequence.limit - len(sequence.tokens) - 1)
+            if depth > 0:
+                wanted.append((sequence, depth))
+        if wanted:
+            self.drafter.propose(wanted, scheduler)
+
+    def rests(self, running: list[Sequence]) -> bool:
+        """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
+        if (self._num_steps + 1) % self.probe_every == 0:
+            return False
+        if any(depth and not self.drafter.is_dry(sequence) for sequence, depth in self._depths(running)):
+            return False
+        self._num_steps += 1
+        return True
+
+    def _depths(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """How deep to draft for each sequence that decodes."""
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
-            return
-        # A token more in a step of n sequences must bring n times what it would bring alone.
-        relative_cost = self.cost.of_one_more(len(decoding)) * len(decoding)
-        for sequence in decoding:
-            index = sequence.ngrams
-            if index is None:
-                index = sequence.ngrams = NgramIndex()
-            depth = best_depth(index.acceptance, relative_cost, self.max_depth)
-            if depth == 0:
-                self._num_skipped += 1
-                depth = int(self._num_skipped % self.probe_every == 0)
-            depth = min(depth, sequence.limit - len(sequence.tokens) - 1)  # the step itself gives one token
-            sequence.drafts = index.propose(sequence.tokens, depth) if depth > 0 else []
+            return []
+        cost = self._relative_cost(len(decoding))
+        return [(s, best_depth(s.acceptance.rate, cost, self.max_depth)) for s in decoding]
+
+    def _relative_cost(self, num_sequences: int) -> float:
+        """Time that one more draft for each sequence takes, relative to a step without any. A token more in a step of n
+        sequences must bring n times what it would bring alone."""
+        drafting, step = self.drafter.seconds(num_sequences), self.cost.seconds(num_sequences)
+        if drafting != 0.0:
+            drafting = _GUESS if drafting is None or not step else drafting / step
+        return self.cost.of_one_more(num_sequences) * num_sequences + drafting
+
+
+# Time of a draft relative to a step, until both were measured.
+_GUESS = 0.1

@@ -1,0 +1,161 @@
+"""Drafts from a smaller model: a compressed or distilled copy, or any other that shares the vocabulary.
+
+Its KV cache has the blocks of the main one, number for number: where the main model's keys of a token are in its cache,
+the drafter's are in its own. So block tables, prefix reuse, preemption and eviction are the scheduler's alone. What the
+drafter has not run yet (a prompt, tokens that came while drafting rested) it catches up on before it drafts.
+
+Drafts are drawn as the tokens will be: with the request's own parameters and, for the same position, the same random
+number. Two models that agree then draw the same token, and a seeded request repeats. Verification is engine.py's.
+"""
+
+import time
+
+from hasten.backends.base import Backend, Pending, SamplingBatch
+from hasten.engine.batch import BatchBuilder
+from hasten.engine.request import Sequence
+from hasten.engine.sampling import greedy_batch, sampling_batch
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.speculate import StepCost
+
+
+class Mirror:
+    """What the drafter's cache holds of one sequence: its first num_computed tokens, and after them `guesses`, which
+    may since have turned out wrong. Of no use once the sequence has another block list."""
+
+    __slots__ = ("blocks", "guesses", "num_computed")
+
+    def __init__(self, blocks: list[int], num_computed: int, guesses: list[int]) -> None:
+        self.blocks = blocks
+        self.num_computed = num_computed
+        self.guesses = guesses
+
+
+class ModelDrafter:
+    """A Drafter over a backend that is loaded and has as many blocks, of the same size, as the engine's.
+
+    max_blocks: of one sequence. max_step_tokens: tokens of one step, of which long prompts take several.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        num_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        max_blocks: int,
+        max_step_tokens: int,
+    ) -> None:
+        self._backend = backend
+        self._batches = BatchBuilder(block_size, max_sequences, max_blocks)
+        self._max_step_tokens = max(max_step_tokens, 2 * max_sequences)
+        self._content: list[bytes | None] = [None] * num_blocks  # hash of what the drafter's cache has in each block
+        self._cost = StepCost()
+
+    def seconds(self, num_sequences: int) -> float | None:
+        return self._cost.seconds(num_sequences)
+
+    def is_dry(self, sequence: Sequence) -> bool:
+        return False
+
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+        room = [(sequence, scheduler.make_room(sequence, depth)) for sequence, depth in wanted]
+        room = [(sequence, depth) for sequence, depth in room if depth > 0]
+        if not room:
+            return
+        sequences = [sequence for sequence, _ in room]
+        starts = [self._begin(sequence) for sequence in sequences]
+        self._catch_up(sequences, starts)
+        start = time.perf_counter()
+        drafts = self._draft(room, starts)
+        self._cost.record(len(room), (time.perf_counter() - start) / max(depth for _, depth in room))
+        for sequence, tokens in zip(sequences, drafts, strict=True):
+            sequence.drafts = tokens
+            self._end(sequence, tokens)
+
+    def _begin(self, sequence: Sequence) -> int:
+        """How many of the sequence's tokens are in the drafter's cache, at most all but the last. Until `_end`, what
+        follows is taken for lost."""
+        mirror, size = sequence.mirror, self._batches.block_size
+        if mirror is not None and mirror.blocks is sequence.blocks:
+            known = mirror.num_computed
+            for guess in mirror.guesses:
+                if known == len(sequence.tokens) or sequence.tokens[known] != guess:
+                    break
+                known += 1
+        else:
+            known = 0
+            for block, name in zip(sequence.blocks, sequence.hashes, strict=False):
+                if self._content[block] != name:
+                    break
+                known += size
+        known = min(known, len(sequence.tokens) - 1)
+        sequence.mirror = None
+        for block in sequence.blocks[known // size :]:
+            self._content[block] = None
+        return known
+
+    def _end(self, sequence: Sequence, drafts: list[int]) -> None:
+        """Write down what the drafter's cache holds now. The last draft was drawn and not run."""
+        sequence.mirror = Mirror(sequence.blocks, len(sequence.tokens), drafts[:-1])
+        num_full = min(len(sequence.tokens) // self._batches.block_size, len(sequence.hashes))
+        for block, name in zip(sequence.blocks[:num_full], sequence.hashes, strict=False):
+            self._content[block] = name
+
+    def _catch_up(self, sequences: list[Sequence], starts: list[int]) -> None:
+        """Run tokens until what is left, the last of each at least, fits one step; moves `starts` along."""
+        left = sum(len(sequence.tokens) for sequence in sequences) - sum(starts)
+        for index, sequence in enumerate(sequences):
+            while left > self._max_step_tokens and len(sequence.tokens) - starts[index] > 1:
+                count = min(len(sequence.tokens) - 1 - starts[index], self._max_step_tokens)
+                run = sequence.tokens[starts[index] : starts[index] + count]
+                self._backend.forward(self._batches.pack([sequence], [starts[index]], [run], []))
+                starts[index] += count
+                left -= count
+
+    def _draft(self, room: list[tuple[Sequence, int]], starts: list[int]) -> list[list[int]]:
+        """Draw one token for each sequence, run it, draw the next, until its depth is reached. A device that works by
+        itself is not waited for in between, unless a penalty counts the drafts."""
+        chained = self._backend.overlaps and not any(sequence.seen is not None for sequence, _ in room)
+        drafts: list[list[int]] = [[] for _ in room]
+        drawn: list[tuple[list[int], Pending]] = []
+        members = list(range(len(room)))
+        runs = [sequence.tokens[start:] for (sequence, _), start in zip(room, starts, strict=True)]
+        depth = 0
+        while members:
+            sequences = [room[member][0] for member in members]
+            pending = self._step(sequences, [starts[member] for member in members], runs, depth)
+            drawn.append((members, pending))
+            if not chained:
+                _take(drawn, drafts)
+                for sequence, member in zip(sequences, members, strict=True):
+                    sequence.drafts = drafts[member]  # penalties count them
+            rows = {member: row for row, member in enumerate(members)}
+            starts = [len(sequence.tokens) + depth for sequence, _ in room]
+            depth += 1
+            members = [member for member in members if room[member][1] > depth and (chained or drafts[member][-1] >= 0)]
+            runs = [[~rows[member] if chained else drafts[member][-1]] for member in members]
+        _take(drawn, drafts)
+        return [tokens[: tokens.index(-1)] if -1 in tokens else tokens for tokens in drafts]
+
+    def _step(self, sequences: list[Sequence], starts: list[int], runs: list[list[int]], depth: int) -> Pending:
+        """Run `runs` and draw the token after each: the sequence's own ones and `depth` drafts come before it."""
+        rows, num_tokens = [], 0
+        for run in runs:
+            num_tokens += len(run)
+            rows.append(num_tokens - 1)
+        logits = self._backend.forward(self._batches.pack(sequences, starts, runs, rows))
+        return self._backend.sample(logits, _sampling(sequences, depth))
+
+
+def _sampling(sequences: list[Sequence], depth: int) -> SamplingBatch:
+    if not any(sequence.special for sequence in sequences):
+        return greedy_batch(len(sequences))
+    return sampling_batch([(sequence, depth, -1) for sequence in sequences])
+
+
+def _take(drawn: list[tuple[list[int], Pending]], drafts: list[list[int]]) -> None:
+    """Add what was drawn to the drafts of its members, and empty the list."""
+    for members, pending in drawn:
+        for member, token in zip(members, pending.result().tokens.tolist(), strict=True):
+            drafts[member].append(token)
+    drawn.clear()
