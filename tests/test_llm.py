@@ -56,6 +56,54 @@ def test_prompts_of_every_kind(llm: LLM) -> None:
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(
+    "prompts", [None, 5, b"abc", {"a": 1}, {1: 2}, (p for p in "ab"), [None], ["a", {1: 2}], [b"abc"], np.array(3)]
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match=r"prompts? is .*, expected text"):
+        llm.generate(prompts)
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [{"max_tokens": 3}], 3, "x"])
+def test_what_is_no_sampling_parameters_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match=r"params is .*, expected SamplingParams"):
+        llm.generate("a", params)
+    with pytest.raises(RequestError, match=r"params is .*, expected SamplingParams"):
+        llm.stream("a", params)
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("messages", [None, "hello", {"role": "user", "content": "x"}, ["hello"], [None], 3])
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    for call in (llm.chat, llm.stream_chat):
+        with pytest.raises(RequestError, match=r"messages? is .*, expected"):
+            call(messages, GREEDY)
+    assert_idle(llm)
+
+
+def test_a_stream_is_refused_where_it_is_asked_for(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="the prompt has 200 tokens"):
+        llm.stream([5] * 200, GREEDY)
+    with pytest.raises(RequestError, match="chat template"):
+        llm.stream_chat([{"role": "user"}], GREEDY)
+    assert_idle(llm)
+
+
+def test_a_stream_that_is_never_read_is_cancelled(llm: LLM) -> None:
+    stream = llm.stream("never read", GREEDY)
+    assert llm.engine.num_unfinished == 1
+    del stream
+    assert_idle(llm)
+
+
+def test_a_stream_gets_what_others_steps_made_before_it_was_read(llm: LLM) -> None:
+    expected = llm.generate("early", GREEDY)[0].text
+    stream = llm.stream("early", GREEDY)
+    llm.generate("another", SamplingParams(max_tokens=5, ignore_eos=True))
+    assert "".join(delta.text for delta in stream) == expected
+
+
 def test_stream_gives_the_same_text_in_pieces(llm: LLM) -> None:
     whole = llm.generate("a tale", GREEDY)[0]
     deltas = list(llm.stream("a tale", GREEDY))

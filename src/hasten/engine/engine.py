@@ -98,7 +98,11 @@ class Engine:
         return len(self._requests)
 
     def add(self, prompt_ids: Seq[int], params: SamplingParams | None = None, prompt: str | None = None) -> str:
-        """Queue one request; its id. Raises RequestError where it can never be served."""
+        """Queue one request; its id. Raises RequestError where it can never be served, and leaves nothing behind."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {params!r:.80}, expected SamplingParams")
+        if self._inconsistent:
+            self.abort()
         params = (params or SamplingParams()).with_defaults(self._defaults)
         limit = self._check(prompt_ids, params)
         arrival = self._num_added
@@ -114,8 +118,11 @@ class Engine:
                 decoder = self._new_decoder(request.prompt_ids, params.skip_special_tokens)
                 sequence.text = TextStream(decoder, params.stop_strings, params.include_stop_str)
             request.sequences.append(sequence)
-            self.scheduler.add(sequence)
+        self._inconsistent = True
         self._requests[request.id] = request
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+        self._inconsistent = False
         return request.id
 
     def cancel(self, request_id: str) -> RequestOutput | None:

@@ -137,19 +137,20 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, a list of {"role", "content"}, or a list of them, by the model's chat template."""
-        batch = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        batch = _as_conversations(messages)
         each = _per_prompt(params, len(batch))
-        prompts = [self.tokenizer.encode_chat(conversation) for conversation in batch]  # type: ignore[arg-type]
+        prompts = [self.tokenizer.encode_chat(conversation) for conversation in batch]
         return self._finish(prompts, each, [None] * len(batch))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """The pieces of one prompt's continuations as they are made. The last carries the whole `output`. Leaving the
-        loop early cancels the request."""
-        yield from self._run([self.engine.add(self._encode(prompt), params, _text_of(prompt))])
+        """The pieces of one prompt's continuations as they are made. The last carries the whole `output`. What cannot
+        be served is refused here, not at the first piece. Leaving the loop early cancels the request."""
+        return self._run([self.engine.add(self._encode(prompt), params, _text_of(prompt))])
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
         """The same for one conversation."""
-        yield from self._run([self.engine.add(self.tokenizer.encode_chat(messages), params)])
+        (conversation,) = _as_conversations([messages] if _is_list(messages) else messages)
+        return self._run([self.engine.add(self.tokenizer.encode_chat(conversation), params)])
 
     def score(self, texts: Prompt | Sequence[Prompt]) -> list[Score]:
         """Log-probability of every token of each text but its first."""
@@ -177,11 +178,18 @@ class LLM:
 
     def _run(self, ids: Sequence[str]) -> Iterator[Delta]:
         """Drive the engine until the requests are done, yielding their deltas; those of others go to their own
-        callers."""
+        callers. It is begun at once: what others' steps make of these requests is kept for it, and they are cancelled
+        where it is dropped before its first delta is asked for."""
+        deltas = self._deltas(ids)
+        next(deltas)
+        return deltas
+
+    def _deltas(self, ids: Sequence[str]) -> Iterator[Delta]:
         running = set(ids)
         inbox: deque[Delta] = deque()
         self._inboxes.update(dict.fromkeys(ids, inbox))
         try:
+            yield Delta("", 0, "", [])  # taken by _run
             while running:
                 while not inbox:
                     self._step()
@@ -206,16 +214,38 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         try:
-            return [operator.index(token) for token in prompt]
+            if _is_list(prompt):
+                return [operator.index(token) for token in prompt]
         except TypeError:
-            raise RequestError(f"a prompt is {prompt!r:.80}, expected text or a list of token ids") from None
+            pass
+        raise RequestError(f"a prompt is {prompt!r:.80}, expected text or a list of token ids")
+
+
+def _is_list(value: object) -> bool:
+    """Whether it holds items in an order, to be counted and read again: neither text nor an iterator."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt, or several: a list of numbers is one."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+    if isinstance(prompts, str):
+        return [prompts]
+    if not _is_list(prompts):
+        raise RequestError(f"prompts is {prompts!r:.80}, expected text, a list of token ids, or a list of such prompts")
+    if len(prompts) and isinstance(prompts[0], int | np.integer):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def _as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Sequence[Sequence[Message]]:
+    """One conversation, or several: a list of messages is one."""
+    if _is_list(messages):
+        batch = [messages] if len(messages) == 0 or isinstance(messages[0], Mapping) else messages
+        if all(map(_is_list, batch)):
+            return batch  # type: ignore[return-value]
+    raise RequestError(f'messages is {messages!r:.80}, expected a list of {{"role": ..., "content": ...}}')
 
 
 def _text_of(prompt: Prompt) -> str | None:
@@ -227,6 +257,8 @@ def _per_prompt(
 ) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not _is_list(params):
+        raise RequestError(f"params is {params!r:.80}, expected SamplingParams, or a list of one for each prompt")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one for each")
     return params

@@ -6,11 +6,12 @@ Knows nothing of scheduling, devices or tokenizers. A Request is one prompt; a S
 from __future__ import annotations
 
 import math
+import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from hasten.errors import RequestError
 
@@ -30,6 +31,7 @@ class SamplingParams:
     """How one request is continued.
 
     None means "not given": the model's generation_config.json decides, and failing that greedy decoding with no cut.
+    What has a default other than None does not take it. Numbers may be numpy's; they are kept as Python's.
 
     n: continuations of the prompt. max_tokens: at most so many new tokens; not given, as many as fit. min_tokens: no
     end-of-sequence or stop token is sampled, and no stop string is looked for, before so many.
@@ -66,42 +68,37 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, 1024)
-        _check_int("max_tokens", self.max_tokens, 0)
-        _check_int("min_tokens", self.min_tokens, 0)
-        _check_int("top_k", self.top_k, 0)
-        _check_int("seed", self.seed, 0, _MASK64)
-        _check_int("logprobs", self.logprobs, 0, 1000)
-        _check_int("prompt_logprobs", self.prompt_logprobs, 0, 1000)
-        _check_int("priority", self.priority, -(1 << 31), (1 << 31) - 1)
-        _check_float("temperature", self.temperature, "0 <= temperature <= 100", lambda v: 0 <= v <= 100)
-        _check_float("top_p", self.top_p, "0 < top_p <= 1", lambda v: 0 < v <= 1)
-        _check_float("min_p", self.min_p, "0 <= min_p <= 1", lambda v: 0 <= v <= 1)
-        _check_float("repetition_penalty", self.repetition_penalty, "repetition_penalty > 0", lambda v: v > 0)
-        _check_float("presence_penalty", self.presence_penalty, "-2 <= presence_penalty <= 2", lambda v: -2 <= v <= 2)
-        _check_float(
-            "frequency_penalty", self.frequency_penalty, "-2 <= frequency_penalty <= 2", lambda v: -2 <= v <= 2
-        )
+        for name, (low, high) in _WHOLE.items():
+            if not self._is_left_out(name):
+                object.__setattr__(self, name, _whole(name, getattr(self, name), low, high))
+        for name, (span, accepts) in _REAL.items():
+            if not self._is_left_out(name):
+                object.__setattr__(self, name, _real(name, getattr(self, name), span, accepts))
         self._check_collections()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, expected at most max_tokens ({self.max_tokens})")
 
+    def _is_left_out(self, name: str) -> bool:
+        """None, where that means "not given"."""
+        return getattr(self, name) is None and name in _OPTIONAL
+
     def _check_collections(self) -> None:
         for name in ("include_stop_str", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}, expected True or False")
+                raise RequestError(f"{name} is {getattr(self, name)!r:.80}, expected True or False")
         if not isinstance(self.stop, (str, list, tuple)):
-            raise RequestError(f"stop is {self.stop!r}, expected a string or a list of strings")
+            raise RequestError(f"stop is {self.stop!r:.80}, expected a string or a list of strings")
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
-                raise RequestError(f"stop holds {text!r}, expected non-empty strings")
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0)
+                raise RequestError(f"stop holds {text!r:.80}, expected non-empty strings")
+        if not isinstance(self.stop_token_ids, Iterable) or isinstance(self.stop_token_ids, str | bytes | Mapping):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r:.80}, expected a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(_whole("stop_token_ids", t, 0) for t in self.stop_token_ids))
         if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"logit_bias is {self.logit_bias!r}, expected a mapping of token id to bias")
-        for token, bias in self.logit_bias.items():
-            _check_int("logit_bias", token, 0)
-            _check_float("logit_bias", bias, "finite numbers from -1000 to 1000", lambda v: -1000 <= v <= 1000)
+            raise RequestError(f"logit_bias is {self.logit_bias!r:.80}, expected a mapping of token id to bias")
+        span, accepts = "finite numbers from -1000 to 1000", lambda v: -1000 <= v <= 1000
+        biases = {_whole("logit_bias", t, 0): _real("logit_bias", b, span, accepts) for t, b in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -115,22 +112,54 @@ class SamplingParams:
         return replace(self, **missing)  # type: ignore[arg-type]
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """None passes: it means that the parameter was not given."""
-    if value is None:
-        return
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+_OPTIONAL = frozenset(item.name for item in fields(SamplingParams) if item.default is None)
+_WHOLE: dict[str, tuple[int, int | None]] = {
+    "n": (1, 1024), "max_tokens": (0, None), "min_tokens": (0, None), "top_k": (0, None), "seed": (0, _MASK64),
+    "logprobs": (0, 1000), "prompt_logprobs": (0, 1000), "priority": (-(1 << 31), (1 << 31) - 1),
+}  # fmt: skip
+_REAL: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("0 <= temperature <= 100", lambda v: 0 <= v <= 100),
+    "top_p": ("0 < top_p <= 1", lambda v: 0 < v <= 1),
+    "min_p": ("0 <= min_p <= 1", lambda v: 0 <= v <= 1),
+    "repetition_penalty": ("repetition_penalty > 0", lambda v: v > 0),
+    "presence_penalty": ("-2 <= presence_penalty <= 2", lambda v: -2 <= v <= 2),
+    "frequency_penalty": ("-2 <= frequency_penalty <= 2", lambda v: -2 <= v <= 2),
+}
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as Python's int, whatever whole number it is."""
+
+    def refuse() -> NoReturn:
         span = f">= {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}, expected a whole number {span}")
+        raise RequestError(f"{name} is {value!r:.80}, expected a whole number {span}")
+
+    if isinstance(value, bool):
+        refuse()
+    try:
+        number = operator.index(value)
+    except TypeError:
+        refuse()
+    if number < low or (high is not None and number > high):
+        refuse()
+    return number
 
 
-def _check_float(name: str, value: object, span: str, accepts: object) -> None:
-    if value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not accepts(value):  # type: ignore[arg-type, operator]
-        raise RequestError(f"{name} is {value!r}, expected {span}")
+def _real(name: str, value: Any, span: str, accepts: Callable[[float], bool]) -> float:
+    """The value as Python's float, whatever number it is; text that spells one is none."""
+
+    def refuse() -> NoReturn:
+        raise RequestError(f"{name} is {value!r:.80}, expected {span}")
+
+    if isinstance(value, bool | str | bytes):
+        refuse()
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        refuse()
+    if not math.isfinite(number) or not accepts(number):
+        refuse()
+    return number
 
 
 @dataclass(slots=True)
