@@ -15,7 +15,8 @@ from statistics import median
 import numpy as np
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
-from hasten.engine.engine import Engine, EngineConfig
+from hasten.engine.config import EngineConfig
+from hasten.engine.engine import Engine
 from hasten.engine.request import SamplingParams
 
 VOCAB = 151_936
@@ -27,11 +28,15 @@ KINDS = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95}}
 class Nothing:
     """A backend that costs nothing and always says token 7."""
 
-    kv_dtypes = ("fp32",)
+    kv_dtypes: tuple[str, ...] = ("fp32",)
+    usual = StepLimits(8192, BATCHES[-1], 2 * BATCHES[-1])
 
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
         self._tokens = {count: np.full(count, 7, np.int32) for count in range(BATCHES[-1] + 1)}
+
+    def beside(self) -> "Nothing":
+        return Nothing(self.overlaps)
 
     def load(self, spec: object, weights: object) -> None:
         raise AssertionError("has no weights")

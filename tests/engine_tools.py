@@ -7,7 +7,8 @@ from typing import Any
 from slot_model import SlotModel
 
 from hasten.backends.base import Backend
-from hasten.engine.engine import Engine, EngineConfig
+from hasten.engine.config import EngineConfig
+from hasten.engine.engine import Engine
 from hasten.engine.request import RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator, StepCost
 

@@ -1,10 +1,10 @@
 """A device that works by itself, made of a backend that does not: its calls run in order on a thread of their own.
 
 Tokens that Batch.sampled_from names are filled in there, from what the thread has sampled last. Arguments are copied
-before a call returns and the caller's arrays are then spoilt, as an engine that reuses them may do.
+before a call returns: the engine writes to the same arrays in the next step.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
@@ -33,11 +33,14 @@ class Overlapped:
 
     def __init__(self, inner: Backend, before: Callable[[], None] = lambda: None) -> None:
         self.inner, self.before = inner, before
-        self.kv_dtypes = inner.kv_dtypes
+        self.kv_dtypes, self.usual = inner.kv_dtypes, inner.usual
         self.most_ahead = self.num_filled = self.forwards = 0
         self._thread = ThreadPoolExecutor(1)
         self._tokens = np.zeros(0, np.int32)  # sampled last; the thread's
         self._pending: list[Waiting] = []
+
+    def beside(self) -> "Overlapped":
+        return Overlapped(self.inner.beside())
 
     def load(self, *arguments: Any) -> None:
         self.inner.load(*arguments)
@@ -60,8 +63,6 @@ class Overlapped:
         if batch.sampled_from is not None:
             assert batch.sampled_from.dtype == np.int32
             assert (batch.sampled_from >= 0).any()
-            spoil([batch.sampled_from])
-        spoil([batch.tokens, batch.positions, batch.slots, batch.context_lens])
         return self._thread.submit(self._forward, own)
 
     def _forward(self, batch: Batch) -> Any:
@@ -98,9 +99,3 @@ def copied(batch: Any) -> Any:
     """The dataclass with its arrays copied."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **{name: v.copy() for name, v in values.items() if isinstance(v, np.ndarray)})
-
-
-def spoil(arrays: Iterable[np.ndarray]) -> None:
-    for array in arrays:
-        if array.flags.writeable:
-            array[:] = -(1 << 30)

@@ -31,6 +31,10 @@ class SlotModel:
 
     kv_dtypes: tuple[str, ...] = ("fp32",)
     overlaps = False
+    usual = StepLimits(max_tokens=512, max_sequences=64, max_rows=128)
+
+    def beside(self) -> "SlotModel":
+        raise AssertionError("not asked for")
 
     def __init__(self, vocab_size: int = 96, wildness: float = 0.6) -> None:
         self.vocab_size, self.wildness = vocab_size, wildness

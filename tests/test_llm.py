@@ -211,7 +211,9 @@ def test_sizes_of_the_cache(folder: Path) -> None:
     [
         ({"kv_cache": "fp8"}, "kv_cache is 'fp8'"),
         ({"speculation": "magic"}, "speculation is"),
-        ({"backend": "tpu"}, "backend is"),
+        ({"device": "tpu"}, "device is"),
+        ({"device": "cpu", "format": "fp8"}, "format fp8 on load needs a GPU"),
+        ({"speculation": "ngram", "drafter": "demo"}, "give one of them"),
     ],
 )
 def test_wrong_values_are_named(folder: Path, arguments: dict[str, str], words: str) -> None:

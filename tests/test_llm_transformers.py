@@ -39,7 +39,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 def compare(folder: Path, transformers: Any, backend: str, asked: list[list[int]], **arguments: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    with LLM(str(folder), backend=backend, max_step_tokens=40, max_sequences=40, **arguments) as llm:  # type: ignore[arg-type]
+    with LLM(str(folder), device=backend, max_step_tokens=40, max_sequences=40, **arguments) as llm:  # type: ignore[arg-type]
         outputs = llm.generate(asked, SamplingParams(max_tokens=NEW))
     for prompt, output in zip(asked, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == greedy(model, prompt, NEW), f"prompt of {len(prompt)} tokens"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engine_tools import VOCAB, make_engine
 
+from hasten.backends.base import DeviceMemory
 from hasten.engine.batch import BatchBuilder
 from hasten.engine.blocks import BlockPool, block_hash
 from hasten.engine.capacity import plan_cache
@@ -213,16 +214,35 @@ def test_decode_batches_equal_the_general_construction(seed: int) -> None:
 
 
 def test_cache_plan() -> None:
-    assert plan_cache(1000, 32, 1024, None, None, 10**9) == (4 * 32, 1024)  # four sequences of the model's length
-    assert plan_cache(1000, 32, 131072, None, None, 10**9) == (4096, 131072)  # one of full length
-    assert plan_cache(1000, 32, 131072, None, None, 10**6) == (900, 900 * 32)  # as far as it fits
-    assert plan_cache(1000, 32, 131072, 100, None, 10**9) == (13, 100)
-    assert plan_cache(1000, 32, 1024, None, 50_000, 10**9) == (50, 1024)
+    def plan(block_bytes: int, max_position: int, max_len: int | None, memory: float | None, free: int):  # type: ignore[no-untyped-def]
+        return plan_cache(block_bytes, 32, max_position, max_len, memory, DeviceMemory(free, free))
+
+    assert plan(1000, 1024, None, None, 10**9) == (4 * 32, 1024)  # four sequences of the model's length
+    assert plan(1000, 131072, None, None, 10**9) == (4096, 131072)  # one of full length
+    assert plan(1000, 131072, None, None, 10**6) == (900, 900 * 32)  # as far as it fits
+    assert plan(1000, 131072, 100, None, 10**9) == (13, 100)
+    assert plan(1000, 1024, None, 50_000, 10**9) == (50, 1024)
     with pytest.raises(ResourceError, match=r"needs 4\.1 GB for 131072 tokens, 1\.0 GB free: lower max_len"):
-        plan_cache(1_000_000, 32, 131072, 131072, None, 10**9)
+        plan(1_000_000, 131072, 131072, None, 10**9)
     with pytest.raises(ResourceError, match=r"memory allows 10\.00 MB.*raise memory or use kv_cache int8"):
-        plan_cache(10**6, 32, 1024, 1024, 10**7, 10**9)
+        plan(10**6, 1024, 1024, 10**7, 10**9)
     with pytest.raises(ResourceError, match="max_len is 2000, expected 1 to 1024"):
-        plan_cache(1000, 32, 1024, 2000, None, 10**9)
+        plan(1000, 1024, 2000, None, 10**9)
     with pytest.raises(ResourceError, match="are free: lower memory"):
-        plan_cache(1000, 32, 1024, None, 10**10, 10**9)
+        plan(1000, 1024, None, 10**10, 10**9)
+    with pytest.raises(ResourceError, match=r"memory is 1\.5, expected a share"):
+        plan(1000, 1024, None, 1.5, 10**9)
+
+
+def test_cache_plan_on_a_device_of_its_own() -> None:
+    """All that is left of the share: 0.9 of 1000 MB, less 300 MB of weights and 100 MB for steps."""
+    gpu = DeviceMemory(total=10**9, free=7 * 10**8, reserved=10**8, shared=False)
+    assert plan_cache(10**6, 32, 1 << 20, None, None, gpu) == (500, 500 * 32)
+    assert plan_cache(10**6, 32, 1 << 20, None, 0.5, gpu) == (100, 100 * 32)
+    assert plan_cache(10**6, 32, 320, None, None, gpu, max_sequences=8) == (2 * 8 * 10, 320)  # more is of no use
+    with pytest.raises(
+        ResourceError, match=r"left of 0\.5 of the device's 1\.0 GB \(0\.3 GB are taken and 0\.1 GB kept"
+    ):
+        plan_cache(10**6, 32, 1 << 20, 1 << 20, 0.5, gpu)
+    with pytest.raises(ResourceError, match=r"0\.6 GB are free: lower memory"):
+        plan_cache(10**6, 32, 1024, None, 65 * 10**7, gpu)

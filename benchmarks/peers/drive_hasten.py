@@ -7,7 +7,7 @@ from hasten import LLM, SamplingParams
 
 
 def load(model: str, threads: int) -> System:
-    llm = LLM(model, backend="cpu", threads=threads)
+    llm = LLM(model, device="cpu", threads=threads)
 
     def generate(prompts: Prompts, num_tokens: int) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)

@@ -34,7 +34,8 @@ class Batch:
     block_tables [B, N] lists each sequence's blocks in order; entries past ceil(context_len / block_size) are ignored.
     rows [R] indexes tokens, ascending.
     sampled_from [T], or None for all -1: where it is not -1, the token is not known to the host yet. It is what row
-    sampled_from[t] of the last sample() call chose, and tokens[t] means nothing. Only where `overlaps`.
+    sampled_from[t] of the last sample() call chose (a -1 there counts as token 0), and tokens[t] is 0. Only where
+    `overlaps`.
     """
 
     tokens: Int32
@@ -136,11 +137,17 @@ class Backend(Protocol):
     """Runs batches of one model on one device.
 
     kv_dtypes: those that allocate() takes, of "fp32", "bf16", "int8", "fp8". overlaps: forward() of step n + 1 may be
-    called before result() of step n, and its tokens may be named by Batch.sampled_from.
+    called before result() of step n, and its tokens may be named by Batch.sampled_from. usual: the largest step that is
+    of use on such a device, for an engine that is not told otherwise.
     """
 
     kv_dtypes: tuple[str, ...]
     overlaps: bool
+    usual: StepLimits
+
+    def beside(self) -> "Backend":
+        """An empty backend for another model on the same device, which takes turns with this one: it shares its threads
+        or its stream. For a drafter."""
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         """Take the model's weights (canonical names, see model/spec.py), in any order, once."""

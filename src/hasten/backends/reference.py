@@ -29,6 +29,7 @@ class ReferenceBackend:
 
     kv_dtypes: tuple[str, ...] = tuple(KV_BYTES)
     overlaps = False
+    usual = StepLimits(max_tokens=512, max_sequences=64, max_rows=128)
 
     def __init__(self, act_quant: bool = False) -> None:
         self._act_quant = act_quant
@@ -37,6 +38,10 @@ class ReferenceBackend:
         self._dense: dict[str, Float32] = {}
         self._cache: list[tuple[_Store, _Store]] = []
         self._block_size = 0
+
+    def beside(self) -> "ReferenceBackend":
+        """Another model's backend."""
+        return ReferenceBackend(self._act_quant)
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         """Take the weights, in any order. Raises ModelError for an integer format of a matrix that has none, such as a

@@ -62,10 +62,15 @@ def chat(
     min_p: options.MinPOption = None,
     repetition_penalty: options.RepetitionOption = None,
     seed: options.SeedOption = None,
+    device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
+    format: options.FormatOption = None,
+    deterministic: options.DeterministicOption = False,
     kv_cache: options.KvCacheOption = None,
     speculation: options.SpeculationOption = None,
+    drafter: options.DrafterOption = None,
     max_len: options.MaxLenOption = None,
+    memory: options.MemoryOption = None,
 ) -> None:
     """Talk with a model.
 
@@ -84,7 +89,18 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = LLM(model, threads=threads, kv_cache=kv_cache, speculation=speculation, max_len=max_len)
+    llm = LLM(
+        model,
+        device=device,
+        threads=threads,
+        format=format,
+        deterministic=deterministic,
+        kv_cache=kv_cache,
+        speculation=speculation,
+        drafter=drafter,
+        max_len=max_len,
+        memory=memory,
+    )
     conversation = Conversation(llm.tokenizer.has_chat_template, system)
     if not conversation.has_template:
         note("This model has no chat template: it continues your text instead of answering it.")

@@ -48,10 +48,15 @@ def generate(
         typer.Option(min=0, metavar="K", help="With --json: log-probabilities, and the K likeliest tokens'."),
     ] = None,
     json: options.JsonOption = False,
+    device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
+    format: options.FormatOption = None,
+    deterministic: options.DeterministicOption = False,
     kv_cache: options.KvCacheOption = None,
     speculation: options.SpeculationOption = None,
+    drafter: options.DrafterOption = None,
     max_len: options.MaxLenOption = None,
+    memory: options.MemoryOption = None,
 ) -> None:
     """Continue text.
 
@@ -78,7 +83,18 @@ def generate(
         stop=tuple(stop or ()),
         logprobs=logprobs,
     )
-    llm = LLM(model, threads=threads, kv_cache=kv_cache, speculation=speculation, max_len=max_len)
+    llm = LLM(
+        model,
+        device=device,
+        threads=threads,
+        format=format,
+        deterministic=deterministic,
+        kv_cache=kv_cache,
+        speculation=speculation,
+        drafter=drafter,
+        max_len=max_len,
+        memory=memory,
+    )
     conversations = [as_messages(text, system) for text in texts] if chat or system else None
     if len(texts) == 1 and n == 1 and not json:
         stream = llm.stream_chat(conversations[0], params) if conversations else llm.stream(texts[0], params)

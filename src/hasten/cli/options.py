@@ -6,13 +6,32 @@ import typer
 
 USUAL_TOKENS = 256  # of an answer
 
-KvCache = Literal["fp32", "bf16", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+Format = Literal["fp8"]
+KvCache = Literal["fp32", "bf16", "int8", "fp8"]
 Speculation = Literal["none", "ngram"]
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a name on the Hugging Face hub, or demo.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where to run; auto is a GPU where there is one, else the CPU.")]
+FormatOption = Annotated[
+    Format | None, typer.Option(help="Round the weights as they are loaded; on a GPU.", show_default=False)
+]
+DeterministicOption = Annotated[
+    bool, typer.Option("--deterministic", help="On a GPU too, the same bits whatever runs beside a request.")
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1.0, metavar="SHARE", help="Of the device's memory; by default 0.9 of a GPU's."),
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="A smaller model that drafts tokens; the answer stays the same.", show_default=False
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Worker threads; by default one a physical core.")
 ]

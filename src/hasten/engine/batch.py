@@ -21,7 +21,11 @@ class BatchBuilder:
         self._written = [0] * max_sequences  # how many of its blocks are in the row
         self._range = np.arange(max_sequences, dtype=np.int32)
         self._ones = np.ones(max_sequences, np.int32)
-        self._decoding: list[Sequence] = []  # of the last step, if each of them ran its last token
+        # The last step, if every sequence ran its last token: which, where the first of them was, and for how many
+        # tokens more the arrays only count up.
+        self._last: Batch | None = None
+        self._decoding: list[Sequence] = []
+        self._place = self._left = 0
 
     def build(self, step: Step) -> Batch:
         """The step's batch. Arrays are valid until the next call."""
@@ -50,7 +54,7 @@ class BatchBuilder:
         ends = np.cumsum(query_lens, dtype=np.int32)
         owner = np.repeat(self._range[: len(runs)], query_lens)
         positions = np.arange(len(owner), dtype=np.int32) + np.repeat(first - (ends - query_lens), query_lens)
-        tokens, sampled_from = _split(np.array([token for run in runs for token in run], np.int32))
+        tokens, sampled_from = _split([token for run in runs for token in run])
         return Batch(
             tokens=tokens,
             positions=positions,
@@ -64,30 +68,45 @@ class BatchBuilder:
 
     def _decode(self, sequences: list[Sequence]) -> Batch:
         """Every sequence runs its last token, and a token is sampled from each."""
-        size, num = self.block_size, len(sequences)
-        positions = np.array([s.num_computed for s in sequences], np.int32)
-        index, offset = positions // size, positions % size
-        if sequences == self._decoding:  # a block is new only where one begins
-            tables = self._tables[:num]
-            for row in np.flatnonzero(offset == 0).tolist():
-                self._update_row(row, sequences[row].blocks)
+        last = self._last
+        if last is not None and self._left and sequences == self._decoding:
+            # A step that was built and not run (an interrupt) leaves all where they were.
+            ahead = sequences[0].num_computed - self._place
+            if ahead:
+                for array in (last.positions, last.slots, last.context_lens):
+                    array += ahead
+                self._place += ahead
+                self._left -= ahead
         else:
-            tables = self._update_tables(sequences)
-            self._decoding = sequences
-        tokens, sampled_from = _split(np.array([s.tokens[-1] for s in sequences], np.int32))
+            last = self._begin_decode(sequences)
+        tokens, sampled_from = _split([sequence.tokens[-1] for sequence in sequences])
         return Batch(
-            tokens=tokens,
-            positions=positions,
-            slots=tables[self._range[:num], index] * size + offset,
-            query_lens=self._ones[:num],
-            context_lens=positions + 1,
-            block_tables=tables,
-            rows=self._range[:num],
-            sampled_from=sampled_from,
+            tokens,
+            last.positions,
+            last.slots,
+            last.query_lens,
+            last.context_lens,
+            last.block_tables,
+            last.rows,
+            sampled_from,
         )
 
+    def _begin_decode(self, sequences: list[Sequence]) -> Batch:
+        """Arrays for these sequences (but no tokens), which serve as long as none of them begins a block."""
+        size, num = self.block_size, len(sequences)
+        tables = self._update_tables(sequences)
+        positions = np.array([sequence.num_computed for sequence in sequences], np.int32)
+        offsets = positions % size
+        slots = tables[self._range[:num], positions // size] * size + offsets
+        none = self._range[:0]
+        self._last = Batch(none, positions, slots, self._ones[:num], positions + 1, tables, self._range[:num])
+        self._decoding = sequences
+        self._place = int(positions[0])
+        self._left = size - 1 - int(offsets.max())
+        return self._last
+
     def _update_tables(self, sequences: list[Sequence]) -> Int32:
-        self._decoding = []
+        self._last = None
         held, written = self._held, self._written
         for row, sequence in enumerate(sequences):
             blocks = sequence.blocks
@@ -104,11 +123,12 @@ class BatchBuilder:
         self._written[row] = len(blocks)
 
 
-def _split(tokens: Int32) -> tuple[Int32, Int32 | None]:
+def _split(tokens: list[int]) -> tuple[Int32, Int32 | None]:
     """Tokens and where those come from that are not known yet."""
-    if tokens.min() >= 0:
-        return tokens, None
-    return np.maximum(tokens, 0), np.where(tokens < 0, ~tokens, np.int32(-1))
+    array = np.array(tokens, np.int32)
+    if min(tokens) >= 0:
+        return array, None
+    return np.maximum(array, 0), np.where(array < 0, ~array, np.int32(-1))
 
 
 def wanted_positions(sequence: Sequence, count: int) -> list[int]:

@@ -12,6 +12,7 @@ import time
 
 from hasten.backends.base import Backend, Pending, SamplingBatch
 from hasten.engine.batch import BatchBuilder
+from hasten.engine.config import EngineConfig
 from hasten.engine.request import Sequence
 from hasten.engine.sampling import greedy_batch, sampling_batch
 from hasten.engine.scheduler import Scheduler
@@ -31,24 +32,13 @@ class Mirror:
 
 
 class ModelDrafter:
-    """A Drafter over a backend that is loaded and has as many blocks, of the same size, as the engine's.
+    """A Drafter over a backend that is loaded and has as many blocks as the engine's, whose config is given."""
 
-    max_blocks: of one sequence. max_step_tokens: tokens of one step, of which long prompts take several.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        num_blocks: int,
-        block_size: int,
-        max_sequences: int,
-        max_blocks: int,
-        max_step_tokens: int,
-    ) -> None:
+    def __init__(self, backend: Backend, config: EngineConfig) -> None:
         self._backend = backend
-        self._batches = BatchBuilder(block_size, max_sequences, max_blocks)
-        self._max_step_tokens = max(max_step_tokens, 2 * max_sequences)
-        self._content: list[bytes | None] = [None] * num_blocks  # hash of what the drafter's cache has in each block
+        self._batches = BatchBuilder(config.block_size, config.max_sequences, config.max_blocks)
+        self._max_step_tokens = max(config.max_step_tokens, 2 * config.max_sequences)
+        self._content: list[bytes | None] = [None] * config.num_blocks  # hash of what its cache has in each block
         self._cost = StepCost()
 
     def seconds(self, num_sequences: int) -> float | None:

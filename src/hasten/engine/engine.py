@@ -19,31 +19,13 @@ from dataclasses import dataclass
 from hasten.backends.base import Backend, Batch, Pending, Sampled, SamplingBatch
 from hasten.engine.batch import BatchBuilder, wanted_positions
 from hasten.engine.blocks import BlockPool
+from hasten.engine.config import EngineConfig
 from hasten.engine.request import Delta, FinishReason, Request, RequestOutput, SamplingParams, Sequence, TokenLogprob
 from hasten.engine.sampling import DecodeSampling, greedy_batch, prepare, sampling_batch
 from hasten.engine.scheduler import Scheduler, Step
 from hasten.engine.speculate import Speculator
 from hasten.engine.text import TextStream, TokenDecoder
 from hasten.errors import ModelError, RequestError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Sizes of one engine. Lengths in tokens.
-
-    num_blocks, block_size: the KV cache, already allocated by the backend. max_len: prompt and output of one sequence.
-    max_step_tokens: tokens of one step; a longer prompt runs in chunks. max_sequences: that run at once.
-    max_extra_rows: rows of logits in a step beyond one a sequence (a row takes 4 * vocab_size bytes).
-    """
-
-    vocab_size: int
-    num_blocks: int
-    block_size: int
-    max_len: int
-    eos_token_ids: tuple[int, ...] = ()
-    max_step_tokens: int = 512
-    max_sequences: int = 64
-    max_extra_rows: int = 64
 
 
 @dataclass(slots=True)
@@ -81,8 +63,7 @@ class Engine:
         pool = BlockPool(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(pool, config.max_step_tokens, config.max_sequences, config.max_extra_rows)
         self._max_len = min(config.max_len, config.num_blocks * config.block_size)
-        max_blocks = -(-self._max_len // config.block_size)
-        self._batches = BatchBuilder(config.block_size, config.max_sequences, max_blocks)
+        self._batches = BatchBuilder(config.block_size, config.max_sequences, config.max_blocks)
         self._eos_token_ids = [token for token in config.eos_token_ids if token < config.vocab_size]
         self._requests: dict[str, Request] = {}
         self._num_added = 0
@@ -280,7 +261,9 @@ class Engine:
     def _settle(self, flight: _Flight) -> list[Delta]:
         """Wait for the step's result and take it into the books."""
         sampled = None if flight.pending is None else flight.pending.result()
-        self._refuse_nan(flight, sampled)
+        tokens = [] if sampled is None else sampled.tokens.tolist()
+        if tokens and min(tokens) < 0:
+            _refuse_nan(flight, tokens)
         now = time.perf_counter()
         self._inconsistent = True
         self._cut_short = False
@@ -288,7 +271,6 @@ class Engine:
             self.speculator.cost.record(flight.num_tokens, now - max(flight.start, self._last_settled))
         self._last_settled = now
         deltas: list[Delta] = []
-        tokens = [] if sampled is None else sampled.tokens.tolist()
         row = 0
         for sequence, num_scored, num_sampled in _parts(flight):
             end = row + num_scored
@@ -304,17 +286,6 @@ class Engine:
                     deltas.append(self._finish(sequence, delta, "length", now))
             row = end + max(num_sampled, 0)
         return deltas
-
-    def _refuse_nan(self, flight: _Flight, sampled: Sampled | None) -> None:
-        """Raise ModelError where a row of a request that still runs has no token."""
-        if sampled is None or sampled.tokens.min() >= 0:
-            return
-        row = 0
-        for sequence, num_scored, num_sampled in _parts(flight):
-            end = row + num_scored + max(num_sampled, 0)
-            if sequence.finish_reason is None and (sampled.tokens[row:end] < 0).any():
-                raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
-            row = end
 
     def _score(self, sequence: Sequence, sampled: Sampled, start: int, end: int) -> None:
         """Take the log-probabilities of prompt tokens in rows start .. end - 1."""
@@ -411,6 +382,16 @@ def _parts(flight: _Flight) -> Iterable[tuple[Sequence, int, int]]:
     if flight.step.decodes:
         return ((sequence, 0, 1) for sequence in flight.step.sequences)
     return ((sequence, *rows) for sequence, rows in zip(flight.step.sequences, flight.num_rows, strict=True))
+
+
+def _refuse_nan(flight: _Flight, tokens: list[int]) -> None:
+    """Raise ModelError where a row of a request that still runs has no token."""
+    row = 0
+    for sequence, num_scored, num_sampled in _parts(flight):
+        end = row + num_scored + max(num_sampled, 0)
+        if sequence.finish_reason is None and any(token < 0 for token in tokens[row:end]):
+            raise ModelError("the model gave logits that are not numbers (NaN): its weights or formats are damaged")
+        row = end
 
 
 def _top(sampled: Sampled, row: int, most: int) -> tuple[tuple[int, float], ...]:

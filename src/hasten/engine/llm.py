@@ -13,13 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.backends.base import Backend
+from hasten.backends.base import Backend, StepLimits
 from hasten.engine.capacity import plan_cache
-from hasten.engine.engine import Engine, EngineConfig
+from hasten.engine.config import EngineConfig
+from hasten.engine.draft_model import ModelDrafter
+from hasten.engine.engine import Engine
 from hasten.engine.request import Delta, RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator
 from hasten.errors import ModelError, RequestError
-from hasten.hardware import memory_available
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
 from hasten.model.spec import ModelSpec
@@ -27,7 +28,8 @@ from hasten.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-KvCache = Literal["auto", "fp32", "bf16", "int8"]
+Device = Literal["auto", "cpu", "cuda", "reference"]
+KvCache = Literal["auto", "fp32", "bf16", "int8", "fp8"]
 Speculation = Literal["none", "ngram"]
 
 
@@ -43,69 +45,96 @@ class Score:
 class LLM:
     """Load `model` and answer prompts.
 
-    model: a Hugging Face folder, a name on the hub, or "demo". backend: "auto" (the native one for this machine),
-    "cpu", "reference" (numpy, slow), or a Backend of one's own. threads: 0 is all cores. kv_cache: how keys and values
-    are stored; "auto" is fp32 for an fp32 checkpoint and bf16 else. speculation: "ngram" drafts from the text so far,
-    which changes the speed and never the tokens. What is left None or automatic is taken from the folder where
-    `hasten tune` has written it.
+    model: a Hugging Face folder, a name on the hub, or "demo". device: "auto" (a GPU where there is one that can be
+    used, else the CPU), "cpu", "cuda", "reference" (numpy, slow), or a Backend of one's own. format: "fp8" rounds the
+    weights as they are loaded, on a GPU. deterministic: on a GPU too, what a request gets does not depend on its
+    company, bit for bit. threads: of a CPU, 0 is all cores.
+    kv_cache: how keys and values are stored, as far as the device knows it; "auto" is fp32 for an fp32 checkpoint and
+    bf16 else. speculation: "ngram" drafts from the text so far. drafter: a model with the same vocabulary, say a
+    compressed copy, that drafts instead. Either changes the speed and never the tokens. What is left None or automatic
+    is taken from the folder where `hasten tune` has written it.
     max_len: longest prompt and answer, in tokens; None is what the model knows, as far as it fits. A model with two
     sets of rotary factors (Phi-3 longrope) takes those for long texts where max_len asks for more than its original
-    length, and is held to that length with None. memory: bytes for the KV cache; None is enough for a few sequences.
-    max_sequences: that run at once. max_step_tokens: tokens of one step; longer prompts run in chunks.
-    Raises ModelError for a model that cannot be used, ResourceError where memory does not suffice.
+    length, and is held to that length with None. memory: a share of the device's memory for this process (0.9), or
+    bytes for the KV cache; None is enough for a few sequences on a CPU, 0.9 on a GPU. max_sequences: that run at once.
+    max_step_tokens: tokens of one step; longer prompts run in chunks. None is what suits the device.
+    Raises ModelError for a model that cannot be used, ResourceError where memory does not suffice or there is no such
+    device.
     """
 
     def __init__(
         self,
         model: str,
         *,
-        backend: Literal["auto", "cpu", "reference"] | Backend = "auto",
+        device: Device | Backend = "auto",
+        format: str | None = None,
+        deterministic: bool = False,
         threads: int | None = None,
         kv_cache: KvCache | None = None,
         speculation: Speculation | None = None,
+        drafter: str | None = None,
         max_len: int | None = None,
-        memory: int | None = None,
-        max_sequences: int = 64,
-        max_step_tokens: int = 512,
+        memory: int | float | None = None,
+        max_sequences: int | None = None,
+        max_step_tokens: int | None = None,
         block_size: int = 32,
     ) -> None:
         checkpoint = open_checkpoint(resolve(model))
         settings = _run_settings(checkpoint)
-        kv_dtype = _kv_dtype(kv_cache if kv_cache not in (None, "auto") else settings.get("kv_cache"), checkpoint)
-        speculation = speculation or settings.get("speculation") or "none"
-        if speculation not in ("none", "ngram"):
-            raise RequestError(f"speculation is {speculation!r}, expected none or ngram")
+        way = _speculation(speculation, drafter, settings)
         self.path = checkpoint.path
         self.spec = _with_one_rope(checkpoint.spec, max_len)
         self.tokenizer = Tokenizer(checkpoint.path)
-        self.backend = _make_backend(backend, threads or settings.get("threads") or 0)
+        self.backend = _make_backend(device, threads or settings.get("threads") or 0, format, deterministic)
+        asked = kv_cache if kv_cache not in (None, "auto") else settings.get("kv_cache")
+        self.kv_cache = _kv_dtype(asked, checkpoint, self.backend)
         self.backend.load(self.spec, checkpoint.weights())
+        drafting = None if drafter is None else _load_drafter(drafter, self.backend, self.spec, max_len)
+        limits = _limits(self.backend.usual, max_sequences, max_step_tokens)
+        num_blocks = self._allocate(drafting, limits, block_size, max_len, memory)
+        self.engine = self._make_engine(limits, num_blocks, block_size, drafting, way)
+        self._inboxes: dict[str, deque[Delta]] = {}
+
+    def _allocate(
+        self, drafting: Backend | None, limits: StepLimits, block_size: int, max_len: int | None, memory: float | None
+    ) -> int:
+        """Make the KV caches, the drafter's with as many blocks; sets max_len. The number of blocks."""
+        backends = [self.backend] if drafting is None else [self.backend, drafting]
+        found = [backend.memory(limits) for backend in backends]  # of one device: only what steps take adds up
         num_blocks, self.max_len = plan_cache(
-            self.backend.block_bytes(block_size, kv_dtype),
+            sum(backend.block_bytes(block_size, self.kv_cache) for backend in backends),
             block_size,
             self.spec.max_position,
             max_len,
             memory,
-            memory_available(),
+            replace(found[0], reserved=sum(memory.reserved for memory in found)),
+            limits.max_sequences,
         )
-        self.backend.allocate(num_blocks, block_size, kv_dtype)
-        self.kv_cache = kv_dtype
-        self.engine = Engine(
+        for backend in backends:
+            backend.allocate(num_blocks, block_size, self.kv_cache)
+        return num_blocks
+
+    def _make_engine(
+        self, limits: StepLimits, num_blocks: int, block_size: int, drafting: Backend | None, speculation: str
+    ) -> Engine:
+        config = EngineConfig(
+            vocab_size=self.spec.vocab_size,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_len=self.max_len,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_tokens,
+            max_extra_rows=limits.max_rows - limits.max_sequences,
+        )
+        drafter = None if drafting is None else ModelDrafter(drafting, config)
+        return Engine(
             self.backend,
-            EngineConfig(
-                vocab_size=self.spec.vocab_size,
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_len=self.max_len,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-                max_sequences=max_sequences,
-                max_step_tokens=max_step_tokens,
-            ),
+            config,
             new_decoder=self.tokenizer.detokenizer,
             defaults=self.tokenizer.defaults,
-            speculator=Speculator() if speculation == "ngram" else None,
+            speculator=Speculator(drafter) if drafter is not None or speculation == "ngram" else None,
         )
-        self._inboxes: dict[str, deque[Delta]] = {}
 
     def __enter__(self) -> "LLM":
         return self
@@ -264,18 +293,50 @@ def _per_prompt(
     return params
 
 
-def _make_backend(backend: str | Backend, threads: int) -> Backend:
-    if not isinstance(backend, str):
-        return backend
-    if backend in ("auto", "cpu"):
-        from hasten.backends.cpu import CpuBackend
+def _make_backend(device: str | Backend, threads: int, format: str | None, deterministic: bool) -> Backend:
+    if isinstance(device, str):
+        from hasten.backends import open_backend
 
-        return CpuBackend(threads=threads)
-    if backend == "reference":
-        from hasten.backends.reference import ReferenceBackend
+        return open_backend(device, threads=threads, format=format, deterministic=deterministic)
+    if format is not None or deterministic:
+        raise RequestError("format and deterministic are for a device that is named: give them to the Backend")
+    return device
 
-        return ReferenceBackend()
-    raise RequestError(f"backend is {backend!r}, expected auto, cpu, reference or a Backend")
+
+def _load_drafter(drafter: str, main: Backend, spec: ModelSpec, max_len: int | None) -> Backend:
+    """The drafter's model on the same device."""
+    checkpoint = open_checkpoint(resolve(drafter))
+    own = _with_one_rope(checkpoint.spec, max_len)
+    if own.vocab_size != spec.vocab_size:
+        raise ModelError(
+            f"the drafter {drafter} has a vocabulary of {own.vocab_size} tokens, expected the model's {spec.vocab_size}"
+        )
+    if own.max_position < spec.max_position:
+        raise ModelError(
+            f"the drafter {drafter} knows texts of {own.max_position} tokens, expected at least the model's"
+            f" {spec.max_position}"
+        )
+    backend = main.beside()
+    backend.load(own, checkpoint.weights())
+    return backend
+
+
+def _limits(usual: StepLimits, max_sequences: int | None, max_step_tokens: int | None) -> StepLimits:
+    """The largest step: what is asked for, else what suits the device. Extra rows are for drafts and scored prompts."""
+    sequences = max_sequences or usual.max_sequences
+    extra_rows = usual.max_rows - usual.max_sequences
+    return StepLimits(max(max_step_tokens or usual.max_tokens, sequences), sequences, sequences + extra_rows)
+
+
+def _speculation(asked: str | None, drafter: str | None, settings: Mapping[str, Any]) -> str:
+    if asked not in (None, "none", "ngram"):
+        raise RequestError(f"speculation is {asked!r}, expected none or ngram")
+    if drafter is not None and asked is not None:
+        raise RequestError(f"speculation is {asked!r} and there is a drafter: give one of them")
+    found = asked or settings.get("speculation") or "none"
+    if found not in ("none", "ngram"):
+        raise ModelError(f"hasten.run.speculation in config.json is {found!r}, expected none or ngram")
+    return str(found)
 
 
 def _with_one_rope(spec: ModelSpec, max_len: int | None) -> ModelSpec:
@@ -313,9 +374,9 @@ def _run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return settings
 
 
-def _kv_dtype(asked: object, checkpoint: Checkpoint) -> str:
+def _kv_dtype(asked: object, checkpoint: Checkpoint, backend: Backend) -> str:
     if asked is None or asked == "auto":
-        return "fp32" if checkpoint.spec.dtype == "fp32" else "bf16"
-    if asked not in ("fp32", "bf16", "int8"):
-        raise RequestError(f"kv_cache is {asked!r}, expected auto, fp32, bf16 or int8")
+        return "fp32" if checkpoint.spec.dtype == "fp32" and "fp32" in backend.kv_dtypes else "bf16"
+    if asked not in backend.kv_dtypes:
+        raise RequestError(f"kv_cache is {asked!r}, expected auto or, on this device, {' or '.join(backend.kv_dtypes)}")
     return str(asked)

@@ -12,7 +12,8 @@ from statistics import median
 from typing import TypeVar
 
 from hasten.backends.base import Backend
-from hasten.engine.engine import Engine, EngineConfig
+from hasten.engine.config import EngineConfig
+from hasten.engine.engine import Engine
 from hasten.engine.request import RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator
 from hasten.model.spec import ModelSpec

@@ -4,6 +4,7 @@ passed on. Knows nothing of files or policy."""
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class CpuBackend:
 
     kv_dtypes: tuple[str, ...] = ("fp32", "bf16", "int8")
     overlaps = False
+    usual = StepLimits(max_tokens=512, max_sequences=64, max_rows=128)
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         self._core = _load_core()
@@ -50,6 +52,12 @@ class CpuBackend:
         self._pool = self._core.Pool(threads)
         self.threads: int = self._pool.size
         self._decoder: Any = None
+
+    def beside(self) -> "CpuBackend":
+        """Another model's backend on the same threads: two pools of their own would wait for work on the same cores."""
+        other = copy(self)
+        other._decoder = None
+        return other
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         """Pack the weights as they come; arrays of `weights` are not kept. Raises ModelError for one that is missing,
