@@ -13,7 +13,7 @@ from hasten.backends.cpu import CpuBackend
 from hasten.compress.folder import compress
 from hasten.engine.llm import LLM
 from hasten.engine.request import SamplingParams
-from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
+from hasten.measure.quality import score, summarize
 from hasten.measure.text import first_token, make_windows
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
@@ -127,11 +127,10 @@ def test_bf16_scores_are_within_bf16_noise_of_fp32(transformers_model):
     assert error.max() < 0.2
 
 
-def loaded(folder: Path, num_blocks: int) -> CpuBackend:
+def loaded(folder: Path) -> CpuBackend:
     checkpoint = open_checkpoint(folder)
     backend = CpuBackend()
     backend.load(checkpoint.spec, checkpoint.weights())
-    backend.allocate(num_blocks, BLOCK_SIZE, "bf16")
     return backend
 
 
@@ -141,8 +140,8 @@ def test_int8_costs_under_a_fifth_of_a_percent_of_bits_per_byte(preset, agreemen
     tokenizer = Tokenizer(DEMO)
     windows = make_windows(heldout(), tokenizer.encode_plain, first_token(tokenizer), length=256, most=40)
     folders = {"dense": DEMO, "int8": tmp_path / "int8"}
-    backends = {name: loaded(folder, kv_blocks(windows)) for name, folder in folders.items()}
-    scores = score(backends, windows, vocab_size=4096)
+    models = {name: (loaded(folder), "bf16") for name, folder in folders.items()}
+    scores = score(models, windows, vocab_size=4096)
     dense, int8 = summarize(scores["dense"]), summarize(scores["int8"], scores["dense"])
     assert 1.3 < dense.bits_per_byte.median < 1.6
     assert int8.loss.high < 0.002

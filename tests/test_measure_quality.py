@@ -12,7 +12,7 @@ from hasten.backends.reference import ReferenceBackend
 from hasten.compress import rtn
 from hasten.errors import HastenError, ModelError
 from hasten.measure import quality
-from hasten.measure.quality import compare_rows, kv_blocks, score, summarize
+from hasten.measure.quality import compare_rows, score, summarize
 from hasten.measure.text import Window, make_windows, split
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, Weight
@@ -94,10 +94,8 @@ def test_scores_do_not_depend_on_chunks(tiny: Any, monkeypatch: pytest.MonkeyPat
     windows, found = tiny_windows(), []
     for size in (64 << 20, 4 * tiny.spec.vocab_size * 7):
         monkeypatch.setattr(quality, "_LOGITS_BYTES", size)
-        backends = {"original": loaded(tiny), "int4": loaded(tiny, Format("int4"))}
-        for backend in backends.values():
-            backend.allocate(kv_blocks(windows), quality.BLOCK_SIZE, "fp32")
-        found.append(score(backends, windows, tiny.spec.vocab_size))
+        models = {"original": (loaded(tiny), "fp32"), "int4": (loaded(tiny, Format("int4")), "fp32")}
+        found.append(score(models, windows, tiny.spec.vocab_size, threads=2))
     for name in ("original", "int4"):
         np.testing.assert_allclose(found[0][name].nll, found[1][name].nll, rtol=1e-6)
         np.testing.assert_allclose(found[0][name].divergence, found[1][name].divergence, rtol=1e-3, atol=1e-7)
@@ -115,6 +113,18 @@ def test_scores_do_not_depend_on_chunks(tiny: Any, monkeypatch: pytest.MonkeyPat
     assert summary.loss.median == pytest.approx(ratio, abs=1e-9)
 
 
+def test_models_may_share_a_backend(tiny: Any) -> None:
+    """Two ways of storing keys and values over one set of weights score as they do on backends of their own."""
+    windows = tiny_windows()
+    one = loaded(tiny)
+    alone = score({"fp32": (loaded(tiny), "fp32"), "int8": (loaded(tiny), "int8")}, windows, tiny.spec.vocab_size)
+    shared = score({"fp32": (one, "fp32"), "int8": (one, "int8")}, windows, tiny.spec.vocab_size)
+    for name in alone:
+        np.testing.assert_allclose(shared[name].nll, alone[name].nll, rtol=1e-12)
+        np.testing.assert_allclose(shared[name].divergence, alone[name].divergence, rtol=1e-12)
+    assert shared["int8"].divergence.sum() > 0
+
+
 def test_an_uninformed_model_costs_log_vocab(tiny: Any) -> None:
     """Zero embeddings give equal logits: perplexity is the size of the vocabulary."""
 
@@ -127,8 +137,7 @@ def test_an_uninformed_model_costs_log_vocab(tiny: Any) -> None:
     backend = ReferenceBackend()
     backend.load(tiny.spec, weights())
     windows = tiny_windows()
-    backend.allocate(kv_blocks(windows), quality.BLOCK_SIZE, "fp32")
-    found = summarize(score({"m": backend}, windows, tiny.spec.vocab_size)["m"])
+    found = summarize(score({"m": (backend, "fp32")}, windows, tiny.spec.vocab_size)["m"])
     assert found.perplexity.median == pytest.approx(tiny.spec.vocab_size, rel=1e-5)
     assert found.loss is None
 
@@ -140,6 +149,5 @@ def test_logits_that_are_not_numbers_are_refused(tiny: Any) -> None:
 
     backend = Broken()
     backend.load(tiny.spec, tiny.weights())
-    backend.allocate(kv_blocks(tiny_windows()), quality.BLOCK_SIZE, "fp32")
     with pytest.raises(ModelError, match="broken gives logits that are not numbers"):
-        score({"broken": backend}, tiny_windows(), tiny.spec.vocab_size)
+        score({"broken": (backend, "fp32")}, tiny_windows(), tiny.spec.vocab_size)

@@ -1,18 +1,30 @@
 """`tune` end to end on a real small model: proves what it writes, rejects what loses too much, resumes what was cut."""
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hasten import hardware
+from hasten.backends.cpu import CpuBackend
 from hasten.compress.plan import resolve
 from hasten.errors import HastenError, RecipeError, ResourceError
+from hasten.hardware import probe
+from hasten.measure import energy
 from hasten.model.checkpoint import open_checkpoint
-from hasten.receipt import Candidate, Receipt
-from hasten.recipe import Recipe
-from hasten.tune import texts, tune
+from hasten.model.tokenizer import Tokenizer
+from hasten.receipt import Candidate, Receipt, plain
+from hasten.recipe import Recipe, Run, presets
+from hasten.tune import lab, texts, tune
+from hasten.tune.lab import Lab
+from hasten.tune.state import State
+from hasten.tune.texts import held_out
 
 pytest.importorskip("hasten._core", reason="needs the compiled core (scripts/build.sh)")
 
@@ -22,7 +34,7 @@ def short_runs() -> Iterator[None]:
     """Timings need only exist here, not be steady."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "_RUN_SECONDS", 0.005)
-        patch.setattr(texts, "_SECONDS", 0.5)
+        patch.setattr(texts, "_WINDOWS", (8, 8))
         yield
 
 
@@ -61,8 +73,13 @@ def test_the_folder_is_what_the_receipt_says(tuned: tuple[Receipt, Path]) -> Non
 def test_verdicts_follow_from_the_numbers(tuned: tuple[Receipt, Path]) -> None:
     receipt, _ = tuned
     verdicts = {candidate.verdict for candidate in receipt.candidates}
-    assert {"chosen", "rejected"} <= verdicts <= {"chosen", "rejected", "accepted", "slower"}
+    assert {"chosen", "rejected"} <= verdicts <= {"chosen", "rejected", "accepted", "slower", "not tried"}
     for candidate in receipt.candidates:
+        if candidate.verdict == "not tried":
+            assert not candidate.decode
+            assert candidate.predicted is not None
+            assert candidate.reason
+            continue
         assert candidate.search is not None
         assert candidate.search.loss is not None
         within = candidate.search.loss.high <= 0.02
@@ -88,6 +105,8 @@ def test_numbers_are_consistent(tuned: tuple[Receipt, Path]) -> None:
     assert receipt.original.search.divergence.median == 0
     for candidate in (receipt.original, *receipt.candidates):
         assert candidate.predicted is not None
+        if candidate.verdict == "not tried":
+            continue
         assert candidate.prefill is not None
         for value in (*candidate.decode.values(), *candidate.ratio.values(), candidate.prefill):
             assert 0 < value.low <= value.median <= value.high
@@ -118,65 +137,119 @@ def test_formats_are_mixed_where_a_uniform_one_loses_too_much(tuned: tuple[Recei
 def test_no_loss_allowed_rejects_all_that_lose(model: Path, text: Path, tmp_path: Path) -> None:
     receipt = tune(model, tmp_path / "out", max_loss=0.0, data=text, rounds=1, transformers=False)
     for candidate in receipt.candidates:
-        if "int4" in candidate.name:
+        if "int4" in candidate.name and "keeps more and loses" not in candidate.reason:
             assert candidate.verdict == "rejected", candidate.name
     assert receipt.chosen is not None
     weights = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
     assert "int4" not in weights.values()
 
 
-def timed(progress: list[str]) -> set[str]:
-    """Names of the candidates whose speed was measured, from the lines of progress."""
-    parts = (what.removesuffix(": speed").split(", ") for what in progress if what.endswith(": speed"))
-    return {name for names in parts for name in names}
-
-
-def test_an_interrupted_run_goes_on_where_it_was(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_measures_nothing_twice(model: Path, text: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle: what the state holds then is in the receipt, number by number."""
     out, state = tmp_path / "out", tmp_path / "out.tune.json"
-    measured: list[str] = []
-
-    def interrupt(done: int, total: int, what: str) -> None:
-        measured.append(what)
-        if "int4-g32-head8: quantised" in what:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tune(model, out, data=text, rounds=1, transformers=False, progress=interrupt)
+    script = f"""
+from hasten.tune import texts, tune
+texts._RUN_SECONDS, texts._WINDOWS = 0.005, (8, 8)
+tune({str(model)!r}, {str(out)!r}, data={str(text)!r}, rounds=1, transformers=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not (state.exists() and "int8" in finished(state)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     assert not out.exists()
-    finished = json.loads(state.read_text())["parts"]["candidates"]
-    assert {"original", "int8"} <= set(finished)
-    assert "int8" in timed(measured)
-    measured.clear()
-    receipt = tune(
-        model, out, data=text, rounds=1, transformers=False, progress=lambda d, t, what: measured.append(what)
-    )
-    assert "int8" not in timed(measured)  # it may be loaded again, for the proof of the choice, but not timed
-    assert timed(measured)
-    again = next(candidate for candidate in receipt.candidates if candidate.name == "int8")
-    assert again.decode["1"].median == finished["int8"]["decode"]["1"]["median"]
+    before = finished(state)
+    measured: list[str] = []
+    real = Lab.measure
+
+    def watched(self: Lab, recipes: Mapping[str, Recipe], *more: Any) -> dict[str, Candidate]:
+        measured.extend(recipes)
+        return real(self, recipes, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lab, "measure", watched)
+        receipt = tune(model, out, data=text, rounds=1, transformers=False)
+    assert measured, "there was something left to do"
+    assert not set(measured) & set(before)
+    found = {candidate.name: candidate for candidate in (receipt.original, *receipt.candidates) if candidate}
+    for name, kept in before.items():
+        assert plain(found[name].decode) == kept["decode"]
+        assert plain(found[name].search) == kept["search"]
     assert not state.exists()
 
 
-def test_a_state_of_other_inputs_is_not_used(model: Path, text: Path, tmp_path: Path) -> None:
-    from hasten.tune.state import State
+def finished(state: Path) -> dict[str, Any]:
+    """Candidates in a state file, which is never half-written."""
+    parts: dict[str, Any] = json.loads(state.read_text())["parts"].get("candidates", {})
+    return parts
 
+
+def test_time_that_is_over_leaves_the_rest_untried(model: Path, text: Path, tmp_path: Path) -> None:
+    receipt = tune(model, tmp_path / "out", data=text, minutes=0.001, rounds=1, transformers=False)
+    untried = [c for c in receipt.candidates if c.verdict == "not tried"]
+    assert any("no time was left" in c.reason for c in untried)
+    assert len(receipt.candidates) > len(untried) >= 1, "a few are always measured"
+    assert receipt.settings["minutes"] == 0.001
+    assert receipt.settings["seconds"] > 0.06
+    assert receipt.settings["passages"] == {"search": 8, "proof": 8}
+
+
+def test_energy_is_in_the_receipt_where_it_can_be_read(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "energy_uj"
+    counter.write_text("0")
+    reading = iter(range(0, 10**9, 10**6))  # a joule between any two readings
+    monkeypatch.setattr(hardware, "energy_counters", lambda: [counter])
+    monkeypatch.setattr(energy, "energy_counters", lambda: [counter])
+    monkeypatch.setattr(energy, "_microjoules", lambda path: next(reading))
+    monkeypatch.setattr(lab, "_ENERGY_SECONDS", 0.01)
+    receipt = tune(
+        model, tmp_path / "out", data=text, max_loss=0.02, goal="memory", minutes=0.001, rounds=1, transformers=False
+    )
+    assert receipt.original is not None
+    assert receipt.chosen is not None
+    for candidate in (receipt.original, receipt.chosen):
+        assert candidate.energy is not None
+        assert candidate.energy["1"] > candidate.energy["8"] > 0
+    assert not any("energy" in note for note in receipt.notes)
+
+
+def test_recipes_with_the_same_weights_share_them(model: Path) -> None:
+    made: list[CpuBackend] = []
+
+    def make(threads: int) -> CpuBackend:
+        made.append(CpuBackend(threads))
+        return made[-1]
+
+    laboratory = Lab(open_checkpoint(model), probe(0.02), 1, make)
+    int8 = presets()["int8"]
+    ways = {
+        "plain": int8,
+        "kv": replace(int8, run=Run(kv_cache="int8")),
+        "ngram": replace(int8, run=Run(None, "ngram")),
+    }
+    backends = laboratory.load({"original": Recipe(), **ways})
+    assert len(made) == 2
+    assert backends["plain"] is backends["kv"] is backends["ngram"]
+    assert laboratory.load({"original": Recipe()})["original"] is made[0]
+    laboratory.load({"plain": int8})
+    assert len(made) == 3, "what is not measured any more was dropped"
+
+
+def test_a_state_of_other_inputs_is_not_used(model: Path, text: Path, tmp_path: Path) -> None:
     one = State(tmp_path / "s.json", {"max_loss": 0.01})
     one.put("candidates", "int8", {"a": 1})
     assert State(tmp_path / "s.json", {"max_loss": 0.01}).get("candidates", "int8") == {"a": 1}
     assert State(tmp_path / "s.json", {"max_loss": 0.02}).get("candidates", "int8") is None
     (tmp_path / "s.json").write_text("{half")
-    assert State(tmp_path / "s.json", {"max_loss": 0.01}).num_found == 0
+    assert State(tmp_path / "s.json", {"max_loss": 0.01}).section("") == {}
 
 
 def test_a_model_judges_itself_on_its_own_text_where_no_other_fits(model: Path, tmp_path: Path) -> None:
-    from hasten.backends.cpu import CpuBackend
-    from hasten.hardware import probe
-    from hasten.model.tokenizer import Tokenizer
-    from hasten.tune.lab import Lab
-    from hasten.tune.texts import held_out
-
-    lab = Lab(open_checkpoint(model), probe(0.02), 2, CpuBackend)
-    first, second = (held_out(lab, Tokenizer(model), None) for _ in range(2))
+    laboratory = Lab(open_checkpoint(model), probe(0.02), 2, CpuBackend)
+    first, second = (held_out(laboratory, Tokenizer(model), 60) for _ in range(2))
     assert "the model wrote" in first.source
     assert first.sha256 == second.sha256, "seeded"
     assert len(first.search) >= 8
@@ -191,6 +264,7 @@ def test_a_model_judges_itself_on_its_own_text_where_no_other_fits(model: Path, 
         ({"goal": "speed"}, RecipeError, "goal is 'speed'.* expected one of latency"),
         ({"max_loss": 2}, RecipeError, "max_loss is 2"),
         ({"rounds": 0}, RecipeError, "rounds is 0"),
+        ({"minutes": 0}, RecipeError, "minutes is 0"),
         ({"data": "nowhere.txt"}, HastenError, "cannot read text nowhere.txt"),
     ],
 )

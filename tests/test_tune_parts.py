@@ -10,9 +10,10 @@ from hasten.compress.plan import describe, matrix_shapes, resolve
 from hasten.hardware import Hardware
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import Layer, ModelSpec
-from hasten.receipt import Candidate, Measurement, Quality, Receipt
-from hasten.recipe import Quantize, Recipe, Run
+from hasten.receipt import Candidate, Measurement, Prediction, Quality, Receipt
+from hasten.recipe import Quantize, Recipe, Run, presets
 from hasten.tune import candidates, choose
+from hasten.tune.budget import Budget, Progress
 from hasten.tune.predict import kv_bytes_per_token, predict
 from hasten.tune.report import report
 
@@ -91,8 +92,6 @@ def test_units_cover_every_matrix_once_and_keep_products_together() -> None:
     names = [name for members in units.values() for name in members]
     assert sorted(names) == sorted(matrix_shapes(spec()))
     assert units["layers.1.q+k+v"] == ("layers.1.q", "layers.1.k", "layers.1.v")
-    layers, classes = candidates.by_layer(spec()), candidates.by_class(spec())
-    assert sorted(n for m in layers.values() for n in m) == sorted(n for m in classes.values() for n in m)
 
 
 def test_mixed_recipes_put_low_formats_where_they_are_told() -> None:
@@ -102,6 +101,26 @@ def test_mixed_recipes_put_low_formats_where_they_are_told() -> None:
     assert formats["layers.0.up"] == Format("int4", 32)
     assert formats["layers.1.up"] == formats["head"] == Format("int8")
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("fine", "coarse"),
+    [
+        ("int8-g32", "int8"), ("int8", "int4-g32-asym"), ("int4-g32-asym", "int4-g32"), ("int4-g32", "int4-g64"),
+        ("int4-g32-asym-head8", "int4-g128"), ("int4-g32-head8", "int4-g32"),
+    ],
+)  # fmt: skip
+def test_what_keeps_more_is_known_before_measuring(fine: str, coarse: str) -> None:
+    one, other = (resolve(presets()[name], spec()).formats for name in (fine, coarse))
+    assert candidates.at_least_as_fine(one, other)
+    assert candidates.at_least_as_fine(one, one)
+    assert not candidates.at_least_as_fine(other, one)
+
+
+def test_some_formats_cannot_be_compared() -> None:
+    one, other = (resolve(presets()[name], spec()).formats for name in ("int4-g64-asym", "int4-g32"))
+    assert not candidates.at_least_as_fine(one, other)
+    assert not candidates.at_least_as_fine(other, one)
 
 
 def test_ways_to_run_change_one_thing_each() -> None:
@@ -123,9 +142,61 @@ def test_quality_is_judged_at_the_upper_end() -> None:
 def test_what_is_slower_for_the_goal_is_not_used_for_it() -> None:
     mixed = candidate("m", 0.9, 1.5, 0.001)
     assert choose.judge(mixed, "latency", 0.01).verdict == "slower"
-    assert choose.judge(mixed, "throughput", 0.01).verdict == "accepted"
+    assert choose.judge(mixed, "memory", 0.01).verdict == "accepted"
     assert choose.by_batch(mixed, "original") == {"1": "original", "8": "m"}
     assert choose.by_batch(None, "original") == {"1": "original", "8": "original"}
+
+
+def test_no_speed_is_bought_with_another() -> None:
+    """What is faster with one number of streams and slower with another is not written as a faster model."""
+    for goal, one, eight in (("latency", 2.0, 0.9), ("throughput", 0.9, 2.0)):
+        judged = choose.judge(candidate("m", one, eight, 0.001), goal, 0.01)  # type: ignore[arg-type]
+        assert judged.verdict == "slower"
+        assert "only 0.90x with" in judged.reason
+        assert choose.rank([judged], goal) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "eight", "low", "wanted"),
+    [(1.2, 1.0, 1.1, True), (1.2, 0.9, 1.1, False), (1.02, 1.0, 1.0, False), (1.2, 1.0, 0.99, False)],
+)
+def test_a_way_of_running_must_pay_and_cost_nothing_elsewhere(
+    one: float, eight: float, low: float, wanted: bool
+) -> None:
+    way = candidate("way", 2, 2, 0)
+    way = replace(way, ratio={**way.ratio, "gain 1": measured(one, low), "gain 8": measured(eight)})
+    assert choose.worthwhile(way, "latency") == wanted
+
+
+def test_what_is_expected_is_corrected_by_the_nearest_that_was_measured() -> None:
+    def predicted(speed: float, size: int) -> Prediction:
+        return Prediction({"1": speed, "8": 8 * speed}, 100, size, size)
+
+    def tried(ratio: float, speed: float, size: int) -> Candidate:
+        return replace(candidate("c", ratio, 1, 0), predicted=predicted(speed, size), weight_bytes=size)
+
+    original = predicted(10, 1000)
+    near, far = tried(3.0, 20, 500), tried(1.0, 40, 250)
+    assert choose.expected(predicted(18, 550), original, [near, far], "latency") == pytest.approx(1.8 * 1.5)
+    assert choose.expected(predicted(50, 200), original, [near, far], "latency") == pytest.approx(5 / 4)
+    assert choose.expected(predicted(18, 550), original, [], "latency") == pytest.approx(1.8)
+    assert choose.expected(predicted(18, 550), original, [near], "memory") == pytest.approx(1000 / 550)
+
+
+def test_time_is_counted_over_interruptions_and_told_as_seconds() -> None:
+    clock = [100.0]
+    budget = Budget(60, before=20, now=lambda: clock[0])
+    told: list[tuple[int, int, str]] = []
+    progress = Progress(lambda *what: told.append(what), budget)
+    assert (budget.spent, budget.left) == (20, 40)
+    progress.tick("first")
+    clock[0] = 110
+    progress.expect(15)
+    clock[0] = 120
+    progress.tick("second")
+    clock[0] = 150
+    progress.tick("late")
+    assert told == [(20, 60, "first"), (40, 45, "second"), (70, 70, "late")]
 
 
 def test_about_as_fast_goes_to_the_smaller_loss() -> None:
@@ -146,6 +217,14 @@ def test_the_table_shows_everyone_and_why() -> None:
     console = Console(file=io.StringIO(), width=160)
     console.print(report(receipt))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("int8", "200 (2.00x)", "rejected", "+2.00% .. +3.00%", "Chosen: int8. because.", "Note: a note."):
+    for part in (
+        "int8",
+        "200 (2.00x)",
+        "rejected",
+        "+2.00% .. +3.00%",
+        "Chosen: int8. because.",
+        "Note: a note.",
+        "int4: rejected, loss",
+    ):
         assert part in shown
     assert Receipt.from_json(receipt.to_json()) == receipt

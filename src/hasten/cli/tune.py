@@ -44,7 +44,10 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Interleaved rounds of timing.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, metavar="N", help="Time to fit the search to; slow models may take longer.")
+    ] = 5,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Most interleaved rounds of timing.")] = 5,
     threads: options.ThreadsOption = None,
     transformers: Annotated[
         bool, typer.Option(help="Measure the original through Transformers too, where it is installed.")
@@ -69,6 +72,7 @@ def tune(
                 max_loss=share,
                 goal=goal,
                 data=data,
+                minutes=minutes,
                 rounds=rounds,
                 threads=threads,
                 transformers=transformers,

@@ -8,7 +8,7 @@ from hasten.backends.base import Backend
 from hasten.compress.folder import ProgressCallback, hashes
 from hasten.errors import ModelError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
-from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
+from hasten.measure.quality import Model, score, summarize
 from hasten.measure.speed import default_kv_cache
 from hasten.measure.text import BUNDLED, first_token, make_windows, read_text
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
@@ -45,12 +45,11 @@ def evaluate(
     longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
     windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), longest, max_windows)
     threads = threads or usable_threads()
-    backends: dict[str, Backend] = {}  # the one compared with comes first
+    models: dict[str, Model] = {}  # the one compared with comes first
     for name, opened, kv in (("against", original, None), ("model", checkpoint, kv_cache)):
         if opened is not None:
-            backends[name] = _load(opened, threads)
-            backends[name].allocate(kv_blocks(windows), BLOCK_SIZE, kv or _stated_kv_cache(opened))
-    scores = score(backends, windows, checkpoint.spec.vocab_size, progress)
+            models[name] = _load(opened, threads), kv or _stated_kv_cache(opened)
+    scores = score(models, windows, checkpoint.spec.vocab_size, progress, threads)
     return Receipt(
         what="evaluate",
         model=str(model),

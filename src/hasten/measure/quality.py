@@ -5,6 +5,7 @@ in full, chunk by chunk, so that memory stays bounded: a distribution over 150,0
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,40 +36,70 @@ class Scores:
     num_bytes: Float64
 
 
-def kv_blocks(windows: Sequence[Window]) -> int:
-    """KV blocks that `score` needs of each backend."""
-    return max(-(-len(window.tokens) // BLOCK_SIZE) for window in windows)
+Model = tuple[Backend, str]  # loaded, and how it stores keys and values: "fp32", "bf16" or "int8"
 
 
 def score(
-    backends: Mapping[str, Backend],
+    models: Mapping[str, Model],
     windows: Sequence[Window],
     vocab_size: int,
     progress: Callable[[int, int, str], None] | None = None,
+    threads: int = 1,
 ) -> dict[str, Scores]:
-    """Run every window through every backend; the first is the original that the others are compared with.
+    """Run every window through every model; the first is the original that the others are compared with.
 
-    Each backend is loaded and has kv_blocks(windows) blocks of BLOCK_SIZE, whose contents are lost. Raises ModelError
-    where a model gives logits that are not numbers.
+    The backends' KV caches are made anew for it. Two models may share a backend. threads: that compare logits. Raises
+    ModelError where a model gives logits that are not numbers.
     """
-    names = list(backends)
-    sums = {name: np.zeros((3, len(windows))) for name in names}
-    for index, window in enumerate(windows):
-        for batch, targets in _batches(window, vocab_size):
-            original = np.empty(0, np.float32)
-            for name in names:
-                logits = backends[name].fetch(backends[name].forward(batch))[: len(targets)]
-                if name == names[0]:
-                    original = logits
-                rows = compare_rows(original, logits, targets)
-                if not np.isfinite(rows).all():
-                    raise ModelError(f"{name} gives logits that are not numbers: a weight is damaged or overflowed")
-                sums[name][:, index] += rows.sum(axis=1)
-        if progress is not None:
-            progress(index + 1, len(windows), "windows of text")
+    sums = np.zeros((len(models), 3, len(windows)))
+    num_blocks = max(-(-len(window.tokens) // BLOCK_SIZE) for window in windows)
+    for backend, kv_cache in models.values():
+        backend.allocate(num_blocks, BLOCK_SIZE, kv_cache)
+    with ThreadPoolExecutor(threads) as pool:
+        for index, window in enumerate(windows):
+            sums[:, :, index] = _read_window(models, window, num_blocks, vocab_size, pool)
+            if progress is not None:
+                progress(index + 1, len(windows), "windows of text")
     tokens = np.array([len(window.tokens) - 1 for window in windows], np.float64)
     num_bytes = np.array([window.num_bytes for window in windows], np.float64)
-    return {name: Scores(found[0], found[1], found[2], tokens, num_bytes) for name, found in sums.items()}
+    return {
+        name: Scores(found[0], found[1], found[2], tokens, num_bytes) for name, found in zip(models, sums, strict=True)
+    }
+
+
+def _read_window(
+    models: Mapping[str, Model], window: Window, num_blocks: int, vocab_size: int, pool: ThreadPoolExecutor
+) -> Float64:
+    """Sums over the window's tokens, [models, 3]: nll, divergence, agreements."""
+    shared = len({id(backend) for backend, _ in models.values()}) < len(models)
+    # Where models overwrite one cache in turn, each reads its window in one piece.
+    step = len(window.tokens) if shared else max(1, _LOGITS_BYTES // (4 * vocab_size))
+    sums = np.zeros((len(models), 3))
+    for batch, targets in _batches(window, step):
+        original: Float32 | None = None
+        for index, (name, (backend, kv_cache)) in enumerate(models.items()):
+            if shared:
+                backend.allocate(num_blocks, BLOCK_SIZE, kv_cache)
+            logits = backend.forward(batch)[: len(targets)]
+            rows = _compare(original, logits, targets, pool)
+            if not np.isfinite(rows).all():
+                raise ModelError(f"{name} gives logits that are not numbers: a weight is damaged or overflowed")
+            sums[index] += rows.sum(axis=1)
+            if original is None:
+                original = logits.copy() if shared else logits
+    return sums
+
+
+def _compare(original: Float32 | None, other: Float32, targets: NDArray[np.int32], pool: ThreadPoolExecutor) -> Float64:
+    """compare_rows on the pool's threads, in runs of rows that stay in a core's own cache. original None: itself."""
+    step = max(1, _CACHE_ELEMENTS // other.shape[1])
+
+    def work(start: int) -> Float64:
+        rows = slice(start, start + step)
+        logits = other[rows]
+        return compare_rows(logits if original is None else original[rows], logits, targets[rows])
+
+    return np.concatenate(list(pool.map(work, range(0, len(other), step))), axis=1)
 
 
 def summarize(scores: Scores, original: Scores | None = None) -> Quality:
@@ -98,23 +129,18 @@ def compare_rows(original: Float32, other: Float32, targets: NDArray[np.int32]) 
 
     p is `original`'s distribution, q `other`'s. With the same array twice the KL is exactly 0.
     """
-    count, vocab = other.shape
-    out = np.empty((3, count))
-    step = max(1, _CACHE_ELEMENTS // vocab)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        p, q, ids = original[rows], other[rows], targets[rows, None]
-        log_q, _ = _log_sum_exp(q)
-        out[0, rows] = log_q - np.take_along_axis(q, ids, 1)[:, 0]
-        if original is other:
-            out[1, rows], out[2, rows] = 0, 1
-            continue
-        log_p, weights = _log_sum_exp(p)
-        total = weights.sum(axis=1)
-        # log p - log q, with what they have in common taken off first: in float32 only the small rest is summed.
-        weights *= p - q - (log_p - log_q)[:, None].astype(np.float32)
-        out[1, rows] = np.maximum(weights.sum(axis=1) / total, 0)  # below 0 only by rounding
-        out[2, rows] = p.argmax(axis=1) == q.argmax(axis=1)
+    out = np.empty((3, len(other)))
+    log_q, _ = _log_sum_exp(other)
+    out[0] = log_q - np.take_along_axis(other, targets[:, None], 1)[:, 0]
+    if original is other:
+        out[1], out[2] = 0, 1
+        return out
+    log_p, weights = _log_sum_exp(original)
+    total = weights.sum(axis=1)
+    # log p - log q, with what they have in common taken off first: in float32 only the small rest is summed.
+    weights *= original - other - (log_p - log_q)[:, None].astype(np.float32)
+    out[1] = np.maximum(weights.sum(axis=1) / total, 0)  # below 0 only by rounding
+    out[2] = original.argmax(axis=1) == other.argmax(axis=1)
     return out
 
 
@@ -125,12 +151,11 @@ def _log_sum_exp(logits: Float32) -> tuple[Float64, Float32]:
     return peak + np.log(weights.sum(axis=1, dtype=np.float64)), weights
 
 
-def _batches(window: Window, vocab_size: int) -> Iterator[tuple[Batch, NDArray[np.int32]]]:
-    """The window in chunks whose logits fit, with the tokens that each chunk's rows are to predict."""
+def _batches(window: Window, step: int) -> Iterator[tuple[Batch, NDArray[np.int32]]]:
+    """The window in chunks of `step` tokens, with the tokens that each chunk's rows are to predict."""
     tokens = window.tokens
     length = len(tokens) - 1  # the last token is only predicted
     table = np.arange(-(-len(tokens) // BLOCK_SIZE), dtype=np.int32)[None]
-    step = max(1, _LOGITS_BYTES // (4 * vocab_size))
     for start in range(0, length, step):
         end = min(start + step, length)
         places = np.arange(start, end, dtype=np.int32)

@@ -8,10 +8,10 @@ from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Quantize, Recipe, Run, presets
 
-# Presets in the order in which they are measured: from the most careful to the smallest.
+# Presets in the order in which they are measured: where time ends early, those that differ most were tried.
 _TRIED = (
-    "bf16", "int8", "int8-g32", "int4-g32-asym-head8", "int4-g32-head8", "int4-g32-asym", "int4-g32", "int4-g64",
-    "int4-g128",
+    "bf16", "int8", "int4-g32-asym-head8", "int4-g32", "int4-g64", "int4-g32-asym", "int4-g128", "int4-g32-head8",
+    "int8-g32",
 )  # fmt: skip
 # What is stored in one format together: rows of products that read the same input are one matrix to a backend.
 _TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -53,22 +53,17 @@ def units(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     return parts | {name: (name,) for name in ("embed", "head") if name in names}
 
 
-def by_layer(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The matrices of each layer."""
-    names = list(matrix_shapes(spec))
-    return {
-        f"layers.{index}": tuple(name for name in names if name.startswith(f"layers.{index}."))
-        for index in range(len(spec.layers))
-    }
+def at_least_as_fine(one: Mapping[str, Format], other: Mapping[str, Format]) -> bool:
+    """Whether every matrix keeps as much in `one` as in `other`: as many bits, as small groups, as free zero points."""
+    return all(_keeps(one[name], other[name]) for name in other)
 
 
-def by_class(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """The same matrices by what they do, over all layers."""
-    names = list(matrix_shapes(spec))
-    classes = {
-        "+".join(group): tuple(name for name in names if name.rsplit(".", 1)[-1] in group) for group in _TOGETHER
-    }
-    return {key: found for key, found in classes.items() if found}
+def _keeps(one: Format, other: Format) -> bool:
+    bits = [{"int4": 4, "int8": 8}.get(fmt.kind, 16) for fmt in (one, other)]
+    groups = [fmt.group_size or 1 << 30 for fmt in (one, other)]
+    if bits[0] != bits[1] or bits[0] == 16:
+        return bits[0] > bits[1] or one == other
+    return groups[0] <= groups[1] and (not one.symmetric or other.symmetric)
 
 
 def mixed(high: Recipe, low: Recipe, names: Iterable[str], spec: ModelSpec) -> Recipe:

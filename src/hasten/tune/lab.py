@@ -3,6 +3,7 @@
 Knows how to load a recipe's weights, and what to measure; not what to try (candidates.py), what to prefer (choose.py).
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,19 +12,22 @@ from typing import Any
 
 from hasten.backends.base import Backend
 from hasten.compress.apply import carry_out
+from hasten.compress.folder import ProgressCallback
 from hasten.compress.plan import resolve
 from hasten.engine.engine import Engine
+from hasten.errors import ResourceError
 from hasten.hardware import Hardware, memory_available
 from hasten.measure.energy import measure_energy
-from hasten.measure.quality import BLOCK_SIZE, Scores, kv_blocks, score, summarize
+from hasten.measure.quality import Scores, score, summarize
 from hasten.measure.speed import Timing, Workload, default_kv_cache, interleave, make_engine, time_workload
 from hasten.measure.statistics import ratio_of_rounds, spread
 from hasten.measure.text import Window
 from hasten.measure.transformers_worker import TransformersWorker
 from hasten.model.checkpoint import Checkpoint
 from hasten.model.formats import Format
-from hasten.receipt import Candidate, Measurement, Prediction
-from hasten.recipe import Recipe
+from hasten.receipt import Candidate, Measurement, Prediction, Quality
+from hasten.recipe import Recipe, Step
+from hasten.tune.budget import Pace
 from hasten.tune.candidates import total_bytes
 from hasten.tune.predict import all_formats, kv_bytes_per_token, predict
 
@@ -31,15 +35,19 @@ ORIGINAL = "original"
 TRANSFORMERS = "transformers"
 CONTEXT = 256  # tokens that each stream has in a prediction
 KV_TOKENS = 4096  # of KV cache that memory is stated for, or the model's length where that is shorter
+_ENERGY_SECONDS = 2.0  # of a run whose energy is read; the counters move every millisecond
 
 Timings = dict[tuple[str, str], list[Timing]]  # by model and workload
 Tick = Callable[[str], None]
+Loaded = tuple[tuple[Step, ...], int]  # what makes two backends hold the same: steps and threads
 
 
 class Lab:
     """One model on this machine, its original loaded. make_backend gives an empty backend with some number of threads.
 
-    tick is told of every piece of work that is done. Workloads are named "1" and "8" (streams decoding) and "prefill".
+    Beside the original only what is being measured is loaded: recipes that differ in how they run, not in weights,
+    share one backend. tick is told of every piece of work that is done. Workloads are named "1" and "8" (streams
+    decoding) and "prefill".
     """
 
     def __init__(
@@ -55,9 +63,11 @@ class Lab:
         self.hardware = hardware
         self.threads = threads
         self.tick = tick
+        self.pace = Pace()
         self._make_backend = make_backend
+        self._loaded: dict[Loaded, Backend] = {}
         self.found: dict[str, Format] = {name: fmt for name, _, fmt in checkpoint.matrices()}
-        self.original = self.load(Recipe())
+        self.original = self.load({ORIGINAL: Recipe()})[ORIGINAL]
 
     def formats(self, recipe: Recipe) -> dict[str, Format]:
         """The format of every matrix under a recipe."""
@@ -83,11 +93,16 @@ class Lab:
         return predict(self.spec, self.formats(recipe), self.hardware, self.kv_cache(recipe), context)
 
     def groups(self, recipes: Mapping[str, Recipe], most: int = 3) -> list[dict[str, Recipe]]:
-        """Recipes in groups of at most `most` that fit in memory together beside the original."""
+        """Recipes in groups of at most `most` that fit in memory together beside the original. ResourceError where one
+        does not fit even alone."""
         groups: list[dict[str, Recipe]] = []
-        room, used = 0.6 * memory_available(), 0
+        room, used = self.room(), 0
         for name, recipe in recipes.items():
             size = self.weight_bytes(recipe)
+            if size > room:
+                raise ResourceError(
+                    f"{name} takes {size / 1e9:.1f} GB, {room / 1e9:.1f} GB are free beside the original: free some"
+                )
             if not groups or len(groups[-1]) == most or used + size > room:
                 groups.append({})
                 used = 0
@@ -95,9 +110,26 @@ class Lab:
             used += size
         return groups
 
+    def room(self) -> int:
+        """Bytes that candidates may take, were all but the original dropped: a part of what is free stays free for
+        activations, logits and neighbours."""
+        others = sum(self._bytes(key) for key in self._loaded if key != self._key(Recipe()))
+        return int(0.8 * (memory_available() + others))
+
     def quality(self, recipes: Mapping[str, Recipe], windows: Sequence[Window]) -> dict[str, Scores]:
-        """Scores of the original and of each recipe on the same windows. Each is loaded for it and dropped after."""
-        return self._score(self._load_all(recipes), {ORIGINAL: Recipe(), **recipes}, windows)
+        """Scores of the original and of each recipe on the same windows."""
+        every = {ORIGINAL: Recipe(), **recipes}
+        backends = self.load(every)
+        start, what = time.perf_counter(), ", ".join(recipes) or ORIGINAL
+        scores = score(
+            {name: (backends[name], self.kv_cache(recipe)) for name, recipe in every.items()},
+            windows,
+            self.spec.vocab_size,
+            now_and_then(lambda done, total: self.tick(f"{what}: quality, {done} of {total} passages")),
+            self.threads,
+        )
+        self.pace.window = (time.perf_counter() - start) / (len(windows) * len(every))
+        return scores
 
     def measure(
         self,
@@ -105,19 +137,35 @@ class Lab:
         windows: Sequence[Window],
         workloads: Mapping[str, Workload],
         rounds: int,
+        known: Mapping[str, Quality] | None = None,
         base: str = ORIGINAL,
     ) -> dict[str, Candidate]:
-        """The original and each recipe, no verdicts: quality on `windows`, speed in interleaved rounds. Ratios are to
-        the original; to another `base` as well, under "gain 1" and so on."""
-        backends = self._load_all(recipes)
+        """The original and each recipe, no verdicts: quality on `windows` where it is not `known`, speed in interleaved
+        rounds. Ratios are to the original; to another `base` as well, under "gain 1" and so on."""
         every = {ORIGINAL: Recipe(), **recipes}
-        scores = self._score(backends, every, windows)
-        timings = self._time(backends, every, workloads, rounds)
+        quality = dict(known or {})
+        unknown = {name: recipe for name, recipe in every.items() if name not in quality}
+        if unknown:
+            scores = self.quality({name: recipe for name, recipe in unknown.items() if name != ORIGINAL}, windows)
+            quality |= {name: summarize(scores[name], scores[ORIGINAL]) for name in unknown}
+        timings = self.time(every, workloads, rounds)
         gains = None if base == ORIGINAL else (base, every[base])
         return {
-            name: self._candidate(name, recipe, timings, gains, search=summarize(scores[name], scores[ORIGINAL]))
-            for name, recipe in every.items()
+            name: self._candidate(name, recipe, timings, gains, search=quality[name]) for name, recipe in every.items()
         }
+
+    def time(self, recipes: Mapping[str, Recipe], workloads: Mapping[str, Workload], rounds: int) -> Timings:
+        """Every workload on every recipe, `rounds` times in turn."""
+        backends = self.load(recipes)
+        start, what = time.perf_counter(), ", ".join(name for name in recipes if name != ORIGINAL) or ORIGINAL
+        runs: dict[tuple[str, str], Callable[[], Timing]] = {}
+        for name, recipe in recipes.items():
+            engine = self.engine(backends[name], recipe, workloads)
+            for key, work in workloads.items():
+                runs[name, key] = partial(self._turn, backends[name], engine, recipe, work)
+        timings = interleave(runs, rounds, lambda: self.tick(f"{what}: speed"))
+        self.pace.timing = (time.perf_counter() - start) / (len(recipes) * (rounds + 1))
+        return timings
 
     def compare_transformers(
         self, worker: TransformersWorker, workloads: Mapping[str, Workload], rounds: int
@@ -134,57 +182,55 @@ class Lab:
         changes: dict[str, Any] = {"verdict": "reference", "reason": f"the original through {named}"}
         return replace(found, **changes, memory={"peak": worker.peak_memory()}, predicted=None, bandwidth_fraction=None)
 
-    def joules_per_token(self, backend: Backend, recipe: Recipe, work: Workload) -> dict[str, float] | None:
-        """Energy of decoding one workload, all processor packages together; None where it cannot be read here."""
-        engine = self.engine(backend, recipe, {"": work})
-        found = measure_energy(lambda: time_workload(engine, work))
-        if found is None:
+    def energy(self, recipe: Recipe, workloads: Mapping[str, Workload]) -> dict[str, float] | None:
+        """Joules a token of decoding by number of streams, all processor packages together with whatever else runs;
+        None where they cannot be read here."""
+        if self.hardware.energy is None:
             return None
-        return {"joules_per_token": found["joules"] / (len(work.prompts) * work.num_tokens)}
+        engine = self.engine(self.load({"": recipe})[""], recipe, workloads)
+        return {key: _joules_per_token(engine, work) for key, work in workloads.items() if key != "prefill"}
 
-    def load(self, recipe: Recipe) -> Backend:
-        """A backend with the recipe's weights, made from the checkpoint on the way."""
-        backend = self._make_backend(recipe.run.threads or self.threads)
-        plan = resolve(recipe, self.spec)
-        with ThreadPoolExecutor(self.threads) as pool:
-            backend.load(self.spec, carry_out(plan, self.checkpoint.weights(), pool))
-        return backend
-
-    def _load_all(self, recipes: Mapping[str, Recipe]) -> dict[str, Backend]:
-        backends = {ORIGINAL: self.original}
+    def load(self, recipes: Mapping[str, Recipe]) -> dict[str, Backend]:
+        """A backend with each recipe's weights, made from the checkpoint on the way. What was loaded for others is
+        dropped first, but for the original."""
+        keys = {name: self._key(recipe) for name, recipe in recipes.items()}
+        for key in self._loaded.keys() - set(keys.values()) - {self._key(Recipe())}:
+            del self._loaded[key]
         for name, recipe in recipes.items():
-            backends[name] = self.load(recipe)
-            self.tick(f"{name}: quantised and loaded")
-        return backends
+            if keys[name] not in self._loaded:
+                start = time.perf_counter()
+                self._loaded[keys[name]] = self._load(recipe)
+                self.pace.load = time.perf_counter() - start
+                self.tick(f"{name}: loaded")
+        return {name: self._loaded[key] for name, key in keys.items()}
 
-    def _score(
-        self, backends: Mapping[str, Backend], recipes: Mapping[str, Recipe], windows: Sequence[Window]
-    ) -> dict[str, Scores]:
-        for name, backend in backends.items():
-            backend.allocate(kv_blocks(windows), BLOCK_SIZE, self.kv_cache(recipes[name]))
-        scores = score(backends, windows, self.spec.vocab_size)
-        self.tick(f"{', '.join(list(backends)[1:])}: quality")
-        return scores
-
-    def _time(
-        self,
-        backends: Mapping[str, Backend],
-        recipes: Mapping[str, Recipe],
-        workloads: Mapping[str, Workload],
-        rounds: int,
-    ) -> Timings:
-        runs: dict[tuple[str, str], Callable[[], Timing]] = {}
-        for name, backend in backends.items():
-            engine = self.engine(backend, recipes[name], workloads)
-            for key, work in workloads.items():
-                runs[name, key] = partial(time_workload, engine, work)
-        return interleave(runs, rounds, lambda: self.tick(f"{', '.join(list(backends)[1:])}: speed"))
+    def is_loaded(self, recipe: Recipe) -> bool:
+        """Whether the recipe's weights are in memory."""
+        return self._key(recipe) in self._loaded
 
     def engine(self, backend: Backend, recipe: Recipe, workloads: Mapping[str, Workload]) -> Engine:
         """An engine with room for the workloads, on a backend that is loaded."""
         streams = max(len(work.prompts) for work in workloads.values())
         longest = max(len(work.prompts[0]) + work.num_tokens for work in workloads.values())
         return make_engine(self.spec, backend, recipe.run, streams, longest)
+
+    def _load(self, recipe: Recipe) -> Backend:
+        backend = self._make_backend(recipe.run.threads or self.threads)
+        plan = resolve(recipe, self.spec)
+        with ThreadPoolExecutor(self.threads) as pool:
+            backend.load(self.spec, carry_out(plan, self.checkpoint.weights(), pool))
+        return backend
+
+    def _turn(self, backend: Backend, engine: Engine, recipe: Recipe, work: Workload) -> Timing:
+        """One timing. The KV cache is made anew: others may have used this backend since."""
+        backend.allocate(engine.config.num_blocks, engine.config.block_size, self.kv_cache(recipe))
+        return time_workload(engine, work)
+
+    def _key(self, recipe: Recipe) -> Loaded:
+        return recipe.steps, recipe.run.threads or self.threads
+
+    def _bytes(self, key: Loaded) -> int:
+        return self.weight_bytes(Recipe(key[0]))
 
     def _candidate(
         self, name: str, recipe: Recipe, timings: Timings, base: tuple[str, Recipe] | None = None, **more: Any
@@ -228,9 +274,30 @@ class Lab:
         return found | {f"{prefix}memory": Measurement(share, share, share, 1, "times")}
 
 
-def ticks(num_recipes: int, rounds: int) -> int:
-    """How often `measure` ticks for a group of so many recipes."""
-    return num_recipes + 1 + rounds
+def now_and_then(tell: Callable[[int, int], None], seconds: float = 0.5) -> ProgressCallback:
+    """Told of every piece, tells at most so often, and of the last."""
+    last = time.monotonic()
+
+    def told(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            tell(done, total)
+
+    return told
+
+
+def _joules_per_token(engine: Engine, work: Workload) -> float:
+    runs: list[Timing] = []
+    end = time.perf_counter() + _ENERGY_SECONDS
+
+    def repeat() -> None:
+        while not runs or time.perf_counter() < end:
+            runs.append(time_workload(engine, work))
+
+    found = measure_energy(repeat)
+    assert found is not None  # the counters were there when the machine was probed
+    return found["joules"] / (len(runs) * len(work.prompts) * work.num_tokens)
 
 
 def _total(memory: Mapping[str, int]) -> int:

@@ -6,8 +6,11 @@ from rich.text import Text
 
 from hasten.receipt import Candidate, Measurement, Receipt
 
-_STYLES = {"chosen": "bold green", "rejected": "red", "slower": "yellow", "reference": "dim"}
-_COLUMNS = ("", "tokens/s, 1 stream", "predicted", "8 streams", "prefill", "weights", "loss of bits/byte", "verdict")
+_STYLES = {"chosen": "bold green", "rejected": "red", "slower": "yellow", "reference": "dim", "not tried": "dim"}
+_COLUMNS = (
+    "tokens/s", "1 stream", "predicted", "8 streams", "predicted", "prompt", "weights", "loss .. at most", "verdict",
+)  # fmt: skip
+_SAMPLE_WIDTH = 160
 
 
 def report(receipt: Receipt) -> RenderableType:
@@ -23,15 +26,17 @@ def report(receipt: Receipt) -> RenderableType:
 
 def row(candidate: Candidate) -> tuple[str, ...]:
     """One line of the table; in brackets, times the original in the same rounds."""
-    predicted = "" if candidate.predicted is None else f"{candidate.predicted.decode['1']:,.0f}"
-    ones, eights = (speed(candidate.decode.get(size), candidate.ratio.get(size)) for size in ("1", "8"))
+    speeds: list[str] = []
+    for size in ("1", "8"):
+        speeds.append(speed(candidate.decode.get(size), candidate.ratio.get(size)))
+        speeds.append("" if candidate.predicted is None else f"{candidate.predicted.decode[size]:,.0f}")
     prefill = speed(candidate.prefill, candidate.ratio.get("prefill"))
     quality = candidate.final or candidate.search
     loss = ""
-    if quality is not None and quality.loss is not None:
+    if quality is not None and quality.loss is not None and candidate.verdict != "reference":
         loss = f"{quality.loss.median:+.2%} .. {quality.loss.high:+.2%}"
     weights = f"{candidate.weight_bytes / 1e6:,.1f} MB" if candidate.weight_bytes else ""
-    return candidate.name, ones, predicted, eights, prefill, weights, loss, candidate.verdict
+    return candidate.name, *speeds, prefill, weights, loss, candidate.verdict
 
 
 def speed(value: Measurement | None, ratio: Measurement | None) -> str:
@@ -43,7 +48,8 @@ def speed(value: Measurement | None, ratio: Measurement | None) -> str:
 
 
 def lines(receipt: Receipt) -> list[str]:
-    """The choice, its reason, what it means at each number of streams, reasons of the rejected, notes, samples."""
+    """The choice, its reason, what it means beside Transformers, why others were not taken, how it was measured, notes,
+    samples."""
     found = [f"Chosen: {receipt.choice}. {receipt.reason}."]
     chosen = receipt.chosen
     if chosen is not None and receipt.reference is not None:
@@ -53,11 +59,36 @@ def lines(receipt: Receipt) -> list[str]:
             for size in ("1", "8")
         ]
         found.append(f"Against Transformers as users run it today: {', '.join(parts)} streams.")
-    if chosen is not None and chosen.memory.get("peak"):
-        found.append(f"Peak memory in a fresh process: {chosen.memory['peak'] / 1e6:,.0f} MB.")
-    judged = [c for c in receipt.candidates if c.verdict in ("rejected", "slower")]
+    peaks = [(c.name, c.memory["peak"]) for c in (receipt.original, chosen) if c is not None and "peak" in c.memory]
+    if peaks:
+        named = ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in dict(peaks).items())
+        found.append(f"Peak memory in a fresh process: {named}.")
+    if "passages" in receipt.settings:
+        found.append(how(receipt))
+    found.append("")
+    judged = [c for c in receipt.candidates if c.verdict in ("rejected", "slower", "not tried")]
     found += [f"  {candidate.name}: {candidate.verdict}, {candidate.reason}" for candidate in judged]
     found += [f"Note: {note}." for note in receipt.notes]
-    for sample in receipt.samples:
-        found += ["", f"{sample.model}: {sample.prompt}|{sample.text}"]
+    if receipt.samples:
+        found += ["", f"Both continue, greedily: {_one_line(receipt.samples[0].prompt)}"]
+        found += [f"  {sample.model}: {_one_line(sample.text)}" for sample in receipt.samples]
     return found
+
+
+def how(receipt: Receipt) -> str:
+    """A line on what the numbers stand on."""
+    settings = receipt.settings
+    passages = settings["passages"]
+    took = f", in {settings['seconds'] / 60:.1f} of {settings['minutes']:g} minutes" if "seconds" in settings else ""
+    return (
+        f"Measured here{took}: speed in {settings['rounds']} rounds in turn (in brackets: times the original). "
+        "Predicted is the limit that memory and arithmetic set; a model that fits in the processor's cache exceeds it. "
+        f"Loss is of bits per byte on {passages['search']} passages; the choice was proven on {passages['proof']} "
+        f"others ({settings['text']})."
+    )
+
+
+def _one_line(text: str) -> str:
+    """White space made plain, cut to a width."""
+    plain = " ".join(text.split())
+    return plain if len(plain) <= _SAMPLE_WIDTH else plain[: _SAMPLE_WIDTH - 3] + "..."

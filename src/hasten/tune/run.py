@@ -1,7 +1,7 @@
 """`tune`: from a model to a faster folder with its receipt. The order of work; each part is elsewhere."""
 
+import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,30 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from hasten.backends.base import Backend
-from hasten.compress.folder import ProgressCallback, hashes, requantised, write_folder
+from hasten.compress.folder import ProgressCallback, hashes, requantised
 from hasten.compress.plan import resolve
-from hasten.engine.request import SamplingParams
 from hasten.errors import HastenError, RecipeError, ResourceError
-from hasten.hardware import conditions, probe, usable_threads, versions
-from hasten.measure.memory import peak_memory
-from hasten.measure.speed import make_engine
+from hasten.hardware import Hardware, conditions, probe, usable_threads, versions
+from hasten.measure.text import read_text
 from hasten.measure.transformers_worker import TransformersWorker, available
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve as resolve_name
 from hasten.model.tokenizer import Tokenizer
-from hasten.receipt import SCHEMA, Candidate, Receipt, Sample, build, plain
+from hasten.receipt import SCHEMA, Candidate, Receipt, build, plain
 from hasten.recipe import Recipe, did_you_mean
 from hasten.tune import choose
+from hasten.tune.budget import Budget, Progress
 from hasten.tune.choose import Goal
+from hasten.tune.finish import finish
 from hasten.tune.lab import ORIGINAL, TRANSFORMERS, Lab
-from hasten.tune.search import Progress, Search
+from hasten.tune.search import Search
 from hasten.tune.state import State
-from hasten.tune.texts import HeldOut, held_out, workloads
+from hasten.tune.texts import HeldOut, held_out, workload_sizes, workloads
 
 GOALS = ("latency", "throughput", "memory")
+_LEAST_ROUNDS = 3
+_ROUNDS_SHARE = 0.2  # of the time allowed, that timing may take
+_TIMED = 11  # models that are timed in a search, about
 _TRANSFORMERS_ROUNDS = 3
 _TRANSFORMERS_TOKENS = 16  # a stream; it is slow, and its speed steady
-_SAMPLE_TOKENS = 48
 
 
 def tune(
@@ -42,6 +44,7 @@ def tune(
     max_loss: float = 0.01,
     goal: Goal = "latency",
     data: str | Path | None = None,
+    minutes: float = 5,
     rounds: int = 5,
     threads: int | None = None,
     transformers: bool = True,
@@ -52,71 +55,108 @@ def tune(
 
     out: a new folder; by default the model's name with "-tuned" in the current one. max_loss: the most that bits per
     byte on held-out text may rise, relative, at the upper end of a 95 % interval. goal: speed of one stream, of eight,
-    or bytes. data: a UTF-8 file of held-out text; else see tune/texts.py. rounds: of interleaved timing. transformers:
-    measure the original through Transformers too, where it is installed. make_backend: for tests.
-    progress(done, total, what) is told of each piece of work; total grows as more is planned.
+    or bytes. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is fitted to; a
+    model so slow that they do not suffice for the least that says something takes longer. rounds: of interleaved
+    timing, at most. transformers: measure the original through Transformers too, where it is installed. make_backend:
+    for tests. progress(done, total, what) is told of each piece of work, in seconds as expected.
 
     An interrupted run leaves `OUT.tune.json`, from which the same call goes on. Raises HastenError's kinds.
     """
-    _check(max_loss, goal, rounds)
+    begin = time.monotonic()
+    _check(max_loss, goal, minutes, rounds)
     out = Path(out) if out is not None else Path(f"{Path(str(model)).name}-tuned")
     _check_out(out)
+    given = None if data is None else read_text(data)
     checkpoint = open_checkpoint(resolve_name(str(model)))
     threads = threads or usable_threads()
-    counter = Progress(progress)
-    lab = Lab(checkpoint, probe(threads=threads), threads, make_backend or _cpu_backend, counter.tick)
+    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads}
+    hardware, inputs = probe(threads=threads), hashes(checkpoint)
+    state = State(out.with_name(out.name + ".tune.json"), _key(inputs, settings, hardware, given))
+    budget = Budget(60 * minutes, state.seconds_before + time.monotonic() - begin)
+    counter = Progress(progress, budget)
+    lab = Lab(checkpoint, hardware, threads, make_backend or _cpu_backend, counter.tick)
     tokenizer = Tokenizer(checkpoint.path)
-    text = held_out(lab, tokenizer, data)
-    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads, "text": text.source}
-    inputs = {**hashes(checkpoint), "text": text.sha256}
-    key = {
-        "inputs": inputs,
-        "settings": settings,
-        "machine": lab.hardware.key,
-        "versions": versions(),
-        "schema": SCHEMA,
-    }
-    state = State(out.with_name(out.name + ".tune.json"), key)
-    search = _search(lab, state, counter, text, settings)
-    reference, notes = _through_transformers(search) if transformers else (None, ())
-    candidates, chosen = search.run(text.final)
-    receipt = Receipt(
-        what="tune",
-        model=str(model),
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        versions=versions(),
-        hardware=plain(lab.hardware),
-        conditions=conditions(),
-        inputs=inputs,
-        recipe=_explicit(lab, chosen.recipe if chosen else Recipe()),
-        settings=settings,
-        original=search.original(),
-        reference=reference,
-        candidates=tuple(candidates),
-        choice=chosen.name if chosen else ORIGINAL,
-        reason=_reason(chosen, goal, max_loss),
-        by_batch=choose.by_batch(chosen, ORIGINAL),
-        quality=chosen.final if chosen else None,
-        sensitivity=search.sensitivity(),
-        notes=(*notes, *_notes(lab, chosen)),
-    )
-    receipt = _write(out, search, _with_samples(receipt, lab, tokenizer, text), text)
+    text = _text(lab, state, tokenizer, budget, given, "" if data is None else Path(data).name)
+    search = _search(lab, state, budget, counter, text, settings)
+    receipt = _measure(str(model), search, text, inputs, {**settings, "minutes": minutes}, transformers)
+    receipt = finish(out, search, receipt, tokenizer, text)
     state.remove()
     return receipt
 
 
-def _search(lab: Lab, state: State, counter: Progress, text: HeldOut, settings: Mapping[str, Any]) -> Search:
-    prediction, longest = lab.predict(Recipe()), lab.spec.max_position
+def _measure(
+    model: str, search: Search, text: HeldOut, inputs: Mapping[str, str], settings: dict[str, Any], transformers: bool
+) -> Receipt:
+    """The whole search, and its receipt but for what comes with the folder."""
+    reference, notes = _through_transformers(search) if transformers else (None, ())
+    candidates, chosen = search.run(text.final)
+    lab, goal = search.lab, search.goal
+    return Receipt(
+        what="tune",
+        model=model,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        versions=versions(),
+        hardware=plain(lab.hardware),
+        conditions=conditions(),
+        inputs={**inputs, "text": text.sha256},
+        recipe=_explicit(lab, chosen.recipe if chosen else Recipe()),
+        settings={**settings, **_measured_on(search, text)},
+        original=search.original(),
+        reference=reference,
+        candidates=tuple(candidates),
+        choice=chosen.name if chosen else ORIGINAL,
+        reason=_reason(chosen, goal, search.max_loss),
+        by_batch=choose.by_batch(chosen, ORIGINAL),
+        quality=chosen.final if chosen else None,
+        sensitivity=search.sensitivity(),
+        notes=(*notes, *search.notes, *_notes(lab, chosen, goal)),
+    )
+
+
+def _key(
+    inputs: Mapping[str, str], settings: Mapping[str, Any], hardware: Hardware, text: str | None
+) -> dict[str, object]:
+    """What numbers must have in common to be compared: an interrupted run of anything else is not gone on with."""
+    digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+    return {
+        "inputs": inputs,
+        "settings": settings,
+        "machine": hardware.key,
+        "versions": versions(),
+        "schema": SCHEMA,
+        "text": digest,
+    }
+
+
+def _text(lab: Lab, state: State, tokenizer: Tokenizer, budget: Budget, given: str | None, name: str) -> HeldOut:
+    """The held-out text, the same one when a run goes on."""
+    if state.get("plan", "text") is None:
+        state.put("plan", "text", held_out(lab, tokenizer, budget.seconds, given, name).to_dict())
+    return HeldOut.from_dict(state.get("plan", "text"))
+
+
+def _search(
+    lab: Lab, state: State, budget: Budget, counter: Progress, text: HeldOut, settings: Mapping[str, Any]
+) -> Search:
+    if state.get("plan", "sizes") is None:
+        state.put("plan", "sizes", workload_sizes(lab.predict(Recipe()), lab.spec.max_position))
+    sizes = state.get("plan", "sizes")
+    works = workloads(text.tokens, sizes, sampled=False)
+    lab.time({ORIGINAL: Recipe()}, works, 0)
+    if state.get("plan", "rounds") is None:
+        fitting = int(_ROUNDS_SHARE * budget.seconds / (_TIMED * lab.pace.timing)) - 1
+        state.put("plan", "rounds", min(settings["rounds"], max(_LEAST_ROUNDS, fitting)))
     return Search(
         lab=lab,
         state=state,
+        budget=budget,
         progress=counter,
         windows=text.search,
-        workloads=workloads(text.tokens, prediction, longest, sampled=False),
-        sampled=workloads(text.tokens, prediction, longest, sampled=True),
+        workloads=works,
+        sampled=workloads(text.tokens, sizes, sampled=True),
         goal=settings["goal"],
         max_loss=settings["max_loss"],
-        rounds=settings["rounds"],
+        rounds=state.get("plan", "rounds"),
     )
 
 
@@ -127,18 +167,32 @@ def _through_transformers(search: Search) -> tuple[Candidate | None, tuple[str, 
         return build(Candidate, found), ()
     if not available():
         return None, ("Transformers is not installed: the original was measured through hasten only",)
-    search.progress.plan(_TRANSFORMERS_ROUNDS)
     works = {
         key: replace(work, num_tokens=min(work.num_tokens, _TRANSFORMERS_TOKENS))
         for key, work in search.workloads.items()
     }
+    search.progress.expect(search.cost_of_uniform() + search.cost_of_rest())
+    search.progress.tick("Transformers is loaded in a process of its own")
     try:
         with TransformersWorker(search.lab.checkpoint.path, search.lab.threads) as worker:
-            candidate = search.lab.compare_transformers(worker, works, _TRANSFORMERS_ROUNDS)
+            candidate = search.lab.compare_transformers(worker, works, min(search.rounds, _TRANSFORMERS_ROUNDS))
     except HastenError as error:
         return None, (str(error),)
     search.state.put("reference", TRANSFORMERS, candidate)
     return candidate, ()
+
+
+def _measured_on(search: Search, text: HeldOut) -> dict[str, Any]:
+    """What the numbers stand on: sizes that were fitted to the time allowed."""
+    sizes = search.state.get("plan", "sizes")
+    return {
+        "text": text.source,
+        "passages": {"search": len(text.search), "proof": len(text.final)},
+        "passage_tokens": max(len(window.tokens) for window in text.search),
+        "rounds": search.rounds,
+        "timed_tokens": {key: len(work.prompts) * work.num_tokens for key, work in search.workloads.items()},
+        "prefill_tokens": sizes["prompt"],
+    }
 
 
 def _explicit(lab: Lab, recipe: Recipe) -> Recipe:
@@ -158,69 +212,25 @@ def _reason(chosen: Candidate | None, goal: Goal, max_loss: float) -> str:
     )
 
 
-def _notes(lab: Lab, chosen: Candidate | None) -> tuple[str, ...]:
+def _notes(lab: Lab, chosen: Candidate | None, goal: Goal) -> tuple[str, ...]:
     plan = resolve(chosen.recipe if chosen else Recipe(), lab.spec)
-    slower = [size for size, name in choose.by_batch(chosen, ORIGINAL).items() if chosen and name == ORIGINAL]
-    beside = (f"with {' and '.join(slower)} streams the original is faster: use it there",) if slower else ()
-    return (*lab.hardware.notes, *beside, *plan.notes, *requantised(plan, lab.found))
+    notes = [*plan.notes, *requantised(plan, lab.found)]
+    if chosen is not None:
+        at = [f"decoding {size} streams ({chosen.ratio[size].median:.2f}x)" for size in choose.slower_at(chosen)]
+        if chosen.ratio["prefill"].median < 1:
+            at.append(f"reading a prompt ({chosen.ratio['prefill'].median:.2f}x)")
+        if at:
+            notes.append(f"the original is faster at {' and '.join(at)}: use it where that matters most")
+    return tuple(notes)
 
 
-def _with_samples(receipt: Receipt, lab: Lab, tokenizer: Tokenizer, text: HeldOut) -> Receipt:
-    """Greedy continuations of the beginning of the text by the original and by the chosen one."""
-    prompt = text.tokens[:16]
-    length = min(_SAMPLE_TOKENS, lab.spec.max_position - len(prompt))
-    samples = []
-    for name in dict.fromkeys((ORIGINAL, receipt.choice or ORIGINAL)):
-        recipe = Recipe() if name == ORIGINAL else receipt.recipe or Recipe()
-        backend = lab.original if name == ORIGINAL else lab.load(recipe)
-        engine = make_engine(lab.spec, backend, recipe.run, 1, len(prompt) + length)
-        engine.add(prompt, SamplingParams(max_tokens=length, temperature=0.0))
-        tokens: list[int] = []
-        while engine.num_unfinished:
-            for delta in engine.step():
-                tokens += delta.token_ids
-        samples.append(Sample(name, tokenizer.decode(prompt), tokenizer.decode(tokens)))
-    return replace(receipt, samples=tuple(samples))
-
-
-def _write(out: Path, search: Search, receipt: Receipt, text: HeldOut) -> Receipt:
-    """The folder under its name, whole: written beside, run in a fresh process for its peak memory, then renamed."""
-    lab, prompt = search.lab, text.tokens[:16]
-    staged = out.with_name(f".{out.name}.staged-{os.getpid()}")
-    assert receipt.recipe is not None
-    try:
-        write_folder(staged, lab.checkpoint, receipt.recipe, {})
-        search.progress.plan(2)
-        peaks = {}
-        for name, folder in ((ORIGINAL, lab.checkpoint.path), (receipt.choice, staged)):
-            peaks[name] = peak_memory(folder, prompt, lab.threads)
-            search.progress.tick(f"{name}: memory in a fresh process")
-        receipt = _with_peaks(receipt, peaks)
-        receipt.save(staged / "receipt.json")
-        os.rename(staged, out)
-    except OSError as error:
-        raise ResourceError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return receipt
-
-
-def _with_peaks(receipt: Receipt, peaks: Mapping[str | None, int]) -> Receipt:
-    def add(candidate: Candidate) -> Candidate:
-        peak = peaks.get(candidate.name)
-        return candidate if peak is None else replace(candidate, memory={**candidate.memory, "peak": peak})
-
-    assert receipt.original is not None
-    return replace(
-        receipt, original=add(receipt.original), candidates=tuple(add(candidate) for candidate in receipt.candidates)
-    )
-
-
-def _check(max_loss: float, goal: str, rounds: int) -> None:
+def _check(max_loss: float, goal: str, minutes: float, rounds: int) -> None:
     if goal not in GOALS:
         raise RecipeError(f"goal is {goal!r}{did_you_mean(str(goal), GOALS)}")
     if not 0 <= max_loss <= 1:
         raise RecipeError(f"max_loss is {max_loss!r}, expected a share from 0 to 1, such as 0.01 for 1 %")
+    if not minutes > 0:
+        raise RecipeError(f"minutes is {minutes!r}, expected more than 0")
     if rounds < 1:
         raise RecipeError(f"rounds is {rounds}, expected at least 1")
 

@@ -6,14 +6,14 @@ it is in use, in whatever language it speaks (data-free calibration in LLM-QAT, 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hasten.engine.request import SamplingParams
-from hasten.measure.quality import BLOCK_SIZE, kv_blocks, score, summarize
+from hasten.engine.request import RequestOutput, SamplingParams
+from hasten.measure.quality import summarize
 from hasten.measure.speed import Workload, make_engine, prompts_from
 from hasten.measure.text import BUNDLED, Window, first_token, make_windows, read_text, split
 from hasten.model.tokenizer import Tokenizer
@@ -23,9 +23,12 @@ from hasten.tune.lab import ORIGINAL, Lab
 
 WINDOW = 256  # tokens
 FITS = 2.2  # bits a byte; models that have not learnt a text's language need 3 and more
-_SECONDS = 6.0  # of reading at the predicted speed, for each of the two parts
+_TICK = 256  # tokens between two words on how far writing is
+_LOOK = 4  # windows of the first look at a text
 _RUN_SECONDS = 0.12  # of one timing, so that a moment's disturbance is not all of it
 _WINDOWS = (8, 64)  # of each part, at least and at most
+_PASSES = 14  # of one model over one part, about as many as a search makes without layers
+_SHARE = 0.35  # of the time allowed that these may take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,63 +45,90 @@ class HeldOut:
         """The search part's tokens in a row, to prompt with."""
         return [int(token) for window in self.search for token in window.tokens]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a run that is resumed; `from_dict` gives the same text back."""
+        parts = {
+            name: [[window.tokens.tolist(), window.num_bytes] for window in windows]
+            for name, windows in (("search", self.search), ("final", self.final))
+        }
+        return {**parts, "source": self.source, "sha256": self.sha256}
 
-def held_out(lab: Lab, tokenizer: Tokenizer, data: str | Path | None) -> HeldOut:
-    """The text for a model. HastenError where `data` cannot be read or is too short."""
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "HeldOut":
+        search, final = (
+            tuple(Window(np.array(tokens, np.int32), num_bytes) for tokens, num_bytes in data[name])
+            for name in ("search", "final")
+        )
+        return HeldOut(search, final, data["source"], data["sha256"])
+
+
+def held_out(lab: Lab, tokenizer: Tokenizer, seconds: float, given: str | None = None, name: str = "") -> HeldOut:
+    """The text for a model, as much of it as it reads in its share of `seconds`: the one `given`, called `name`, or one
+    that suits it. HastenError where the text is too short."""
     length = min(WINDOW, lab.spec.max_position)
-    count = 2 * num_windows(lab.predict(Recipe()), length)
-    if data is not None:
-        return _from_text(read_text(data), Path(data).name, tokenizer, length, count)
-    if BUNDLED.is_file():
-        bundled = _from_text(read_text(BUNDLED), "held-out text of the demo model", tokenizer, length, count)
-        if bits_per_byte(lab, bundled.search[:4]) <= FITS:
-            return bundled
-    return _written_by_model(lab, tokenizer, length, min(count, 64))
+
+    def windows_of(text: str, most: int) -> tuple[Window, ...]:
+        return make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, most)
+
+    text = read_text(BUNDLED) if given is None else given
+    bits = bits_per_byte(lab, windows_of(text, _LOOK))
+    lab.tick("a first look at the text")
+    count = num_windows(lab, seconds)
+    if given is None and bits > FITS:
+        return _written_by_model(lab, tokenizer, length, 2 * min(count, 32))
+    search, final = split(windows_of(text, 2 * count))
+    source = "held-out text of the demo model" if given is None else name
+    return HeldOut(search, final, source, hashlib.sha256(text.encode()).hexdigest())
 
 
-def num_windows(prediction: Prediction, length: int) -> int:
-    """Windows of each part, by how fast the model reads."""
+def num_windows(lab: Lab, seconds: float) -> int:
+    """Windows of each part."""
     least, most = _WINDOWS
-    return max(least, min(most, int(_SECONDS * 0.4 * prediction.prefill / length)))
+    return max(least, min(most, int(_SHARE * seconds / (_PASSES * lab.pace.window))))
 
 
 def bits_per_byte(lab: Lab, windows: Sequence[Window]) -> float:
-    """Of the original."""
-    lab.original.allocate(kv_blocks(windows), BLOCK_SIZE, lab.kv_cache(Recipe()))
-    scores = score({ORIGINAL: lab.original}, windows, lab.spec.vocab_size)
+    """Of the original. Compared with itself read twice, so that the pace is that of comparing."""
+    scores = lab.quality({"first look": Recipe()}, windows)
     return summarize(scores[ORIGINAL]).bits_per_byte.median
 
 
-def workloads(tokens: Sequence[int], prediction: Prediction, max_position: int, sampled: bool) -> dict[str, Workload]:
-    """What is timed: decoding with 1 and 8 streams, and a long prompt. sampled: draw at temperature 1 rather than take
-    the likeliest, as small models soon repeat themselves when they do, which would flatter speculation."""
+def workload_sizes(prediction: Prediction, max_position: int) -> dict[str, int]:
+    """Tokens of what is timed, by how fast the model is said to be: "start" of a stream, "steps" that it goes on, and
+    "prompt" of the prefill."""
     start = min(16, max_position // 4)
     steps = max(16, min(128, int(0.2 * prediction.decode["1"]), max_position - start - 1))
+    prompt = min(512, max(128, int(0.5 * prediction.prefill)), max_position - 1)
+    return {"start": start, "steps": steps, "prompt": prompt}
+
+
+def workloads(tokens: Sequence[int], sizes: Mapping[str, int], sampled: bool) -> dict[str, Workload]:
+    """What is timed: decoding with 1 and 8 streams, and a long prompt. sampled: draw at temperature 1 rather than take
+    the likeliest, as small models soon repeat themselves when they do, which would flatter speculation."""
+    start, steps = sizes["start"], sizes["steps"]
     found = {
         size: Workload(prompts_from(tokens, int(size), start), max(8, steps // share), float(sampled), _RUN_SECONDS)
         for size, share in (("1", 1), ("8", 2))
     }
-    found["prefill"] = Workload(prompts_from(tokens, 1, min(512, max_position - 1)), 1, min_seconds=_RUN_SECONDS)
+    found["prefill"] = Workload(prompts_from(tokens, 1, sizes["prompt"]), 1, min_seconds=_RUN_SECONDS)
     return found
-
-
-def _from_text(text: str, source: str, tokenizer: Tokenizer, length: int, count: int) -> HeldOut:
-    windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, count)
-    search, final = split(windows)
-    return HeldOut(search, final, source, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _written_by_model(lab: Lab, tokenizer: Tokenizer, length: int, count: int) -> HeldOut:
     first = first_token(tokenizer)
     if first is None:
         first = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else 0
-    engine = make_engine(lab.spec, lab.original, Run(), 16, length)
+    engine, done = make_engine(lab.spec, lab.original, Run(), 16, length), 0
     for seed in range(count):
         params = SamplingParams(max_tokens=length - 1, ignore_eos=True, temperature=1.0, top_k=0, top_p=1.0, seed=seed)
         engine.add([first], params)
-    outputs = []
+    outputs: list[RequestOutput] = []
     while engine.num_unfinished:
-        outputs += [delta.output for delta in engine.step() if delta.output is not None]
+        deltas = engine.step()
+        outputs += [delta.output for delta in deltas if delta.output is not None]
+        done += len(deltas)
+        if done // _TICK > (done - len(deltas)) // _TICK:
+            lab.tick(f"the model writes the text it is judged on: {done} of {count * (length - 1)} tokens")
     windows = []
     for output in sorted(outputs, key=lambda output: int(output.request_id)):
         tokens = output.outputs[0].token_ids
