@@ -13,8 +13,25 @@ namespace hasten {
 namespace {
 
 constexpr int kBlock = 128;      // logits of one block whose largest is known
-constexpr int kDrawBlock = 4096; // logits of one partial sum when nothing is cut off
+constexpr int kPiece = 4096;     // weights computed at once when nothing is cut off
+constexpr int kGroup = 16;       // ids that share one number of the draw, see backends/base.py
 constexpr int kBuckets = 1024;
+
+// Philox 4x32-10 (Salmon et al. 2011): key (seed low, seed high), counter (counter low, counter high, which, 0).
+void philox(uint64_t seed, uint64_t counter, uint32_t which, uint32_t* words) {
+  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = which, c3 = 0;
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t p0 = (uint64_t)0xD2511F53 * c0, p1 = (uint64_t)0xCD9E8D57 * c2;
+    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+    c1 = (uint32_t)p1;
+    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c3 = (uint32_t)p0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
 
 struct Token {
   float logit;
@@ -48,7 +65,7 @@ struct RowSampler {
   void keep_top_k(int k);
   void keep_top_p(float top, float bottom, double mass);
   int draw(const SamplingParams& p, int row, int best);
-  int draw_all(float top, float scale, double u);
+  int draw_all(const SamplingParams& p, int row, float top, float scale);
   void best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out);
 };
 
@@ -159,44 +176,70 @@ void RowSampler::keep_top_p(float top, float bottom, double mass) {
   keep({logits[last], ids[last]});
 }
 
-// All tokens may be drawn: sums of blocks first, then the one block where the draw falls.
-int RowSampler::draw_all(float top, float scale, double u) {
-  sums.clear();
-  double total = 0.0;
-  for (int i = 0; i < n; i += kDrawBlock) {
-    sums.push_back(ops.sum_exp(x + i, top, scale, std::min(kDrawBlock, n - i)));
-    total += sums.back();
-  }
-  const double target = u * total;
-  double sum = 0.0;
-  int last = -1;
-  for (size_t b = 0; b < sums.size(); b++) {
-    // A block's sum and the sum of its weights one by one may differ in the last bits: the latter decides.
-    if (sum + sums[b] * (1.0 + 1e-6) <= target) {
-      sum += sums[b];
-      continue;
+// The draw among tokens that come by rising id. Groups of kGroup ids race: each has its weight over an exponential number of
+// its own, and the greatest wins; within it, tokens are walked until their weights exceed a uniform share of the group's.
+struct Race {
+  uint64_t seed, counter;
+  double best = -1.0;  // of the groups so far
+  int first = 0;       // id at which the winner begins
+  uint32_t words[4];
+  int num_known = -1;  // which four groups `words` are of
+
+  // Whether the group that begins at `id` leads now.
+  bool enter(int id, double weight) {
+    if (!(weight > 0.0)) return false;
+    const int group = id / kGroup;
+    if (group / 4 != num_known) {
+      num_known = group / 4;
+      philox(seed, counter, 1 + (uint32_t)num_known, words);
     }
-    const int first = (int)b * kDrawBlock, count = std::min(kDrawBlock, n - first);
-    float here_weights[kDrawBlock];
-    ops.exp_scaled(x + first, top, scale, count, here_weights);
-    double here = sum;
-    for (int i = 0; i < count; i++) {
-      here += here_weights[i];
-      if (here_weights[i] > 0.0f) last = first + i;
-      if (here > target) return first + i;
-    }
-    sum += sums[b];
+    const double value = weight / -std::log(((double)words[group % 4] + 0.5) * 0x1p-32);
+    if (!(value > best)) return false;
+    best = value;
+    first = group * kGroup;
+    return true;
   }
-  return last;  // u times the total, rounded, reached the total: the last that has any weight
+};
+
+// Index of the token drawn from a group's weights.
+int draw_in_group(const float* weights, int count, double u) {
+  double total = 0.0, sum = 0.0;
+  for (int i = 0; i < count; i++) total += weights[i];
+  int last = 0;
+  for (int i = 0; i < count; i++) {
+    sum += weights[i];
+    if (weights[i] > 0.0f) last = i;
+    if (sum > u * total) break;
+  }
+  return last;
+}
+
+// All tokens may be drawn.
+int RowSampler::draw_all(const SamplingParams& p, int row, float top, float scale) {
+  Race race{p.seeds[row], p.counters[row]};
+  float here[kPiece], winner[kGroup];
+  int num_winner = 0;
+  for (int piece = 0; piece < n; piece += kPiece) {
+    const int count = std::min(kPiece, n - piece);
+    ops.exp_scaled(x + piece, top, scale, count, here);
+    for (int i = 0; i < count; i += kGroup) {
+      const int size = std::min(kGroup, count - i);
+      double weight = 0.0;
+      for (int j = 0; j < size; j++) weight += here[i + j];
+      if (!race.enter(piece + i, weight)) continue;
+      std::copy(here + i, here + i + size, winner);
+      num_winner = size;
+    }
+  }
+  return race.first + draw_in_group(winner, num_winner, philox_uniform(p.seeds[row], p.counters[row]));
 }
 
 int RowSampler::draw(const SamplingParams& p, int row, int best) {
   const float top = x[best], scale = 1.0f / p.temperature[row];
   if (!std::isfinite(top) || !std::isfinite(scale)) return best;
-  const double u = philox_uniform(p.seeds[row], p.counters[row]);
   const int k = p.top_k[row] > 0 ? std::min(p.top_k[row], n) : n;
   const float top_p = p.top_p[row], min_p = p.min_p[row];
-  if (k == n && top_p >= 1.0f && min_p <= 0.0f) return draw_all(top, scale, u);
+  if (k == n && top_p >= 1.0f && min_p <= 0.0f) return draw_all(p, row, top, scale);
   double mass = 0.0;  // of what top-k leaves
 
   find_maxima();
@@ -208,20 +251,17 @@ int RowSampler::draw(const SamplingParams& p, int row, int best) {
     for (int i = 0; i < kept; i++) mass += weights[i];
   if (top_p < 1.0f) keep_top_p(top, bound, (double)top_p * mass);
 
-  double total = 0.0;
-  for (int i = 0; i < kept; i++) {
-    if (weights[i] < min_p) weights[i] = 0.0f;
-    total += weights[i];
+  Race race{p.seeds[row], p.counters[row]};
+  int winner = 0, num_winner = 0;
+  for (int i = 0, end = 0; i < kept; i = end) {
+    double weight = 0.0;
+    for (; end < kept && ids[end] / kGroup == ids[i] / kGroup; end++) {
+      if (weights[end] < min_p) weights[end] = 0.0f;
+      weight += weights[end];
+    }
+    if (race.enter(ids[i], weight)) winner = i, num_winner = end - i;
   }
-  const double target = u * total;
-  double sum = 0.0;
-  int last = best;
-  for (int i = 0; i < kept; i++) {
-    sum += weights[i];
-    if (weights[i] > 0.0f) last = ids[i];
-    if (sum > target) break;
-  }
-  return last;
+  return ids[winner + draw_in_group(&weights[winner], num_winner, philox_uniform(p.seeds[row], p.counters[row]))];
 }
 
 // A logit that no token kept by top-p or min-p is below. *mass: the sum of all weights, where top_p needs it.
@@ -287,18 +327,9 @@ int RowSampler::sample(const SamplingParams& p, int row, const SamplingResult& o
 }  // namespace
 
 double philox_uniform(uint64_t seed, uint64_t counter) {
-  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; round++) {
-    const uint64_t p0 = (uint64_t)0xD2511F53 * c0, p1 = (uint64_t)0xCD9E8D57 * c2;
-    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-    c1 = (uint32_t)p1;
-    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-    c3 = (uint32_t)p0;
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return (double)(((uint64_t)c0 << 32 | c1) >> 11) * 0x1p-53;
+  uint32_t words[4];
+  philox(seed, counter, 0, words);
+  return (double)(((uint64_t)words[0] << 32 | words[1]) >> 11) * 0x1p-53;
 }
 
 void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int rows, int n, int32_t* tokens) {

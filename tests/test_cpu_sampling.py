@@ -136,6 +136,20 @@ def test_draws_follow_the_probabilities(isa: str) -> None:
         assert ((counts[-kept:] - expected) ** 2 / expected).sum() < limit
 
 
+def test_models_that_nearly_agree_draw_the_same() -> None:
+    """Two tokens of a race part with a chance of at most 2 TV / (1 + TV), where a walk over all ids would part far more
+    often; groups cost a little more."""
+    rng = np.random.default_rng(8)
+    logits = (3 * rng.normal(size=(4000, 3001))).astype(np.float32)
+    other = logits + (0.1 * rng.normal(size=logits.shape)).astype(np.float32)
+    p, q = (np.exp(x - x.max(1, keepdims=True)) for x in (logits, other))
+    distance = 0.5 * np.abs(p / p.sum(1, keepdims=True) - q / q.sum(1, keepdims=True)).sum(1).mean()
+    batch = params(4000, seeds=rng.integers(0, 2**63, 4000))
+    parted = (sample(logits, batch).tokens != sample(other, batch).tokens).mean()
+    assert 0.03 < distance < 0.06
+    assert distance <= parted < 1.3 * 2 * distance / (1 + distance)
+
+
 @ISAS
 def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
     rng = np.random.default_rng(6)

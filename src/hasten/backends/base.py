@@ -21,6 +21,7 @@ from hasten.model.spec import ModelSpec
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+DRAW_GROUP = 16  # ids that share one number of a draw, see SamplingBatch
 # float32 [R, vocab_size] where the backend keeps it; only the backend that made it knows what it is.
 Logits: TypeAlias = Any
 
@@ -56,7 +57,12 @@ class SamplingBatch:
     off. repetition, presence, frequency f32 [R]: 1, 0, 0 are off. repetition divides positive and multiplies negative
     logits of tokens seen in prompt or output (Keskar et al. 2019); presence and frequency subtract, from tokens seen in
     the output only (OpenAI's definition).
-    seeds u64 [R] and counters u64 [R]: the draw is a pure function of the two (Philox 4x32-10, Salmon et al. 2011).
+    seeds u64 [R] and counters u64 [R]: the draw is a pure function of the two (Philox 4x32-10, Salmon et al. 2011). Ids
+    in groups of DRAW_GROUP race: a group's kept probability over an exponential number of its own, the greatest wins;
+    within it, ids are walked until their probabilities exceed a uniform share of the group's. Two models that nearly
+    agree then nearly always draw the same token, which drafting lives on: by the exponential race (the Gumbel-max
+    trick), as Daliri et al. 2025 show. One walk over all ids would have them part at the first difference.
+    reference_sampling.py is exact about it.
     num_logprobs i32 [R]: -1 none; else that many best tokens are returned besides the sampled one's.
     targets i32 [R]: -1, or a token whose log-probability is wanted.
     Log-probabilities are of the model's own distribution: before penalties, bias and temperature.

@@ -1,14 +1,13 @@
 """Choosing a token from logits, in numpy: penalties, temperature, top-k, top-p, min-p, and a counter-based draw.
 
-The order and the meaning of every part are those of backends.base.SamplingBatch. Two tokens of equal logit rank by id,
-the lower first. The draw walks the kept tokens in the order of their ids until their probabilities, summed in double,
-exceed u times the total.
+The order and the meaning of every part, the draw's too, are those of backends.base.SamplingBatch. Two tokens of equal
+logit rank by id, the lower first.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.backends.base import Float32, Int32, Sampled, SamplingBatch
+from hasten.backends.base import DRAW_GROUP, Float32, Int32, Sampled, SamplingBatch
 
 Float64 = NDArray[np.float64]
 _MASK = 0xFFFFFFFF
@@ -57,9 +56,34 @@ def _sample_row(logits: Float32, params: SamplingBatch, row: int) -> int:
     scaled = adjusted.astype(np.float64) / temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities[~_kept(probabilities, params, row)] = 0
-    cumulative = np.cumsum(probabilities)
-    target = uniform(int(params.seeds[row]), int(params.counters[row])) * cumulative[-1]
-    return int(np.searchsorted(cumulative, target, side="right"))
+    return draw(probabilities, int(params.seeds[row]), int(params.counters[row]))
+
+
+def draw(weights: Float64, seed: int, counter: int) -> int:
+    """One id, in proportion to its weight [V]: a race of groups, then a walk through the winner."""
+    count = -(-len(weights) // DRAW_GROUP)
+    groups = np.zeros((count, DRAW_GROUP))
+    groups.reshape(-1)[: len(weights)] = weights
+    winner = int(np.argmax(groups.sum(axis=1) / exponentials(seed, counter, count)))
+    cumulative = np.cumsum(groups[winner])
+    within = np.searchsorted(cumulative, uniform(seed, counter) * cumulative[-1], side="right")
+    return winner * DRAW_GROUP + int(min(within, np.flatnonzero(groups[winner])[-1]))
+
+
+def exponentials(seed: int, counter: int, count: int) -> Float64:
+    """`count` exponential numbers that depend on the two 64-bit numbers and their index only: -log((w + 1/2) / 2^32)
+    of the words w of Philox at (counter low, counter high, 1, 0), (.., 2, 0) and so on."""
+    low, shift = np.uint64(_MASK), np.uint64(32)
+    blocks = np.arange(1, -(-count // 4) + 1, dtype=np.uint64)
+    c0, c1 = (np.full_like(blocks, part) for part in (counter & _MASK, counter >> 32))
+    c2, c3 = blocks, np.zeros_like(blocks)
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    words = np.stack([c0, c1, c2, c3], axis=1).reshape(-1)[:count]
+    return -np.log((words.astype(np.float64) + 0.5) * 2.0**-32)
 
 
 def _adjust(logits: Float32, params: SamplingBatch, row: int) -> Float32:
