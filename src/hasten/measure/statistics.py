@@ -11,6 +11,8 @@ from hasten.receipt import Measurement
 
 Float64 = NDArray[np.float64]
 
+_LEAST_RUNS = 8  # with fewer, a t interval is mostly its own uncertainty
+
 
 def spread(values: Sequence[float], unit: str) -> Measurement:
     """Median of rounds, with the lowest and the highest."""
@@ -23,19 +25,22 @@ def ratio_of_rounds(values: Sequence[float], reference: Sequence[float]) -> Meas
 
 
 def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confidence: float = 0.95) -> Measurement:
-    """sum(numerator) / sum(denominator) over blocks [B], with a t interval.
+    """sum(numerator) / sum(denominator) over blocks [B] in the order of the text, with a t interval.
 
     The classical ratio estimator (Cochran, Sampling Techniques, 1977, ch. 6): its error is that of the sum of
-    numerator - ratio * denominator, block by block. Blocks are taken as independent. One block: the ends
-    are infinitely far.
+    numerator - ratio * denominator, part by part. Neighbouring blocks of a text resemble each other, so the parts that
+    are taken as independent are runs of blocks (batch means; Law & Kelton, Simulation Modeling and Analysis, ch. 9). One
+    block: the ends are infinitely far.
     """
     count, total = len(numerator), float(denominator.sum())
     estimate = float(numerator.sum()) / total
     if count < 2:
         return Measurement(estimate, -math.inf, math.inf, count, unit)
     residual = numerator - estimate * denominator
-    error = math.sqrt(count / (count - 1) * float(residual @ residual)) / total
-    half = t_quantile(0.5 + confidence / 2, count - 1) * error
+    runs = min(count, max(_LEAST_RUNS, round(math.sqrt(count))))
+    sums = np.array([part.sum() for part in np.array_split(residual, runs)])
+    error = math.sqrt(runs / (runs - 1) * float(sums @ sums)) / total
+    half = t_quantile(0.5 + confidence / 2, runs - 1) * error
     return Measurement(estimate, estimate - half, estimate + half, count, unit)
 
 
