@@ -381,6 +381,8 @@ NB_MODULE(_core, m) {
         "Bytes a second read from memory, at best.");
   m.def("arithmetic_peak", &arithmetic_peak, nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"),
         "Multiplications and additions a second at best; kind is 'int8' or 'bf16'.");
+  m.def("available_cores", &available_cores,
+        "Physical cores that this process may run on, no more than its control group grants; what Pool(0) takes.");
   m.def("huge_page_bytes", &huge_page_bytes, "Bytes of this process that huge pages back.");
   m.def("philox_uniform", &philox_uniform, nb::arg("seed"), nb::arg("counter"), "The number in [0, 1) that a draw uses.");
 

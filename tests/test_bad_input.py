@@ -173,6 +173,15 @@ def test_configuration_that_does_not_fit(copy, change, word):
     assert word in refuses(copy)
 
 
+@pytest.mark.parametrize("verb", [["generate", TEXT], ["evaluate"], ["bench"], ["inspect"]])
+def test_settings_that_were_tampered_with(copy, verb):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hasten": {"run": {"kv_cache": "int3"}}}))
+    complaint = hasten(verb[0], copy, *verb[1:]).complaint
+    assert str(copy / "config.json") in complaint
+    assert "int3" in complaint
+
+
 def test_configuration_that_is_not_json(copy):
     (copy / "config.json").write_text("{'model_type': llama}")
     assert "config.json" in refuses(copy)
@@ -236,6 +245,7 @@ def test_an_instruction_set_that_is_not_there(stories):
         ("steps:\n  - quantize: {format: int4, group_size: 48}\n", "48"),
         ("steps:\n  - quantize: {targets: [layers.9.down]}\n", "layers.9.down"),
         ("steps: [\n", "YAML"),
+        ("", "recipe.yaml: a recipe is empty"),
     ],
 )
 def test_recipe_with_a_mistake_names_it(stories, tmp_path, text, word):

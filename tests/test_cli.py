@@ -4,9 +4,11 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from command_line import COMMAND, hasten
@@ -248,6 +250,38 @@ def test_bench_reports_speed_and_its_conditions(stories):
     assert data["conditions"]["threads"] >= 1
     table = hasten("bench", stories, *flags).good.stdout
     assert "decode 16, 3 streams" in table
+
+
+def test_bench_says_how_many_threads_it_used(stories, tmp_path):
+    quick = ["--prefill", 8, "--decode", 2, "--batch", 1, "--rounds", 1, "--json"]
+    data = json.loads(hasten("bench", stories, *quick, env={"HASTEN_THREADS": "1"}).good.stdout)
+    assert data["conditions"]["threads"] == 1
+    folder = with_settings(stories, tmp_path, threads=3)
+    data = json.loads(hasten("bench", folder, *quick).good.stdout)
+    assert data["conditions"]["threads"] == 3
+    data = json.loads(hasten("bench", folder, *quick, "--threads", 2).good.stdout)
+    assert data["conditions"]["threads"] == 2
+
+
+def with_settings(model: str, parent: Path, **run: object) -> Path:
+    """A copy of the model whose config.json says so of how it is run."""
+    folder = parent / "stated"
+    shutil.copytree(model, folder)
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hasten": {"run": run}}))
+    return folder
+
+
+def test_inspect_predicts_with_the_kv_cache_of_the_folder(stories, tmp_path):
+    def kv_cache(*arguments: object) -> str:
+        return json.loads(hasten("inspect", *arguments, "--json").good.stdout)["conditions"]["kv_cache"]
+
+    assert kv_cache(stories) == "fp32"
+    assert kv_cache(stories, "--kv-cache", "bf16") == "bf16"
+    assert kv_cache(with_settings(stories, tmp_path, kv_cache="int8")) == "int8"
+    assert "fp8" in hasten("inspect", stories, "--kv-cache", "fp8").complaint
 
 
 def test_bench_that_does_not_fit_says_what_does(stories):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hasten import hardware
+from hasten.errors import ResourceError
 from hasten.measure.energy import measure_energy
 
 
@@ -18,6 +19,24 @@ def test_probe_measures_and_keeps_within_limits() -> None:
     assert found.isa
     assert hardware.conditions()["load_average"]
     assert {"python", "numpy", "hasten"} <= set(hardware.versions())
+
+
+def test_threads_are_counted_once_for_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = pytest.importorskip("hasten._core", reason="needs the compiled core (scripts/build.sh)")
+    from hasten.backends.cpu import CpuBackend
+
+    monkeypatch.delenv("HASTEN_THREADS", raising=False)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: None)
+    assert hardware.usable_threads() == core.available_cores() == core.Pool(0).size == CpuBackend().threads
+    monkeypatch.setattr(core, "available_cores", lambda: 7)  # fewer than the processors that it may run on
+    assert hardware.usable_threads() == CpuBackend().threads == 7
+    monkeypatch.setenv("HASTEN_THREADS", "3")
+    assert hardware.usable_threads() == CpuBackend().threads == 3
+    assert CpuBackend(2).threads == 2
+    for wrong in ("two", "-1", "1.5", ""):
+        monkeypatch.setenv("HASTEN_THREADS", wrong)
+        with pytest.raises(ResourceError, match=f"HASTEN_THREADS is '{wrong}'"):
+            CpuBackend()
 
 
 @pytest.fixture
@@ -40,6 +59,7 @@ def test_cpu_quota_of_both_versions(sysfs: Path, monkeypatch: pytest.MonkeyPatch
     assert hardware.cpu_quota() is None
     (group.parent / "cpu.max").write_text("150000 100000\n")  # an ancestor's limit binds too
     assert hardware.cpu_quota() == 1.5
+    monkeypatch.delenv("HASTEN_THREADS", raising=False)
     assert hardware.usable_threads() == 1
     old = sysfs / "_CGROUP" / "cpu" / "c"
     old.mkdir(parents=True)

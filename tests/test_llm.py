@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hasten import LLM, SamplingParams
+from hasten.engine.config import EngineConfig
 from hasten.errors import ModelError, RequestError, ResourceError
 from hasten.hardware import memory_available
 
@@ -189,11 +190,8 @@ def test_settings_that_tune_wrote_are_used_unless_told_otherwise(copied: Path) -
     llm = LLM(str(copied), kv_cache="bf16", speculation="none", threads=2)
     assert (llm.kv_cache, llm.backend.threads, llm.engine.speculator) == ("bf16", 2, None)  # type: ignore[attr-defined]
     configure({"run": {"kv_cash": "int8"}})
-    with pytest.raises(ModelError, match=r"hasten\.run has kv_cash, expected only kv_cache, speculation, threads"):
-        LLM(str(copied))
-    configure({"run": 5})
-    with pytest.raises(ModelError, match="expected an object"):
-        LLM(str(copied))
+    with pytest.raises(ModelError, match=r"config\.json: hasten\.run: unknown key 'kv_cash'.*'kv_cache'"):
+        LLM(copied)
 
 
 def test_sizes_of_the_cache(folder: Path) -> None:
@@ -204,6 +202,32 @@ def test_sizes_of_the_cache(folder: Path) -> None:
         LLM(str(folder), max_len=300)
     with pytest.raises(ResourceError, match="memory"):
         LLM(str(folder), memory=4 * memory_available())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_sequences", 0), ("max_sequences", 1.5), ("max_sequences", "2"), ("max_step_tokens", 0), ("max_len", "9"),
+        ("max_len", 0), ("max_len", True), ("threads", "2"), ("threads", -1), ("block_size", 0), ("block_size", "32"),
+        ("memory", "1"), ("memory", True), ("memory", float("nan")),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_none_are_named(folder: Path, name: str, value: object) -> None:
+    with pytest.raises((RequestError, ResourceError), match=f"{name} is .*, expected"):
+        LLM(folder, **{name: value})  # type: ignore[arg-type]
+
+
+def test_sizes_of_an_engine_are_checked() -> None:
+    sizes = {"vocab_size": 8, "num_blocks": 2, "block_size": 16, "max_len": 32}
+    assert EngineConfig(**sizes).max_blocks == 2
+    for name in (*sizes, "max_sequences", "max_step_tokens"):
+        with pytest.raises(RequestError, match=f"{name} is 0, expected a whole number >= 1"):
+            EngineConfig(**{**sizes, name: 0})
+
+
+def test_too_many_threads_are_refused(folder: Path) -> None:
+    with pytest.raises(ResourceError, match="threads is 100000, expected 0"):
+        LLM(folder, device="cpu", threads=100_000)
 
 
 @pytest.mark.parametrize(

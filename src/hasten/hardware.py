@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hasten.errors import ResourceError
+
 _CPU = Path("/sys/devices/system/cpu")
 _POWERCAP = Path("/sys/class/powercap")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -134,10 +136,20 @@ def affinity() -> list[int]:
 
 
 def usable_threads() -> int:
-    """Processors that may be used, no more than the control group gives time for."""
+    """Worker threads where nobody says how many: HASTEN_THREADS, else one for each physical core that this process may
+    run on, no more than the control group gives time for. Raises ResourceError for a HASTEN_THREADS that is no
+    number."""
+    text = os.environ.get("HASTEN_THREADS", "0")
+    if not text.isdecimal():
+        raise ResourceError(f"HASTEN_THREADS is {text!r}, expected a whole number (0 is all cores)")
+    try:
+        from hasten import _core
+
+        cores = _core.available_cores()
+    except ImportError:  # the numpy backend runs without it
+        cores = len(affinity())
     quota = cpu_quota()
-    cores = len(affinity())
-    return cores if quota is None else max(1, min(cores, int(quota)))
+    return int(text) or (cores if quota is None else max(1, min(cores, int(quota))))
 
 
 def cpu_quota() -> float | None:

@@ -86,6 +86,11 @@ class Run:
         if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
             raise RecipeError(f"threads is {self.threads!r}, expected a whole number of at least 1")
 
+    @staticmethod
+    def from_dict(data: object, name: str = "run") -> "Run":
+        """From plain data, called `name` in errors. Raises RecipeError on anything unknown."""
+        return _build(Run, name, data)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -108,7 +113,7 @@ class Recipe:
         raw_steps = top.get("steps") or []
         if not isinstance(raw_steps, list | tuple):
             raise RecipeError(f"steps is {type(raw_steps).__name__}, expected a list of steps")
-        return Recipe(tuple(_step(item) for item in raw_steps), _build(Run, "run", top.get("run") or {}))
+        return Recipe(tuple(_step(item) for item in raw_steps), Run.from_dict(top.get("run") or {}))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
@@ -138,6 +143,8 @@ class Recipe:
             raise RecipeError(f"no preset and no file is named '{source}'{did_you_mean(str(source), known)}")
         try:
             return Recipe.from_yaml(path.read_text(encoding="utf-8"))
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from None
 
@@ -203,7 +210,8 @@ def _plain(item: Step | Run, keep: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def _mapping(what: str, data: object) -> dict[str, Any]:
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{what} is {type(data).__name__}, expected names and values")
+        found = "empty" if data is None else type(data).__name__
+        raise RecipeError(f"{what} is {found}, expected names and values")
     return dict(data)
 
 

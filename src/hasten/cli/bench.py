@@ -40,35 +40,42 @@ def bench(
     from hasten.engine.llm import LLM
     from hasten.hardware import probe
     from hasten.measure.memory import peak_memory
-    from hasten.measure.speed import interleave, make_engine, time_workload
-    from hasten.recipe import Run
 
     batches = batch or [1, 8, 32]
     start = time.perf_counter()
-    llm = LLM(model, threads=threads, kv_cache=kv_cache)
+    llm = LLM(model, device="cpu", threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
+    used: int = llm.backend.threads  # type: ignore[attr-defined]
     works = workloads(llm, prefill, decode, batches)
-    hardware = probe(threads=threads)
-    longest = max(len(work.prompts[0]) + work.num_tokens for work in works.values())
-    engine = make_engine(llm.spec, llm.backend, Run(kv_cache=llm.kv_cache), max(batches), longest)
+    hardware = probe(threads=used)
     note(f"{len(works)} measurements, {rounds} rounds ...")
-    timings = interleave({name: partial(time_workload, engine, work) for name, work in works.items()}, rounds)
-    report = summarize(llm, works, timings, hardware)
+    report = summarize(llm, works, time_all(llm, works, rounds), hardware)
     report["conditions"] = {
         "model": str(llm.path),
         "isa": hardware.isa,
         "cpu": hardware.cpu,
-        "threads": threads or hardware.threads,
+        "threads": used,
         "kv_cache": llm.kv_cache,
         "rounds": rounds,
         "read_bandwidth": hardware.bandwidth,
     }
     report["load_seconds"] = load_seconds
-    report["peak_memory"] = peak_memory(llm.path, list(works[f"prefill {prefill}"].prompts[0]), threads)
+    report["peak_memory"] = peak_memory(llm.path, list(works[f"prefill {prefill}"].prompts[0]), used, llm.kv_cache)
     if json:
         write_json(report)
     else:
         _write_report(report)
+
+
+def time_all(llm: "LLM", works: dict[str, "Workload"], rounds: int) -> dict[str, list["Timing"]]:
+    """Every workload on the loaded model, in interleaved rounds."""
+    from hasten.measure.speed import interleave, make_engine, time_workload
+    from hasten.recipe import Run
+
+    streams = max(len(work.prompts) for work in works.values())
+    longest = max(len(work.prompts[0]) + work.num_tokens for work in works.values())
+    engine = make_engine(llm.spec, llm.backend, Run(kv_cache=llm.kv_cache), streams, longest)
+    return interleave({name: partial(time_workload, engine, work) for name, work in works.items()}, rounds)
 
 
 def workloads(llm: "LLM", prefill: int, decode: int, batches: list[int]) -> dict[str, "Workload"]:

@@ -7,6 +7,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.terminal import bytes_in_words, note, write_facts, write_json, write_table
+from hasten.errors import RequestError
 
 if TYPE_CHECKING:
     from hasten.hardware import Hardware
@@ -24,7 +25,7 @@ def inspect(
     context: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens that each stream has, for memory and speed.")
     ] = 4096,
-    kv_cache: options.KvCacheOption = "bf16",
+    kv_cache: options.KvCacheOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Say what a model is and what to expect of it here.
@@ -35,27 +36,31 @@ def inspect(
     """
     from hasten.hardware import probe
 
-    checkpoint = None
+    checkpoint, kv = None, str(kv_cache or "bf16")
+    if kv_cache == "fp8":
+        raise RequestError("--kv-cache is fp8, and what is predicted is the CPU's speed: expected fp32, bf16 or int8")
     if model is not None:
         from hasten.model.checkpoint import open_checkpoint
         from hasten.model.hub import resolve
+        from hasten.model.settings import default_kv_cache, stated_run
 
         checkpoint = open_checkpoint(resolve(model))
+        kv = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec)
     note("Measuring this machine ...")
     hardware = probe()
     expected: dict[str, Prediction] = {}
     if checkpoint is not None:
         context = min(context, checkpoint.spec.max_position)
-        expected = predictions(checkpoint, hardware, kv_cache or "bf16", context)
+        expected = predictions(checkpoint, hardware, kv, context)
     if json:
-        write_json(_as_data(checkpoint, hardware, expected, kv_cache or "bf16", context))
+        write_json(_as_data(checkpoint, hardware, expected, kv, context))
         return
     write_facts(machine_facts(hardware))
     if checkpoint is not None:
         print()
         write_facts(model_facts(checkpoint))
         print()
-        _write_predictions(checkpoint, hardware, expected, kv_cache or "bf16", context)
+        _write_predictions(checkpoint, hardware, expected, kv, context)
     for line in hardware.notes:
         note(f"note: {line}")
 

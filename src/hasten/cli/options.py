@@ -37,7 +37,9 @@ ThreadsOption = Annotated[
 ]
 KvCacheOption = Annotated[
     KvCache | None,
-    typer.Option(help="How keys and values are stored; by default as the model's folder says, else bf16."),
+    typer.Option(
+        help="How keys and values are stored; by default as the folder says, else bf16 (fp32 for fp32 weights)."
+    ),
 ]
 SpeculationOption = Annotated[
     Speculation | None, typer.Option(help="ngram drafts tokens by looking back in the text; the answer stays the same.")

@@ -7,6 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,11 +19,12 @@ from hasten.engine.capacity import plan_cache
 from hasten.engine.config import EngineConfig
 from hasten.engine.draft_model import ModelDrafter
 from hasten.engine.engine import Engine
-from hasten.engine.request import Delta, RequestOutput, SamplingParams
+from hasten.engine.request import Delta, RequestOutput, SamplingParams, whole
 from hasten.engine.speculate import Speculator
 from hasten.errors import ModelError, RequestError
-from hasten.model.checkpoint import Checkpoint, open_checkpoint
+from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
+from hasten.model.settings import default_kv_cache, stated_run
 from hasten.model.spec import ModelSpec
 from hasten.model.tokenizer import Tokenizer
 
@@ -64,7 +66,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
         device: Device | Backend = "auto",
         format: str | None = None,
@@ -72,22 +74,29 @@ class LLM:
         threads: int | None = None,
         kv_cache: KvCache | None = None,
         speculation: Speculation | None = None,
-        drafter: str | None = None,
+        drafter: str | Path | None = None,
         max_len: int | None = None,
         memory: int | float | None = None,
         max_sequences: int | None = None,
         max_step_tokens: int | None = None,
         block_size: int = 32,
     ) -> None:
-        checkpoint = open_checkpoint(resolve(model))
-        settings = _run_settings(checkpoint)
-        way = _speculation(speculation, drafter, settings)
+        _check_sizes(
+            max_len=max_len, max_sequences=max_sequences, max_step_tokens=max_step_tokens, block_size=block_size
+        )
+        if threads is not None:
+            whole("threads", threads, 0)
+        if isinstance(memory, bool) or not isinstance(memory, int | float | None):
+            raise RequestError(f"memory is {memory!r}, expected a share such as 0.9, or a whole number of bytes")
+        checkpoint = open_checkpoint(resolve(str(model)))
+        stated = stated_run(checkpoint)
+        way = _speculation(speculation, drafter) or stated.speculation or "none"
         self.path = checkpoint.path
         self.spec = _with_one_rope(checkpoint.spec, max_len)
         self.tokenizer = Tokenizer(checkpoint.path)
-        self.backend = _make_backend(device, threads or settings.get("threads") or 0, format, deterministic)
-        asked = kv_cache if kv_cache not in (None, "auto") else settings.get("kv_cache")
-        self.kv_cache = _kv_dtype(asked, checkpoint, self.backend)
+        self.backend = _make_backend(device, threads or stated.threads or 0, format, deterministic)
+        asked = kv_cache if kv_cache not in (None, "auto") else stated.kv_cache
+        self.kv_cache = _kv_dtype(asked, self.spec, self.backend)
         self.backend.load(self.spec, checkpoint.weights())
         drafting = None if drafter is None else _load_drafter(drafter, self.backend, self.spec, max_len)
         limits = _limits(self.backend.usual, max_sequences, max_step_tokens)
@@ -303,9 +312,9 @@ def _make_backend(device: str | Backend, threads: int, format: str | None, deter
     return device
 
 
-def _load_drafter(drafter: str, main: Backend, spec: ModelSpec, max_len: int | None) -> Backend:
+def _load_drafter(drafter: str | Path, main: Backend, spec: ModelSpec, max_len: int | None) -> Backend:
     """The drafter's model on the same device."""
-    checkpoint = open_checkpoint(resolve(drafter))
+    checkpoint = open_checkpoint(resolve(str(drafter)))
     own = _with_one_rope(checkpoint.spec, max_len)
     if own.vocab_size != spec.vocab_size:
         raise ModelError(
@@ -328,15 +337,19 @@ def _limits(usual: StepLimits, max_sequences: int | None, max_step_tokens: int |
     return StepLimits(max(max_step_tokens or usual.max_tokens, sequences), sequences, sequences + extra_rows)
 
 
-def _speculation(asked: str | None, drafter: str | None, settings: Mapping[str, Any]) -> str:
+def _check_sizes(**sizes: object) -> None:
+    """Raises RequestError for one that is given and not a whole number of at least 1."""
+    for name, value in sizes.items():
+        if value is not None:
+            whole(name, value, 1)
+
+
+def _speculation(asked: str | None, drafter: object) -> str | None:
     if asked not in (None, "none", "ngram"):
         raise RequestError(f"speculation is {asked!r}, expected none or ngram")
     if drafter is not None and asked is not None:
         raise RequestError(f"speculation is {asked!r} and there is a drafter: give one of them")
-    found = asked or settings.get("speculation") or "none"
-    if found not in ("none", "ngram"):
-        raise ModelError(f"hasten.run.speculation in config.json is {found!r}, expected none or ngram")
-    return str(found)
+    return asked
 
 
 def _with_one_rope(spec: ModelSpec, max_len: int | None) -> ModelSpec:
@@ -357,26 +370,9 @@ def _with_one_rope(spec: ModelSpec, max_len: int | None) -> ModelSpec:
     return replace(spec, ropes=ropes, max_position=spec.max_position if is_long else original)
 
 
-_SETTINGS = ("kv_cache", "speculation", "threads")
-
-
-def _run_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json's `hasten.run`, as `hasten tune` writes it."""
-    section = checkpoint.config.get("hasten", {})
-    settings = section.get("run", {}) if isinstance(section, dict) else None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{checkpoint.path}/config.json: hasten.run is {settings!r}, expected an object")
-    unknown = sorted(set(settings) - set(_SETTINGS))
-    if unknown:
-        raise ModelError(
-            f"{checkpoint.path}/config.json: hasten.run has {', '.join(unknown)}, expected only {', '.join(_SETTINGS)}"
-        )
-    return settings
-
-
-def _kv_dtype(asked: object, checkpoint: Checkpoint, backend: Backend) -> str:
-    if asked is None or asked == "auto":
-        return "fp32" if checkpoint.spec.dtype == "fp32" and "fp32" in backend.kv_dtypes else "bf16"
+def _kv_dtype(asked: object, spec: ModelSpec, backend: Backend) -> str:
+    if asked is None:
+        return default_kv_cache(spec, backend.kv_dtypes)
     if asked not in backend.kv_dtypes:
         raise RequestError(f"kv_cache is {asked!r}, expected auto or, on this device, {' or '.join(backend.kv_dtypes)}")
     return str(asked)

@@ -9,10 +9,10 @@ from hasten.compress.folder import ProgressCallback, hashes
 from hasten.errors import ModelError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.measure.quality import Model, score, summarize
-from hasten.measure.speed import default_kv_cache
 from hasten.measure.text import BUNDLED, first_token, make_windows, read_text
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
+from hasten.model.settings import default_kv_cache, stated_run
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import Receipt
 
@@ -44,7 +44,7 @@ def evaluate(
     tokenizer = Tokenizer(checkpoint.path)
     longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
     windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), longest, max_windows)
-    threads = threads or usable_threads()
+    threads = threads or stated_run(checkpoint).threads or usable_threads()
     models: dict[str, Model] = {}  # the one compared with comes first
     for name, opened, kv in (("against", original, None), ("model", checkpoint, kv_cache)):
         if opened is not None:
@@ -73,5 +73,4 @@ def _load(checkpoint: Checkpoint, threads: int) -> Backend:
 
 def _stated_kv_cache(checkpoint: Checkpoint) -> str:
     """What the folder says of its KV cache (tune writes it), else LLM's default."""
-    stated = checkpoint.config.get("hasten", {}).get("run", {}).get("kv_cache")
-    return stated or default_kv_cache(checkpoint.spec)
+    return stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec)

@@ -10,10 +10,11 @@ from hasten.errors import HastenError, ResourceError
 NUM_TOKENS = 64
 
 
-def peak_memory(folder: str | Path, prompt: list[int], threads: int | None = None) -> int:
+def peak_memory(folder: str | Path, prompt: list[int], threads: int | None = None, kv_cache: str | None = None) -> int:
     """Peak resident bytes of a process that loads `folder` and continues `prompt` by up to 64 tokens. The weights' file
-    is mapped; its pages count while they are resident. HastenError where the process fails."""
-    request = json.dumps({"folder": str(folder), "prompt": prompt, "threads": threads})
+    is mapped; its pages count while they are resident. threads, kv_cache: as of LLM. HastenError where the process
+    fails."""
+    request = json.dumps({"folder": str(folder), "prompt": prompt, "threads": threads, "kv_cache": kv_cache})
     done = subprocess.run([sys.executable, "-m", __name__], input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -26,7 +27,7 @@ def _serve() -> None:
     from hasten.engine.request import SamplingParams
 
     request = json.load(sys.stdin)
-    llm = LLM(request["folder"], threads=request["threads"])
+    llm = LLM(request["folder"], threads=request["threads"], kv_cache=request["kv_cache"])
     room = llm.max_len - len(request["prompt"])
     llm.generate([request["prompt"]], SamplingParams(max_tokens=min(NUM_TOKENS, room), temperature=0.0))
     print(json.dumps({"peak": resident_peak()}))

@@ -16,6 +16,7 @@ from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
 from hasten.engine.request import RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator
+from hasten.model.settings import default_kv_cache
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Run
 
@@ -45,15 +46,10 @@ class Workload:
     min_seconds: float = 0.0
 
 
-def default_kv_cache(spec: ModelSpec) -> str:
-    """How keys and values are stored where nothing is said: fp32 for an fp32 checkpoint, as LLM does, else bf16."""
-    return "fp32" if spec.dtype == "fp32" else "bf16"
-
-
 def make_engine(spec: ModelSpec, backend: Backend, run: Run, streams: int, max_len: int) -> Engine:
     """An engine over a loaded backend, with KV cache for `streams` sequences of max_len tokens."""
     num_blocks = streams * -(-max_len // BLOCK_SIZE) + streams
-    backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or default_kv_cache(spec))
+    backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or default_kv_cache(spec, backend.kv_dtypes))
     config = EngineConfig(
         vocab_size=spec.vocab_size, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_len=max_len, max_sequences=streams
     )

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.errors import HastenError
+from hasten.errors import HastenError, RequestError
 
 # Held-out English of the demo model's training texts; ships with the package.
 BUNDLED = Path(__file__).parents[1] / "demo" / "heldout.txt"
@@ -34,9 +34,11 @@ def make_windows(
 
     encode: text -> tokens without special ones. bos: starts each window where the model has one; else a window's first
     token is only given, and its bytes are not counted. most: as many windows at most, evenly spread over the text.
-    HastenError where the text gives fewer than four.
+    HastenError where the text gives fewer than four, RequestError where such a window has no room for two tokens.
     """
     room = length - (bos is not None)
+    if length < 2:
+        raise RequestError(f"windows are to have {length} tokens, expected at least 2: one is given, one predicted")
     pieces = _pieces(text, encode, room)
     if most is not None and len(pieces) > most:
         pieces = [pieces[index * len(pieces) // most] for index in range(most)]
@@ -95,6 +97,10 @@ def _pieces(text: str, encode: Encode, room: int) -> list[tuple[str, Sequence[in
         end = _cut(text, start, min(start + size, len(text)))
         tokens = encode(text[start:end])
         while len(tokens) > room:
+            if end == start + 1:
+                raise RequestError(
+                    f"a window has room for {room} tokens of text, and {text[start]!r} takes {len(tokens)}: lengthen it"
+                )
             end = _cut(text, start, start + max(1, int((end - start) * 0.9 * room / len(tokens))))
             tokens = encode(text[start:end])
         if tokens:

@@ -19,12 +19,13 @@ from hasten.errors import ResourceError
 from hasten.hardware import Hardware, memory_available
 from hasten.measure.energy import measure_energy
 from hasten.measure.quality import Scores, score, summarize
-from hasten.measure.speed import Timing, Workload, default_kv_cache, interleave, make_engine, time_workload
+from hasten.measure.speed import Timing, Workload, interleave, make_engine, time_workload
 from hasten.measure.statistics import ratio_of_rounds, spread
 from hasten.measure.text import Window
 from hasten.measure.transformers_worker import TransformersWorker
 from hasten.model.checkpoint import Checkpoint
 from hasten.model.formats import Format
+from hasten.model.settings import default_kv_cache
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
 from hasten.recipe import Recipe, Step
 from hasten.tune.budget import Pace

@@ -2,7 +2,6 @@
 passed on. Knows nothing of files or policy."""
 
 import mmap
-import os
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
 from hasten.errors import HastenError, ModelError, ResourceError
-from hasten.hardware import memory_available
+from hasten.hardware import memory_available, usable_threads
 from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
 
+_MOST_THREADS = 1024  # more than any machine has; a system that refuses a thread ends the process
 # Matrices of a layer that read the same input, in the order in which their outputs lie side by side.
 _ROLES = {
     "q": ("qkv", ("q", "k", "v")),
@@ -31,7 +31,7 @@ _ROLES = {
 class CpuBackend:
     """See backends.base.Backend. One row's numbers do not depend on what shares its batch, bit for bit.
 
-    threads: how many to use, the caller included; 0 takes HASTEN_THREADS, else one for each core this process may use.
+    threads: how many to use, the caller included; 0 is hardware.usable_threads().
     isa: an instruction set by name, for tests; None takes HASTEN_ISA, else the best that this CPU has.
     Raises ResourceError where the compiled core is missing or does not have the instruction set.
     """
@@ -42,9 +42,9 @@ class CpuBackend:
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
         self._core = _load_core()
-        threads = threads or _threads_from_environment()
-        if threads < 0:
-            raise ResourceError(f"threads is {threads}, expected 0 (all cores) or more")
+        threads = threads or usable_threads()
+        if not 0 < threads <= _MOST_THREADS:
+            raise ResourceError(f"threads is {threads}, expected 0 (all cores) to {_MOST_THREADS}")
         try:
             self.isa: str = self._core.isa(isa)
         except ValueError as error:
@@ -150,14 +150,6 @@ def _load_core() -> Any:
             f"the compiled core hasten._core is not usable here ({error}): install with pip, or run scripts/build.sh"
         ) from None
     return _core
-
-
-def _threads_from_environment() -> int:
-    text = os.environ.get("HASTEN_THREADS", "0")
-    try:
-        return int(text)
-    except ValueError:
-        raise ResourceError(f"HASTEN_THREADS is {text!r}, expected a number") from None
 
 
 def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
