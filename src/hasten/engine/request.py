@@ -70,7 +70,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, (low, high) in _WHOLE.items():
             if not self._is_left_out(name):
-                object.__setattr__(self, name, _whole(name, getattr(self, name), low, high))
+                object.__setattr__(self, name, whole(name, getattr(self, name), low, high))
         for name, (span, accepts) in _REAL.items():
             if not self._is_left_out(name):
                 object.__setattr__(self, name, _real(name, getattr(self, name), span, accepts))
@@ -93,11 +93,11 @@ class SamplingParams:
                 raise RequestError(f"stop holds {text!r:.80}, expected non-empty strings")
         if not isinstance(self.stop_token_ids, Iterable) or isinstance(self.stop_token_ids, str | bytes | Mapping):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r:.80}, expected a list of token ids")
-        object.__setattr__(self, "stop_token_ids", tuple(_whole("stop_token_ids", t, 0) for t in self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(whole("stop_token_ids", t, 0) for t in self.stop_token_ids))
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r:.80}, expected a mapping of token id to bias")
         span, accepts = "finite numbers from -1000 to 1000", lambda v: -1000 <= v <= 1000
-        biases = {_whole("logit_bias", t, 0): _real("logit_bias", b, span, accepts) for t, b in self.logit_bias.items()}
+        biases = {whole("logit_bias", t, 0): _real("logit_bias", b, span, accepts) for t, b in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", biases)
 
     @property
@@ -127,7 +127,7 @@ _REAL: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """The value as Python's int, whatever whole number it is."""
 
     def refuse() -> NoReturn:
