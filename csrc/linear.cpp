@@ -188,6 +188,11 @@ size_t scratch_bytes(const Matrix& w) {
 
 int num_tiles(int rows, int tile_rows) { return divide_up(rows, tile_rows); }
 
+int tile_of_row(int rows, int tile_rows, int row) {
+  const int num = num_tiles(rows, tile_rows), base = rows / num, longer = rows % num * (base + 1);
+  return row < longer ? row / (base + 1) : rows % num + (row - longer) / base;
+}
+
 int tile_first_row(int rows, int tile_rows, int tile) {
   const int num = num_tiles(rows, tile_rows);
   return tile * (rows / num) + std::min(tile, rows % num);

@@ -33,6 +33,7 @@ size_t act_bytes(ActKind kind, int rows, int k_pad, int group);             // s
 Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory);
 size_t scratch_bytes(const Matrix& w);                                      // of one thread's scratch, for any number of rows
 int num_tiles(int rows, int tile_rows);
+int tile_of_row(int rows, int tile_rows, int row);
 int tile_first_row(int rows, int tile_rows, int tile);                      // tile in [0, num_tiles]; last gives rows
 
 // Allocates (huge pages where the system gives them) and packs, on all threads. Throws std::bad_alloc. bias and perm are
