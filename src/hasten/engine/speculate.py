@@ -6,6 +6,7 @@ where the token drawn at its position equals it, so speculation changes the time
 is decided by measurement.
 """
 
+import time
 from typing import Protocol
 
 from hasten.engine.request import Sequence
@@ -126,8 +127,9 @@ class NgramDrafter:
 
 
 class Speculator:
-    """Drafts for sequences that decode, as deep as measurement says it pays; now and then one draft where it does not,
-    to notice when that changes."""
+    """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
+    to notice when that changes: no more often than every `probe_every` steps, nor than costs a fiftieth of the time;
+    and not where even drafts that are always right would lose."""
 
     def __init__(self, drafter: Drafter | None = None, max_depth: int = 8, probe_every: int = 32) -> None:
         self.drafter = drafter or NgramDrafter()
@@ -135,15 +137,18 @@ class Speculator:
         self.probe_every = probe_every
         self.cost = StepCost()
         self._num_steps = 0
+        self._next_probe = probe_every
+        self._num_probes = 0
 
     def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
         self._num_steps += 1
         depths = self._depths(scheduler.running)
+        if not depths:
+            return
+        probes = self._may_probe(len(depths))
         resting = [sequence for sequence, depth in depths if depth == 0]
-        probed = None
-        if resting and self._num_steps % self.probe_every == 0:
-            probed = resting[self._num_steps // self.probe_every % len(resting)]
+        probed = resting[self._num_probes % len(resting)] if resting and probes else None
         wanted = []
         for sequence, depth in depths:
             sequence.drafts = []
@@ -151,17 +156,27 @@ class Speculator:
             depth = min(max(depth, int(sequence is probed)), sequence.limit - len(sequence.tokens) - 1)
             if depth > 0:
                 wanted.append((sequence, depth))
+        start = time.perf_counter()
         if wanted:
             self.drafter.propose(wanted, scheduler)
+        if probes:
+            self._num_probes += 1
+            step = self.cost.seconds(len(depths))
+            steps = _PROBE_SHARE * (time.perf_counter() - start) / step if step else 0
+            self._next_probe = self._num_steps + max(self.probe_every, int(steps))
 
     def rests(self, running: list[Sequence]) -> bool:
         """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
-        if (self._num_steps + 1) % self.probe_every == 0:
-            return False
-        if any(depth and not self.drafter.is_dry(sequence) for sequence, depth in self._depths(running)):
+        depths = self._depths(running)
+        if any(depth and not self.drafter.is_dry(sequence) for sequence, depth in depths):
             return False
         self._num_steps += 1
-        return True
+        return not (depths and self._may_probe(len(depths)))
+
+    def _may_probe(self, num_decoding: int) -> bool:
+        if self._num_steps < self._next_probe:
+            return False
+        return self.drafter.seconds(num_decoding) == 0 or best_depth(1.0, self._relative_cost(num_decoding), 1) > 0
 
     def _depths(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
         """How deep to draft for each sequence that decodes."""
@@ -182,3 +197,5 @@ class Speculator:
 
 # Time of a draft relative to a step, until both were measured.
 _GUESS = 0.1
+# Times that a probe's seconds pass before the next.
+_PROBE_SHARE = 50
