@@ -1,9 +1,14 @@
 """Fixtures that many tests share: where the data lies, and tiny models built once a run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Without a GPU, Triton's kernels run in its interpreter, which must be known before anything imports Triton.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,0 +1,172 @@
+"""The paged KV cache of every layer, and launches of the attention kernels over it."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.inputs import Inputs
+from hasten.backends.cuda.kernels import attention as kernels
+from hasten.model.rope import Rope
+from hasten.model.spec import Layer, ModelSpec
+
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+MAX_SPLITS = 32
+_DECODE_KEYS = 64  # of a tile
+_PREFILL_ROWS = 128
+_PREFILL_KEYS = 64
+
+
+class RopeTable:
+    """Cosines and sines of every position, float32 [P, rotary_dim], those for long sequences (if the rope has any)
+    in P more rows."""
+
+    def __init__(self, rope: Rope, num_positions: int, device: torch.device) -> None:
+        self.rotary_dim = rope.rotary_dim
+        self.num_positions = num_positions
+        self.original_max = rope.original_max
+        self.is_long = rope.long_inv_freq is not None
+        sets = [rope.inv_freq] if rope.long_inv_freq is None else [rope.inv_freq, rope.long_inv_freq]
+        positions = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None]
+        rows = []
+        for frequencies in sets:
+            angles = positions * torch.from_numpy(frequencies.copy()).to(device)[None]
+            rows.append(torch.cat((angles.cos(), angles.sin()), dim=1) * rope.scale)
+        self.table = torch.cat(rows).contiguous()
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms over each head of queries and keys, float32 [head_dim]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
+class Attention:
+    """Caches [blocks, kv_heads, block_size, head_dim] and attention over them."""
+
+    def __init__(self, device: Device, spec: ModelSpec, num_blocks: int, block_size: int, dtype: str) -> None:
+        self._device = device
+        self._spec = spec
+        self._block_size = block_size
+        positions = min(spec.max_position, num_blocks * block_size)
+        self._ropes = [RopeTable(rope, positions, device.handle) for rope in spec.ropes]
+        self._caches = [
+            torch.zeros(
+                (2, num_blocks, layer.num_kv_heads, block_size, layer.head_dim),
+                dtype=KV_DTYPES[dtype],
+                device=device.handle,
+            )
+            for layer in spec.layers
+        ]
+        # _splits() keeps sequences * KV heads * splits below twice the processors, wherever there are splits.
+        largest = max(_Shape(layer).gp * (_Shape(layer).dp + 2) for layer in spec.layers)
+        self._parts = torch.empty(2 * device.num_processors * largest, dtype=torch.float32, device=device.handle)
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        for source, destination in pairs:
+            for cache in self._caches:
+                cache[:, destination].copy_(cache[:, source])
+
+    def __call__(self, index: int, qkv: torch.Tensor, inputs: Inputs, norms: HeadNorms | None) -> torch.Tensor:
+        """[T, heads * head_dim] from qkv [T, (heads + 2 kv_heads) * head_dim] of layer `index`; stores keys and values,
+        may overwrite qkv."""
+        layer = self._spec.layers[index]
+        out = torch.empty((len(qkv), layer.num_heads * layer.head_dim), dtype=qkv.dtype, device=qkv.device)
+        fused = inputs.decode_rows is None
+        if not fused:
+            self._store(layer, index, qkv, inputs, norms)
+        if inputs.num_decodes:
+            self._decode(layer, index, qkv, out, inputs, norms, fused)
+        if inputs.tile_tokens is not None and len(inputs.tile_tokens):
+            self._prefill(layer, index, qkv, out, inputs)
+        return out
+
+    def _rope(self, layer: Layer) -> RopeTable | None:
+        return self._ropes[layer.rope] if layer.rope >= 0 else None
+
+    def _store(self, layer: Layer, index: int, qkv: torch.Tensor, inputs: Inputs, norms: HeadNorms | None) -> None:
+        shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
+        nothing = self._device.workspace
+        kernels.rope_and_store[(len(qkv), layer.num_kv_heads)](
+            qkv, cache[0], cache[1], rope.table if rope else nothing, norms.q if norms else nothing,
+            norms.k if norms else nothing, inputs.positions, inputs.slots, inputs.lengths, qkv.stride(0),
+            rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.norm_eps,
+            HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp,
+            GP=triton.next_power_of_2(layer.num_heads // layer.num_kv_heads), ROT=rope.rotary_dim if rope else 0,
+            LONG=bool(rope and rope.is_long), NORM=norms is not None, BLOCK=self._block_size, PDL=self._device.pdl,
+            num_warps=2, **self._device.launch,
+        )  # fmt: skip
+
+    def _splits(self, num_decodes: int, layer: Layer) -> int:
+        """Parts of the keys: enough programs to fill the device twice over. A function of shapes, so that a captured
+        graph serves every length."""
+        wanted = 2 * self._device.num_processors // max(1, num_decodes * layer.num_kv_heads)
+        return max(1, min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
+
+    def _decode(
+        self,
+        layer: Layer,
+        index: int,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        inputs: Inputs,
+        norms: HeadNorms | None,
+        fused: bool,
+    ) -> None:
+        shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
+        nothing = self._device.workspace
+        splits = self._splits(inputs.num_decodes, layer)
+        kernels.decode[(inputs.num_decodes, layer.num_kv_heads, splits)](
+            qkv, cache[0], cache[1], out, rope.table if rope else nothing, norms.q if norms else nothing,
+            norms.k if norms else nothing, self._parts, self._device.counters,
+            inputs.positions if inputs.decode_rows is None else inputs.decode_rows,
+            inputs.positions if inputs.decode_sequences is None else inputs.decode_sequences, inputs.positions,
+            inputs.slots, inputs.lengths, inputs.tables, inputs.width, qkv.stride(0),
+            rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.attention_scale,
+            self._spec.attention_softcap, layer.window, splits, self._spec.norm_eps, HEADS=layer.num_heads,
+            KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp,
+            ROT=rope.rotary_dim if rope else 0, LONG=bool(rope and rope.is_long), NORM=norms is not None,
+            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=_DECODE_KEYS, SPLIT=splits > 1,
+            FUSED=fused, INDIRECT=inputs.decode_rows is not None, STAGES=2, PDL=self._device.pdl, num_warps=4,
+            **self._device.launch,
+        )  # fmt: skip
+
+    def _prefill(self, layer: Layer, index: int, qkv: torch.Tensor, out: torch.Tensor, inputs: Inputs) -> None:
+        shape, cache = _Shape(layer), self._caches[index]
+        group = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
+        assert inputs.tile_tokens is not None
+        rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * group))
+        kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
+            qkv, cache[0], cache[1], out, inputs.tile_tokens, inputs.tile_counts, inputs.tile_sequences,
+            inputs.positions, inputs.tables, inputs.width, qkv.stride(0), self._spec.attention_scale,
+            self._spec.attention_softcap, layer.window, HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads,
+            D=layer.head_dim, DP=shape.dp, GP=group, CAPPED=self._spec.attention_softcap > 0,
+            WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
+            BN=_PREFILL_KEYS if shape.dp <= 128 and qkv.itemsize <= 2 else 32, STAGES=2, PDL=self._device.pdl,
+            num_warps=8, **self._device.launch,
+        )  # fmt: skip
+
+
+class _Shape:
+    """Sizes padded to what the tensor cores take: dp >= head_dim, gp >= query heads of a KV head."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.dp = max(16, triton.next_power_of_2(layer.head_dim))
+        self.gp = max(16, triton.next_power_of_2(layer.num_heads // layer.num_kv_heads))
+
+
+def tile_tokens(spec: ModelSpec) -> int:
+    """Tokens of an attention tile: its rows are tokens times the query heads of a KV head. Smaller for wide heads,
+    which fill the registers."""
+    group = max(triton.next_power_of_2(layer.num_heads // layer.num_kv_heads) for layer in spec.layers)
+    rows = _PREFILL_ROWS if max(layer.head_dim for layer in spec.layers) <= 128 else _PREFILL_ROWS // 2
+    return max(1, rows // group)
+
+
+def block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:
+    """Bytes of one block of keys and values over all layers."""
+    numbers = sum(layer.num_kv_heads * layer.head_dim for layer in spec.layers)
+    return 2 * block_size * numbers * KV_DTYPES[dtype].itemsize

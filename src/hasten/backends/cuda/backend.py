@@ -1,0 +1,146 @@
+"""CudaBackend: the Backend protocol on one NVIDIA GPU. Knows what is loaded and in which way a step runs; how is in the
+modules beside it."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
+from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, tile_tokens
+from hasten.backends.cuda.decoder import Decoder
+from hasten.backends.cuda.device import open_device
+from hasten.backends.cuda.graphs import DecodeGraphs
+from hasten.backends.cuda.inputs import Stager, is_decode
+from hasten.backends.cuda.load import TORCH_DTYPES, Loader
+from hasten.backends.cuda.ops import Ops
+from hasten.backends.cuda.sampling import PendingSample, Sampler
+from hasten.errors import ModelError, RequestError, ResourceError
+from hasten.model.formats import Weight
+from hasten.model.spec import ModelSpec
+
+FORMATS = ("fp8",)
+_MAX_ROWS = 4096  # of logits in a step, at the least
+_GRAPH_BYTES = 1 << 30  # of graphs and their buffers, measured with room to spare
+
+
+class CudaBackend:
+    """See backends.base.Backend.
+
+    format: "fp8" rounds the layers' dense matrices to e4m3 as they are loaded, a scale a row, without calibration.
+    deterministic: one kernel for products and one for attention whatever the batch, so that a row's bits do not depend
+    on it; slower. device: a torch device; "cpu" runs in Triton's interpreter, for tests.
+    Raises ResourceError for a GPU that is too old, RequestError for a format that there is not.
+    """
+
+    kv_dtypes = tuple(KV_DTYPES)
+    overlaps = True
+    usual = StepLimits(max_tokens=8192, max_sequences=256, max_rows=512)
+
+    def __init__(self, format: str | None = None, deterministic: bool = False, device: str = "cuda") -> None:
+        if format is not None and format not in FORMATS:
+            raise RequestError(f"format on load is {format!r}, expected {' or '.join(FORMATS)}")
+        self._device = open_device(device)
+        self._format = format
+        self._deterministic = deterministic
+        self._spec: ModelSpec | None = None
+        self._decoder: Decoder | None = None
+        self._sampler: Sampler | None = None
+        self._stager: Stager | None = None
+        self._graphs: DecodeGraphs | None = None
+
+    def beside(self) -> "CudaBackend":
+        """Another model's backend on the same device and stream."""
+        return CudaBackend(self._format, self._deterministic, str(self._device.handle))
+
+    def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
+        """Take the weights; arrays are not kept. Raises ModelError for one that is missing or left over, ResourceError
+        where the GPU's memory does not suffice."""
+        ops = Ops(self._device, spec.norm == "layer", spec.norm_eps)
+        loader = Loader(self._device, ops, spec, self._format, self._deterministic)
+        loaded = loader.load(weights)
+        sampled = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=self._device.handle)
+        self._spec = spec
+        self._decoder = Decoder(self._device, ops, spec, loaded, sampled)
+        self._sampler = Sampler(ops, sampled)
+
+    def memory(self, limits: StepLimits) -> DeviceMemory:
+        """Room on the GPU for the KV cache; nobody else is expected on it."""
+        spec = self._loaded_spec
+        size = TORCH_DTYPES[spec.dtype].itemsize
+        widest = max(
+            (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim + 3 * layer.intermediate_size
+            for layer in spec.layers
+        )
+        activations = limits.max_tokens * (widest + 6 * spec.hidden_size) * size
+        logits = limits.max_rows * spec.vocab_size * 4 * 2
+        if not self._device.is_cuda:
+            return DeviceMemory(1 << 30, 1 << 30, activations + logits)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device.handle)
+        return DeviceMemory(total, free, activations + logits + _GRAPH_BYTES, shared=False)
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Bytes of one KV block over all layers."""
+        _check_kv(block_size, dtype)
+        return block_bytes(self._loaded_spec, block_size, dtype)
+
+    def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
+        """Make the KV cache; an earlier one is dropped."""
+        _check_kv(block_size, dtype)
+        spec, decoder = self._loaded_spec, self._decoder
+        assert decoder is not None
+        decoder.attention = None
+        self._graphs = None
+        try:
+            decoder.attention = Attention(self._device, spec, num_blocks, block_size, dtype)
+        except torch.cuda.OutOfMemoryError:
+            needed = num_blocks * block_bytes(spec, block_size, dtype)
+            free, _ = torch.cuda.mem_get_info(self._device.handle)
+            raise ResourceError(
+                f"the KV cache needs {needed / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free: lower max_len "
+                "or memory, or use kv_cache fp8"
+            ) from None
+        self._stager = Stager(self._device, block_size, tile_tokens(spec), self._deterministic)
+        if self._device.is_cuda and not self._deterministic:
+            most = -(-spec.max_position // block_size)
+            self._graphs = DecodeGraphs(decoder, self._stager, min(num_blocks, most))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; logits as a float32 tensor [R, V] on the device."""
+        if self._decoder is None or self._stager is None:
+            raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
+        if self._graphs is not None and is_decode(batch) and self._graphs.fits(batch):
+            return self._graphs(batch)
+        inputs = self._stager.general(batch)
+        return self._decoder(inputs)
+
+    @torch.inference_mode()
+    def sample(self, logits: Logits, params: SamplingBatch) -> PendingSample:
+        """Choose one token a row, on the device."""
+        assert self._sampler is not None
+        return self._sampler(logits, params)
+
+    def fetch(self, logits: Logits) -> Float32:
+        """The logits as numpy float32 [R, V]."""
+        numbers: Float32 = logits.cpu().numpy()
+        return numbers
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination), one pair after the other."""
+        if self._decoder is not None and self._decoder.attention is not None:
+            self._decoder.attention.copy_blocks(list(pairs))
+
+    @property
+    def _loaded_spec(self) -> ModelSpec:
+        if self._spec is None:
+            raise ModelError("no model is loaded: call load() first")
+        return self._spec
+
+
+def _check_kv(block_size: int, dtype: str) -> None:
+    if dtype not in KV_DTYPES:
+        raise ResourceError(f"KV cache dtype {dtype!r} is not supported on cuda; supported: {', '.join(KV_DTYPES)}")
+    if block_size < 16 or block_size % 16:
+        raise ResourceError(f"KV block size is {block_size}, expected a multiple of 16")

@@ -1,0 +1,162 @@
+"""The decoder: one step of any ModelSpec as a chain of products, attention and the small kernels between them.
+
+A norm is done by the product that follows where that can (one row), else by the kernel that adds what the product before
+has made to the residual; a residual is added by the product where that can (few rows), else with the next norm.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hasten.backends.cuda.attention import Attention, HeadNorms
+from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.inputs import Inputs
+from hasten.backends.cuda.linear import ACTIVATIONS, Linear, Norm
+from hasten.backends.cuda.ops import NormWeights, Ops
+from hasten.model.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """gate_up holds only `up` where the MLP is not gated. Norms are None where the model has none there."""
+
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+    attn_norm: NormWeights | None
+    attn_post_norm: NormWeights | None
+    mlp_norm: NormWeights | None
+    mlp_post_norm: NormWeights | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All of a model on the device. embed, position_embed: dense, in the dtype that activations have."""
+
+    embed: torch.Tensor
+    position_embed: torch.Tensor | None
+    layers: list[LayerWeights]
+    final_norm: NormWeights
+    head: Linear
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The residual x [T, H], and delta [T, H] that is still to be added to it (by `post`, if that is a norm)."""
+
+    x: torch.Tensor
+    delta: torch.Tensor | None = None
+    post: NormWeights | None = None
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """What a product is given: rows, and how to read them (see Linear.__call__)."""
+
+    x: torch.Tensor
+    scales: torch.Tensor | None = None
+    norm: Norm | None = None
+
+
+class Decoder:
+    """Runs steps. sampled int32: what the last step chose, see ops.embed."""
+
+    def __init__(self, device: Device, ops: Ops, spec: ModelSpec, weights: Weights, sampled: torch.Tensor) -> None:
+        self._device = device
+        self._ops = ops
+        self._spec = spec
+        self._weights = weights
+        self._sampled = sampled
+        self.attention: Attention | None = None
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Logits float32 [R, V]."""
+        spec, weights = self._spec, self._weights
+        assert self.attention is not None
+        x = self._ops.embed(
+            weights.embed, weights.position_embed, inputs.tokens, inputs.sources, self._sampled, inputs.positions,
+            spec.embedding_scale,
+        )  # fmt: skip
+        hidden = _Hidden(x)
+        for index, layer in enumerate(weights.layers):
+            hidden = self._layer(index, layer, hidden, inputs)
+        return self._logits(hidden, inputs.rows)
+
+    def _layer(self, index: int, layer: LayerWeights, hidden: _Hidden, inputs: Inputs) -> _Hidden:
+        spec = self._spec
+        assert self.attention is not None
+        x, normed = self._normed(hidden, layer.attn_norm, layer.qkv)
+        qkv = layer.qkv(normed.x, x_scales=normed.scales, norm=normed.norm, dtype=x.dtype)
+        norms = None
+        if layer.q_norm is not None and layer.k_norm is not None:
+            if spec.qk_norm == "head":
+                norms = HeadNorms(layer.q_norm, layer.k_norm)
+            else:
+                width = len(layer.q_norm)
+                self._ops.norm_in_place(qkv[:, :width], layer.q_norm)
+                self._ops.norm_in_place(qkv[:, width : width + len(layer.k_norm)], layer.k_norm)
+        attended = self.attention(index, qkv, inputs, norms)
+        after = self._added(layer.o, attended, x, layer.attn_post_norm)
+        if spec.parallel_residual:
+            # x + attention + mlp(norm(x)): the MLP reads what the attention read.
+            _, normed = self._normed(_Hidden(x), layer.mlp_norm, layer.gate_up)
+            after = self._settled(after)
+            return self._added(layer.down, self._mlp(layer, normed, x.dtype), after.x, layer.mlp_post_norm)
+        x, normed = self._normed(after, layer.mlp_norm, layer.gate_up)
+        return self._added(layer.down, self._mlp(layer, normed, x.dtype), x, layer.mlp_post_norm)
+
+    def _mlp(self, layer: LayerWeights, normed: _Normed, dtype: torch.dtype) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What `down` multiplies: rows, or (e4m3 rows, scales)."""
+        activation = self._spec.activation
+        if layer.gate_up.fuses_residual(len(normed.x)) or not layer.down.takes_fp8(len(normed.x)):
+            return layer.gate_up(normed.x, x_scales=normed.scales, norm=normed.norm, activation=activation, dtype=dtype)
+        raw = layer.gate_up(normed.x, x_scales=normed.scales, norm=normed.norm, dtype=dtype)
+        return self._ops.activate_fp8(raw, ACTIVATIONS[activation], layer.gate_up.gated)
+
+    def _added(
+        self, linear: Linear, given: torch.Tensor | tuple[torch.Tensor, ...], x: torch.Tensor, post: NormWeights | None
+    ) -> _Hidden:
+        """x + residual_scale * post(linear(given)), at once or left to whoever reads it next."""
+        rows, scales = given if isinstance(given, tuple) else (given, None)
+        if post is None and linear.fuses_residual(len(rows)):
+            scale = self._spec.residual_scale
+            return _Hidden(linear(rows, x_scales=scales, residual=x, scale=scale, dtype=x.dtype))
+        return _Hidden(x, linear(rows, x_scales=scales, dtype=x.dtype), post)
+
+    def _settled(self, hidden: _Hidden) -> _Hidden:
+        if hidden.delta is None:
+            return hidden
+        x, _, _ = self._ops.add_norm(hidden.x, hidden.delta, hidden.post, None, self._spec.residual_scale)
+        return _Hidden(x)
+
+    def _normed(self, hidden: _Hidden, norm: NormWeights | None, linear: Linear) -> tuple[torch.Tensor, _Normed]:
+        """The residual with all added, and its norm as `linear` takes it."""
+        rows = len(hidden.x)
+        if norm is None:
+            x = self._settled(hidden).x
+            return x, _Normed(x)
+        if hidden.delta is None and self._spec.norm == "rms" and linear.fuses_norm(rows):
+            return hidden.x, _Normed(hidden.x, norm=Norm(norm.weight, self._spec.norm_eps))
+        fp8 = linear.takes_fp8(rows)
+        x, normed, scales = self._ops.add_norm(
+            hidden.x, hidden.delta, hidden.post, norm, self._spec.residual_scale, fp8
+        )
+        return x, _Normed(normed, scales)
+
+    def _logits(self, hidden: _Hidden, rows: torch.Tensor | None) -> torch.Tensor:
+        spec, weights = self._spec, self._weights
+        if rows is not None:
+            delta = None if hidden.delta is None else hidden.delta.index_select(0, rows)
+            hidden = _Hidden(hidden.x.index_select(0, rows), delta, hidden.post)
+        if len(hidden.x) == 0:
+            return torch.empty((0, spec.vocab_size), dtype=torch.float32, device=hidden.x.device)
+        _, normed = self._normed(hidden, weights.final_norm, weights.head)
+        logits = weights.head(
+            normed.x, x_scales=normed.scales, norm=normed.norm, scale=spec.logit_scale, dtype=torch.float32
+        )
+        if spec.final_softcap:
+            logits = spec.final_softcap * torch.tanh(logits / spec.final_softcap)
+        return logits

@@ -1,0 +1,64 @@
+"""Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when a bucket comes a second time.
+
+A step of a bucket that has no graph runs kernel by kernel, so the first token never waits for a capture.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hasten.backends.base import Batch
+from hasten.backends.cuda.decoder import Decoder
+from hasten.backends.cuda.inputs import Inputs, Stager
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+@dataclass
+class _Bucket:
+    buffer: torch.Tensor
+    inputs: Inputs
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: torch.Tensor | None = None
+    uses: int = 0
+
+
+class DecodeGraphs:
+    """Runs decode steps (see inputs.is_decode) of up to BUCKETS[-1] sequences of up to max_blocks blocks."""
+
+    def __init__(self, decoder: Decoder, stager: Stager, max_blocks: int) -> None:
+        self._decoder = decoder
+        self._stager = stager
+        self._max_blocks = max_blocks
+        self._buckets: dict[int, _Bucket] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def fits(self, batch: Batch) -> bool:
+        return len(batch.tokens) <= BUCKETS[-1] and batch.block_tables.shape[1] <= self._max_blocks
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 [R, V], overwritten by the next step."""
+        count = len(batch.tokens)
+        size = next(bucket for bucket in BUCKETS if bucket >= count)
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            buffer, inputs = self._stager.fixed(size, self._max_blocks)
+            bucket = self._buckets[size] = _Bucket(buffer, inputs)
+        self._stager.refill(batch, size, bucket.buffer)
+        bucket.uses += 1
+        if bucket.graph is None and bucket.uses < 2:
+            return self._decoder(bucket.inputs)[:count]
+        if bucket.graph is None:
+            self._capture(bucket)
+        assert bucket.graph is not None
+        assert bucket.logits is not None
+        bucket.graph.replay()
+        return bucket.logits[:count]
+
+    def _capture(self, bucket: _Bucket) -> None:
+        """Record the step; nothing runs yet. Kernels are compiled, for the bucket has run before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            bucket.logits = self._decoder(bucket.inputs)
+        self._pool = graph.pool()
+        bucket.graph = graph

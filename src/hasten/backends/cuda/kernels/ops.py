@@ -1,0 +1,167 @@
+"""The small kernels between products: embedding, norms with the residual, activation, quantising rows, argmax."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hasten.backends.cuda.kernels.linear import activate
+
+
+@triton.jit
+def embed(
+    table, position_table, tokens, sources, sampled, positions, out, H, scale,
+    LEARNED: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [T, H] = scale * table[token] (+ position_table[position]); program (token, piece of H).
+
+    Where sources[t] >= 0 the token is sampled[sources[t]], what the step before chose.
+    """
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * B + tl.arange(0, B)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    source = tl.load(sources + row)
+    token = tl.load(tokens + row)
+    if source >= 0:
+        token = tl.load(sampled + source)
+    token = tl.maximum(token, 0)  # -1: the step before gave NaN, and its result says so
+    mask = cols < H
+    x = tl.load(table + token.to(tl.int64) * H + cols, mask=mask, other=0).to(tl.float32) * scale
+    if LEARNED:
+        position = tl.load(positions + row).to(tl.int64)
+        x += tl.load(position_table + position * H + cols, mask=mask, other=0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * H + cols, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normed(x, weight, bias, cols, H, eps, LAYER: tl.constexpr):
+    """RMS norm, or layer norm (LAYER), of a row that is zero beyond H."""
+    mask = cols < H
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    if LAYER:
+        centred = tl.where(mask, x - tl.sum(x) / H, 0)
+        return centred * tl.rsqrt(tl.sum(centred * centred) / H + eps) * w + tl.load(bias + cols, mask=mask, other=0)
+    return x * tl.rsqrt(tl.sum(x * x) / H + eps) * w
+
+
+@triton.jit
+def add_norm(
+    x, delta, added, out, scales, post, post_bias, pre, pre_bias, H, ldx, ldo, eps, scale,
+    ADD: tl.constexpr, POST: tl.constexpr, PRE: tl.constexpr, LAYER: tl.constexpr, FP8: tl.constexpr,
+    B: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """added = x + scale * delta (POST: * norm(delta)); out = norm(added) (PRE); one row a program, float32 inside.
+
+    FP8: out is e4m3, each row divided by scales[row], so that its largest number becomes 448.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, B)
+    mask = cols < H
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    v = tl.load(x + row * ldx + cols, mask=mask, other=0).to(tl.float32)
+    if ADD:
+        d = tl.load(delta + row * H + cols, mask=mask, other=0).to(tl.float32)
+        if POST:
+            d = _normed(d, post, post_bias, cols, H, eps, LAYER)
+        rounded = (v + scale * d).to(added.dtype.element_ty)
+        tl.store(added + row * H + cols, rounded, mask=mask)
+        v = rounded.to(tl.float32)
+    if PRE:
+        n = _normed(v, pre, pre_bias, cols, H, eps, LAYER)
+        if FP8:
+            n = n.to(added.dtype.element_ty).to(tl.float32)
+            scale_out = tl.maximum(tl.max(tl.abs(n)), 1e-12) / 448.0
+            tl.store(scales + row, scale_out)
+            n = n / scale_out
+        tl.store(out + row * ldo + cols, n.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activate_rows(
+    x, out, scales, N, GATED: tl.constexpr, ACT: tl.constexpr, FP8: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """out [T, N] = activation(x[:, :N]) * x[:, N:] (GATED), else activation(x [T, N]); program (row, piece of N).
+
+    FP8: out is e4m3 with scales[row], and one program takes a whole row (B >= N).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * B + tl.arange(0, B)
+    mask = cols < N
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = x + row * (2 * N if GATED else N) + cols
+    v = activate(tl.load(at, mask=mask, other=0).to(tl.float32), ACT)
+    if GATED:
+        v *= tl.load(at + N, mask=mask, other=0).to(tl.float32)
+    if FP8:
+        scale_out = tl.maximum(tl.max(tl.abs(v)), 1e-12) / 448.0
+        tl.store(scales + row, scale_out)
+        v = v / scale_out
+    tl.store(out + row * N + cols, v.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def argmax(
+    logits, sampled, best, best_ids, counters, V, PIECES: tl.constexpr, B: tl.constexpr, ROUNDS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """sampled [R] = the lowest id of the largest logit, -1 where one is NaN; program (row, piece of ROUNDS * B ids).
+
+    best, best_ids: [R, PIECES]. counters: zeros [R], and zeros again afterwards.
+    """
+    row, piece = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    top = float("-inf")
+    top_id = V
+    for i in tl.range(0, ROUNDS):
+        ids = (piece * ROUNDS + i) * B + tl.arange(0, B)
+        x = tl.load(logits + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
+        bad = x != x
+        x = tl.where(bad, float("inf"), x)
+        ids = tl.where(bad, -1, tl.where(ids < V, ids, V))
+        its_top = tl.max(x)
+        its_id = tl.min(tl.where(x == its_top, ids, V))
+        top_id = tl.where(its_top > top, its_id, tl.where(its_top == top, tl.minimum(its_id, top_id), top_id))
+        top = tl.maximum(top, its_top)
+    tl.store(best + row * PIECES + piece, top)
+    tl.store(best_ids + row * PIECES + piece, top_id)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters + row, 1, sem="acq_rel")
+    if arrived == PIECES - 1:
+        tl.store(counters + row, 0)
+        pieces = tl.arange(0, triton.next_power_of_2(PIECES))
+        tops = tl.load(best + row * PIECES + pieces, mask=pieces < PIECES, other=float("-inf"), cache_modifier=".cg")
+        ids = tl.load(best_ids + row * PIECES + pieces, mask=pieces < PIECES, other=V, cache_modifier=".cg")
+        tl.store(sampled + row, tl.min(tl.where(tops == tl.max(tops), ids, V)))
+
+
+@triton.jit
+def exponentials(seeds, counters, out, G, B: tl.constexpr, PDL: tl.constexpr):
+    """out float64 [R, G]: reference_sampling.exponentials; program (row, piece of 4 * B). seeds, counters: int64 [R],
+    the bits of unsigned numbers."""
+    row = tl.program_id(0)
+    blocks = tl.program_id(1) * B + tl.arange(0, B)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    counter = tl.load(counters + row)
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.zeros([B], tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seeds + row), zero + low, zero + high, (blocks + 1).to(tl.uint32), zero, 10)
+    at = out + row.to(tl.int64) * G + 4 * blocks
+    _store_exponential(at, a, 4 * blocks < G)
+    _store_exponential(at + 1, b, 4 * blocks + 1 < G)
+    _store_exponential(at + 2, c, 4 * blocks + 2 < G)
+    _store_exponential(at + 3, d, 4 * blocks + 3 < G)
+
+
+@triton.jit
+def _store_exponential(at, word, mask):
+    tl.store(at, -tl.log((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10), mask=mask)

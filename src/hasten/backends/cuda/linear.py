@@ -1,0 +1,287 @@
+"""A layer's matrices on the device and their products with T rows, by the kernel that suits T.
+
+One row of dense weights: `gemv`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded first where the format is
+packed, or fp8 products where the device has them. `Linear` is what one input is multiplied with at once (q, k, v; gate, up).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.kernels import linear as kernels
+from hasten.backends.cuda.ops import Ops
+from hasten.backends.cuda.tuning import gemv_tile, int4_tile, skinny_tile
+
+DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
+MAX_SKINNY = 64
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """N rows of K columns as `kernels.skinny` reads them. scales [groups, N]; perm: which column of x each column of
+    the matrix multiplies. scale_pairs: see kernels.gemv_int4, where that can multiply the matrix by groups."""
+
+    kind: int
+    n: int
+    k: int
+    data: torch.Tensor
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    group: int = 0
+    perm: torch.Tensor | None = None
+    scale_pairs: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in (self.data, self.scales, self.zeros) if t is not None)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm that a product may do on the way. weight float32 [K]."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+class Linear:
+    """Matrices [N_i, K] whose outputs lie side by side. gated: the first half of the rows gates the second."""
+
+    def __init__(
+        self, device: Device, ops: Ops, matrices: list[Matrix], bias: torch.Tensor | None, gated: bool, fixed: bool
+    ) -> None:
+        self.device = device
+        self.ops = ops
+        self.matrices = matrices
+        self.bias = bias
+        self.gated = gated
+        self.fixed = fixed
+        self.n = sum(matrix.n for matrix in matrices)
+        self.k = matrices[0].k
+        self._whole = len(matrices) == 1 and matrices[0].perm is None
+
+    def fuses_norm(self, rows: int) -> bool:
+        """Whether `rows` rows may be given unnormed."""
+        return rows == 1 and self._whole and self.matrices[0].kind in (DENSE, FP8) and not self.fixed
+
+    def fuses_residual(self, rows: int) -> bool:
+        """Whether a residual is added without a pass of its own."""
+        return all(self._few(matrix, rows) for matrix in self.matrices)
+
+    def takes_fp8(self, rows: int) -> bool:
+        """Whether rows may be given as (e4m3, scales): what a preceding kernel can make in passing."""
+        matrix = self.matrices[0]
+        return self._whole and matrix.kind == FP8 and not self.fuses_norm(rows) and self._has_fp8_product(matrix)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        x_scales: torch.Tensor | None = None,
+        norm: Norm | None = None,
+        residual: torch.Tensor | None = None,
+        scale: float = 1.0,
+        activation: str = "none",
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """scale * (x [T, K] W.T + bias) -> [T, N]; activated, and gated [T, N / 2]. residual (only where
+        fuses_residual) is added. x is e4m3 with x_scales float32 [T] only where takes_fp8. The result has `dtype`, or
+        that of x."""
+        dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
+        rows = len(x)
+        matrix = self.matrices[0]
+        if self._whole and self._few(matrix, rows):
+            n = self.n // 2 if self.gated else self.n
+            out = torch.empty((rows, n), dtype=dtype, device=x.device)
+            self._run_few(x, x_scales, matrix, 0, out, norm, residual, scale, ACTIVATIONS[activation], self.gated)
+            return out
+        if len(self.matrices) == 1 and not self._few(matrix, rows):
+            out = self._run_many(x, x_scales, matrix, dtype)
+            self._add_bias(out, 0, scale)
+        else:
+            out = self._side_by_side(x, x_scales, residual, scale, dtype)
+        if activation != "none":
+            return self.ops.activate(out, ACTIVATIONS[activation], self.gated)
+        return out
+
+    def _side_by_side(
+        self,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Matrix by matrix, each into its columns."""
+        rows, first = len(x), 0
+        out = torch.empty((rows, self.n), dtype=dtype, device=x.device)
+        for matrix in self.matrices:
+            part = out[:, first : first + matrix.n]
+            if self._few(matrix, rows):
+                its_residual = None if residual is None else residual[:, first : first + matrix.n]
+                self._run_few(x, None, matrix, first, part, None, its_residual, scale, 0, False)
+            else:
+                part.copy_(self._run_many(x, x_scales, matrix, dtype))
+                self._add_bias(part, first, scale)
+            first += matrix.n
+        return out
+
+    def _few(self, matrix: Matrix, rows: int) -> bool:
+        return self.fixed or rows <= MAX_SKINNY
+
+    def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
+        if self.bias is not None:
+            out += self.bias[first : first + out.shape[1]].to(out.dtype)
+        if scale != 1:
+            out *= scale
+
+    def _run_few(
+        self,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        matrix: Matrix,
+        first: int,
+        out: torch.Tensor,
+        norm: Norm | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        bias = None if self.bias is None else self.bias[first:]
+        n = matrix.n // 2 if gated else matrix.n
+        if matrix.perm is not None:
+            x = x[:, matrix.perm].contiguous()
+        if len(x) == 1 and not self.fixed and matrix.kind in (DENSE, FP8):
+            self._gemv(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
+            return
+        assert norm is None, "only gemv norms its input"
+        if len(x) == 1 and not self.fixed and self._has_int4_gemv(matrix, x):
+            self._gemv_int4(x, matrix, n, bias, out, residual, scale, activation, gated)
+            return
+        if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix):
+            x, x_scales = self.ops.quantize_rows(x)
+        self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
+
+    def _has_int4_gemv(self, matrix: Matrix, x: torch.Tensor) -> bool:
+        plain = matrix.kind == INT4 and matrix.zeros is None and (matrix.group == 0 or matrix.scale_pairs is not None)
+        return plain and self.device.asm and x.dtype == torch.bfloat16 and matrix.k % 256 == 0
+
+    def _gemv(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        n: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        norm: Norm | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        tile = gemv_tile(matrix.data.itemsize, n, matrix.k, gated)
+        kernels.gemv[(-(-n // tile.rows),)](
+            x, matrix.data, x if matrix.scales is None else matrix.scales, norm.weight if norm else x,
+            x if bias is None else bias, x if residual is None else residual, out, n, matrix.k,
+            norm.eps if norm else 0.0, scale, SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
+            BN=tile.rows, BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
+            num_warps=tile.warps, **self.device.launch,
+        )  # fmt: skip
+
+    def _gemv_int4(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        n: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        tile = int4_tile(n, matrix.k, gated)
+        kernels.gemv_int4[(-(-n // tile.rows),)](
+            x.view(torch.int32), matrix.data.view(torch.int32),
+            matrix.scales if matrix.scale_pairs is None else matrix.scale_pairs, x if bias is None else bias,
+            x if residual is None else residual, out, n, matrix.k, scale, GROUPED=matrix.group > 0,
+            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows,
+            BW=tile.columns, STAGES=tile.stages, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
+        )  # fmt: skip
+
+    def _skinny(
+        self,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        matrix: Matrix,
+        n: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        rows, device = len(x), self.device
+        width = MAX_SKINNY if self.fixed else min(MAX_SKINNY, max(16, triton.next_power_of_2(rows)))
+        tile = skinny_tile(
+            matrix.kind, matrix.data.itemsize, x.itemsize, width, n, matrix.k, matrix.group, gated,
+            device.num_processors,
+        )  # fmt: skip
+        splits = 1 if self.fixed else tile.splits
+        step = tile.columns * (4 if matrix.kind == INT4 else 1)
+        nothing = device.counters
+        kernels.skinny[(-(-n // tile.rows), splits, -(-rows // width))](
+            x, nothing if x_scales is None else x_scales, matrix.data, nothing if matrix.scales is None else matrix.scales, nothing if matrix.zeros is None else matrix.zeros,
+            nothing if bias is None else bias,
+            nothing if residual is None else residual, out, device.workspace, device.counters, rows, n, matrix.k,
+            matrix.data.stride(0), out.stride(0), 0 if matrix.scales is None else len(matrix.scales) - 1, splits, scale,
+            KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, SCALED=matrix.scales is not None,
+            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BM=width, BN=tile.rows,
+            BK=tile.columns, SPLIT=splits > 1, STAGES=tile.stages, EVEN=matrix.k % step == 0, ASM=device.asm,
+            PDL=device.pdl, num_warps=tile.warps, **device.launch,
+        )  # fmt: skip
+
+    def _has_fp8_product(self, matrix: Matrix) -> bool:
+        return self.device.fp8_products and matrix.k % 16 == 0 and matrix.n % 16 == 0
+
+    def _run_many(
+        self, x: torch.Tensor, x_scales: torch.Tensor | None, matrix: Matrix, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if matrix.perm is not None:
+            x = x[:, matrix.perm]
+        if matrix.kind == DENSE:
+            return _product(x, matrix.data, dtype)
+        if matrix.kind == FP8 and self._has_fp8_product(matrix):
+            if x_scales is None:
+                x, x_scales = self.ops.quantize_rows(x)
+            assert matrix.scales is not None
+            product: torch.Tensor = torch._scaled_mm(
+                x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16
+            )
+            return product.to(dtype)
+        return _product(x, self.expanded(matrix, x.dtype), dtype)
+
+    def expanded(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix's numbers, dense [N, K]."""
+        out = torch.empty((matrix.n, matrix.k), dtype=dtype, device=self.device.handle)
+        columns = 32 if matrix.group == 32 else 64
+        width = matrix.data.stride(0)
+        assert matrix.scales is not None
+        kernels.expand[(-(-matrix.n // 32), -(-width // columns))](
+            matrix.data, matrix.scales, matrix.scales if matrix.zeros is None else matrix.zeros, out, matrix.n,
+            matrix.k, width, len(matrix.scales) - 1, KIND=matrix.kind, GROUP=matrix.group,
+            ZEROS=matrix.zeros is not None, BN=32, BK=columns, PDL=self.device.pdl, **self.device.launch,
+        )  # fmt: skip
+        return out
+
+
+def _product(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x W.T by cuBLAS; float32 from half-precision inputs without rounding in between where asked for."""
+    if dtype != x.dtype and x.is_cuda:
+        return torch.mm(x, w.t(), out_dtype=dtype)
+    return torch.nn.functional.linear(x, w).to(dtype)

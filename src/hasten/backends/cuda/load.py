@@ -1,0 +1,309 @@
+"""Canonical weights -> tensors on the device, through small pinned buffers: no copy of the model in host memory.
+
+Several threads copy at once, for one core reads a mapped file slower than the bus takes it. What must be repacked is
+repacked on the device.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hasten.backends.cuda.decoder import LayerWeights, Weights
+from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
+from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
+from hasten.errors import ModelError, ResourceError
+from hasten.model.formats import Weight
+from hasten.model.spec import ModelSpec
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CHUNK = 8 << 20
+_THREADS = 8
+_FP8_MAX = 448.0
+
+_ROLES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+
+class Uploader:
+    """Copies numpy arrays to the device on threads of its own."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._local = threading.local()
+
+    def send(self, array: NDArray[Any], target: torch.Tensor) -> None:
+        """Copy an array into `target`, contiguous and of as many bytes, piece by piece on all threads."""
+        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        flat = target.view(-1).view(torch.uint8)
+        pieces: list[Future[None]] = [
+            self._pool.submit(self._copy, source[first : first + _CHUNK], flat[first : first + _CHUNK])
+            for first in range(0, source.size, _CHUNK)
+        ]
+        for piece in pieces:
+            piece.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _copy(self, source: NDArray[np.uint8], target: torch.Tensor) -> None:
+        if not self._device.is_cuda:
+            target.copy_(torch.from_numpy(source.copy()))
+            return
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device.handle)  # type: ignore[no-untyped-call]
+            self._local.buffer = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True)
+        buffer = self._local.buffer[: source.size]
+        buffer.numpy()[:] = source
+        with torch.cuda.stream(self._local.stream):
+            target.copy_(buffer, non_blocking=True)
+            self._local.stream.synchronize()
+
+
+class Loader:
+    """Gathers the weights of one model. format: "fp8" quantises the layers' dense matrices on the way.
+    fixed: see Linear."""
+
+    def __init__(self, device: Device, ops: Ops, spec: ModelSpec, format: str | None, fixed: bool) -> None:
+        self._device = device
+        self._ops = ops
+        self._spec = spec
+        self._format = format
+        self._fixed = fixed
+        self._dtype = TORCH_DTYPES[spec.dtype]
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._linears: dict[str, list[Matrix]] = {}
+
+    def load(self, weights: Iterable[tuple[str, Weight]]) -> Weights:
+        """All of the model. Raises ModelError for a weight that is missing or left over, ResourceError where the
+        device's memory does not suffice."""
+        uploader = Uploader(self._device)
+        try:
+            for name, group in self._groups(weights):
+                matrices = _merged([self._matrix(weight, uploader) for weight in group], self._device)
+                matrices = [_with_scale_pairs(matrix) for matrix in matrices]
+                if self._format == "fp8" and name.startswith("layers."):
+                    matrices = [_as_fp8(matrix) for matrix in matrices]
+                self._linears[name] = matrices
+            return self._assembled()
+        except torch.cuda.OutOfMemoryError:
+            total = torch.cuda.get_device_properties(self._device.handle).total_memory
+            raise ResourceError(
+                f"the weights do not fit the GPU's {total / 1e9:.1f} GB: use a smaller format, such as --format fp8"
+            ) from None
+        finally:
+            uploader.close()
+
+    def _groups(self, weights: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, list[Weight]]]:
+        """Names of groups that are multiplied at once ("layers.0.qkv"), with their weights in order."""
+        waiting: dict[str, dict[str, Weight]] = {}
+        for name, weight in weights:
+            if weight.shape[1] == 1 and weight.format.kind == "fp32":
+                values = np.array(weight.data, np.float32).reshape(-1)
+                self._vectors[name] = torch.from_numpy(values).to(self._device.handle)
+                continue
+            group, members = self._group_of(name)
+            parts = waiting.setdefault(group, {})
+            if name in parts or group in self._linears:
+                raise ModelError(f"weight {name} was given twice")
+            parts[name] = weight
+            if len(parts) == len(members):
+                yield group, [parts[member] for member in members]
+                del waiting[group]
+        for group, parts in waiting.items():
+            members = self._group_of(next(iter(parts)))[1]
+            raise ModelError(f"weight {next(m for m in members if m not in parts)} is missing (of {group})")
+
+    def _group_of(self, name: str) -> tuple[str, list[str]]:
+        if name in ("embed", "position_embed", "head"):
+            return name, [name]
+        prefix, _, role = name.rpartition(".")
+        for group, members in _ROLES.items():
+            if role in members and prefix.startswith("layers."):
+                if group == "gate_up" and not self._spec.gated_mlp:
+                    members = ("up",)
+                return f"{prefix}.{group}", [f"{prefix}.{member}" for member in members]
+        raise ModelError(f"weight {name} is not part of this model")
+
+    def _matrix(self, weight: Weight, uploader: Uploader) -> Matrix:
+        n, k = weight.shape
+        kind = weight.format.kind
+        data = torch.from_numpy(np.empty(0, weight.data.dtype)).dtype
+        target = torch.empty(weight.data.shape, dtype=data, device=self._device.handle)
+        uploader.send(weight.data, target)
+        if kind in TORCH_DTYPES:
+            return Matrix(DENSE, n, k, target.view(TORCH_DTYPES[kind]).to(self._dtype))
+        assert weight.scales is not None
+        scales = _small(self._upload(weight.scales).t().contiguous())
+        zeros = None if weight.zeros is None else self._upload(weight.zeros).t().contiguous()
+        perm = None if weight.perm is None else self._upload(weight.perm)
+        group = weight.format.group_size
+        if kind == "int8":
+            return Matrix(INT8, n, k, target, scales, zeros, group, perm)
+        if zeros is not None and group == 0:
+            group = k  # one group a row: the kernels apply zero points by group
+        return Matrix(INT4, n, k, _pack_int4(target, k, group), scales, zeros, group, perm)
+
+    def _upload(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).to(self._device.handle)
+
+    def _assembled(self) -> Weights:
+        spec = self._spec
+        embed = self._take("embed")
+        head = embed if spec.tied_head else self._take("head")
+        position = self._dense(self._take("position_embed")[0]) if spec.learned_positions else None
+        layers = [self._layer(f"layers.{index}") for index in range(len(spec.layers))]
+        final_norm = self._norm("final_norm")
+        assert final_norm is not None
+        weights = Weights(self._dense(embed[0]), position, layers, final_norm, self._linear(head, ("head",), False))
+        for name in [*self._linears, *self._vectors]:
+            raise ModelError(f"weight {name} is not part of this model")
+        return weights
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        spec = self._spec
+        linears = {
+            role: self._linear(
+                self._take(f"{prefix}.{role}"),
+                tuple(f"{prefix}.{m}" for m in members if m != "gate" or spec.gated_mlp),
+                role == "gate_up" and spec.gated_mlp,
+            )
+            for role, members in _ROLES.items()
+        }
+        has_qk = spec.qk_norm != "none"
+        return LayerWeights(
+            **linears,
+            attn_norm=self._norm(f"{prefix}.attn_norm") if spec.pre_norm else None,
+            attn_post_norm=self._norm(f"{prefix}.attn_post_norm") if spec.post_norm else None,
+            mlp_norm=self._norm(f"{prefix}.mlp_norm") if spec.pre_norm else None,
+            mlp_post_norm=self._norm(f"{prefix}.mlp_post_norm") if spec.post_norm else None,
+            q_norm=self._vector(f"{prefix}.q_norm") if has_qk else None,
+            k_norm=self._vector(f"{prefix}.k_norm") if has_qk else None,
+        )
+
+    def _take(self, name: str) -> list[Matrix]:
+        if name not in self._linears:
+            raise ModelError(f"weight {name} is missing")
+        return self._linears.pop(name)
+
+    def _vector(self, name: str) -> torch.Tensor:
+        if name not in self._vectors:
+            raise ModelError(f"weight {name} is missing")
+        return self._vectors.pop(name)
+
+    def _norm(self, name: str) -> NormWeights:
+        return NormWeights(
+            _small(self._vector(name)), self._vector(f"{name}.bias") if self._spec.norm == "layer" else None
+        )
+
+    def _linear(self, matrices: list[Matrix], names: tuple[str, ...], gated: bool) -> Linear:
+        biases = [self._vectors.pop(f"{name}.bias", None) for name in names]
+        bias = None
+        if any(b is not None for b in biases):
+            rows = _rows_of(matrices, len(names), self._spec, names)
+            bias = torch.cat([torch.zeros(n, device=self._device.handle) if b is None else b
+                              for b, n in zip(biases, rows, strict=True)])  # fmt: skip
+        return Linear(self._device, self._ops, matrices, bias, gated, self._fixed)
+
+    def _dense(self, matrix: Matrix) -> torch.Tensor:
+        """The numbers of an embedding, in the dtype of activations."""
+        if matrix.kind == DENSE:
+            return matrix.data
+        linear = Linear(self._device, self._ops, [matrix], None, False, False)
+        return linear.expanded(matrix, self._dtype)
+
+
+def _rows_of(matrices: list[Matrix], count: int, spec: ModelSpec, names: tuple[str, ...]) -> list[int]:
+    """Output rows of each named matrix, which may have been merged."""
+    if len(matrices) == count:
+        return [matrix.n for matrix in matrices]
+    if count == 3:
+        layer = spec.layers[int(names[0].split(".")[1])]
+        return [layer.num_heads * layer.head_dim] + [layer.num_kv_heads * layer.head_dim] * 2
+    total = sum(matrix.n for matrix in matrices)
+    return [total // count] * count
+
+
+def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
+    """One matrix of those that are stored alike; as they are where any differs."""
+    first = matrices[0]
+    if len(matrices) == 1 or not all(_alike(first, other) for other in matrices):
+        return matrices
+
+    def cat(tensors: list[torch.Tensor | None], dim: int) -> torch.Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present, dim).contiguous() if present else None
+
+    data = cat([matrix.data for matrix in matrices], 0)
+    assert data is not None
+    scales = [None if matrix.scales is None else matrix.scales.float() for matrix in matrices]
+    merged_scales = cat(list(scales), 1)
+    return [
+        Matrix(
+            first.kind,
+            sum(matrix.n for matrix in matrices),
+            first.k,
+            data,
+            None if merged_scales is None else _small(merged_scales),
+            cat([matrix.zeros for matrix in matrices], 1),
+            first.group,
+            first.perm,
+        )
+    ]
+
+
+def _alike(one: Matrix, other: Matrix) -> bool:
+    if (one.kind, one.group, one.zeros is None) != (other.kind, other.group, other.zeros is None):
+        return False
+    if one.perm is None or other.perm is None:
+        return one.perm is other.perm
+    return torch.equal(one.perm, other.perm)
+
+
+def _small(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in half the bytes where nothing is lost."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            return scales.to(dtype)
+    return scales
+
+
+def _pack_int4(packed: torch.Tensor, k: int, group: int) -> torch.Tensor:
+    """uint8 [N, K / 2] as Weight has it -> int16 [N, ceil(K / 4w) * w], w = 32 or 64, see kernels.skinny."""
+    width = 32 if group == 32 else 64
+    n = len(packed)
+    numbers = torch.stack((packed & 15, packed >> 4), dim=2).view(n, -1)[:, :k]
+    padded = torch.nn.functional.pad(numbers, (0, -k % (4 * width)), value=8)
+    quarters = padded.view(n, -1, 4, width).to(torch.int32)
+    words = quarters[:, :, 0] | quarters[:, :, 1] << 4 | quarters[:, :, 2] << 8 | quarters[:, :, 3] << 12
+    return words.to(torch.int16).view(n, -1).contiguous()
+
+
+def _with_scale_pairs(matrix: Matrix) -> Matrix:
+    """The matrix with its scales as kernels.gemv_int4 takes them, where it can and bfloat16 holds them."""
+    scales = matrix.scales
+    if matrix.kind != INT4 or matrix.group != 128 or matrix.k % 256 or matrix.zeros is not None or scales is None:
+        return matrix
+    if scales.dtype != torch.bfloat16:
+        return matrix
+    pairs = scales.t().contiguous().view(torch.int32)
+    return replace(matrix, scale_pairs=pairs)
+
+
+def _as_fp8(matrix: Matrix) -> Matrix:
+    """A dense matrix rounded to e4m3 with a scale a row; others as they are."""
+    if matrix.kind != DENSE:
+        return matrix
+    scales = matrix.data.abs().amax(dim=1).float().clamp_min(1e-12) / _FP8_MAX
+    data = torch.empty_like(matrix.data, dtype=FP8_DTYPE)
+    step = max(1, (64 << 20) // matrix.k)
+    for first in range(0, matrix.n, step):
+        part = slice(first, first + step)
+        data[part] = (matrix.data[part].float() / scales[part, None]).to(FP8_DTYPE)
+    return Matrix(FP8, matrix.n, matrix.k, data, scales[None].contiguous())

@@ -1,0 +1,148 @@
+"""Launches of the small kernels of kernels/ops.py."""
+
+import torch
+import triton
+
+from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.kernels import ops as kernels
+
+FP8_DTYPE = torch.float8_e4m3fn
+
+
+class Ops:
+    """Embedding, norms, activation and argmax on one device. layer_norm: LayerNorm rather than RMSNorm."""
+
+    def __init__(self, device: Device, layer_norm: bool, eps: float) -> None:
+        self.device = device
+        self._layer_norm = layer_norm
+        self._eps = eps
+
+    def embed(
+        self,
+        table: torch.Tensor,
+        position_table: torch.Tensor | None,
+        tokens: torch.Tensor,
+        sources: torch.Tensor,
+        sampled: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """[T, H] embeddings of int32 tokens [T], or of sampled[sources[t]] where sources[t] >= 0."""
+        width = table.shape[1]
+        out = torch.empty((len(tokens), width), dtype=table.dtype, device=table.device)
+        block = min(1024, triton.next_power_of_2(width))
+        kernels.embed[(len(tokens), -(-width // block))](
+            table, table if position_table is None else position_table, tokens, sources, sampled, positions, out,
+            width, scale, LEARNED=position_table is not None, B=block, PDL=self.device.pdl, **self.device.launch,
+        )  # fmt: skip
+        return out
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        post: "NormWeights | None",
+        pre: "NormWeights | None",
+        scale: float = 1.0,
+        fp8: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(x + scale * post(delta), its norm by `pre`, scales of the norm's rows where it is made in fp8)."""
+        rows, width = x.shape
+        added = x if delta is None else torch.empty_like(x)
+        out = added
+        scales = None
+        if pre is not None:
+            out = torch.empty_like(x, dtype=FP8_DTYPE if fp8 else x.dtype)
+            scales = torch.empty(rows, dtype=torch.float32, device=x.device) if fp8 else None
+        self._launch(x, delta, added, out, scales, post, pre, width, scale, self._layer_norm)
+        return added, out, scales
+
+    def norm_in_place(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """RMS norm of each row of x [T, N], which may be columns of something wider."""
+        self._launch(x, None, x, x, None, None, NormWeights(weight, None), x.shape[1], 1.0, False)
+
+    def _launch(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        added: torch.Tensor,
+        out: torch.Tensor,
+        scales: torch.Tensor | None,
+        post: "NormWeights | None",
+        pre: "NormWeights | None",
+        width: int,
+        scale: float,
+        layer_norm: bool,
+    ) -> None:
+        post_weight, post_bias = _tensors(post, x)
+        pre_weight, pre_bias = _tensors(pre, x)
+        block = triton.next_power_of_2(width)
+        kernels.add_norm[(len(x),)](
+            x, x if delta is None else delta, added, out, x if scales is None else scales, post_weight, post_bias,
+            pre_weight, pre_bias, width, x.stride(0), out.stride(0), self._eps, scale, ADD=delta is not None,
+            POST=post is not None, PRE=pre is not None, LAYER=layer_norm, FP8=scales is not None, B=block,
+            PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8, **self.device.launch,
+        )  # fmt: skip
+
+    def activate(self, x: torch.Tensor, activation: int, gated: bool) -> torch.Tensor:
+        """activation(x [T, N]), or with gated activation(x[:, : N / 2]) * x[:, N / 2 :]."""
+        return self._activate(x, activation, gated, False)[0]
+
+    def activate_fp8(self, x: torch.Tensor, activation: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as (e4m3, scales float32 [T])."""
+        out, scales = self._activate(x, activation, gated, True)
+        assert scales is not None
+        return out, scales
+
+    def quantize_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, N] as (e4m3, scales float32 [T])."""
+        return self.activate_fp8(x, 0, False)
+
+    def _activate(
+        self, x: torch.Tensor, activation: int, gated: bool, fp8: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, width = x.shape
+        width = width // 2 if gated else width
+        out = torch.empty((rows, width), dtype=FP8_DTYPE if fp8 else x.dtype, device=x.device)
+        scales = torch.empty(rows, dtype=torch.float32, device=x.device) if fp8 else None
+        block = triton.next_power_of_2(width) if fp8 else min(2048, triton.next_power_of_2(width))
+        kernels.activate_rows[(rows, -(-width // block))](
+            x, out, x if scales is None else scales, width, GATED=gated, ACT=activation, FP8=fp8, B=block,
+            PDL=self.device.pdl, num_warps=8 if block > 2048 else 4, **self.device.launch,
+        )  # fmt: skip
+        return out, scales
+
+    def argmax(self, logits: torch.Tensor, sampled: torch.Tensor) -> None:
+        """sampled[r] = lowest id of the largest of logits [R, V] float32; -1 where one is NaN."""
+        rows, vocab = logits.shape
+        block = 1024
+        rounds = 1 if rows <= 8 else 8
+        pieces = -(-vocab // (block * rounds))
+        best = torch.empty((rows, pieces), dtype=torch.float32, device=logits.device)
+        ids = torch.empty((rows, pieces), dtype=torch.int32, device=logits.device)
+        kernels.argmax[(rows, pieces)](
+            logits, sampled, best, ids, self.device.counters, vocab, PIECES=pieces, B=block, ROUNDS=rounds,
+            PDL=self.device.pdl, **self.device.launch,
+        )  # fmt: skip
+
+    def exponentials(self, seeds: torch.Tensor, counters: torch.Tensor, count: int) -> torch.Tensor:
+        """float64 [R, count]: reference_sampling.exponentials of int64 seeds and counters [R]."""
+        out = torch.empty((len(seeds), count), dtype=torch.float64, device=seeds.device)
+        kernels.exponentials[(len(seeds), -(-count // 1024))](
+            seeds, counters, out, count, B=256, PDL=self.device.pdl, **self.device.launch
+        )
+        return out
+
+
+class NormWeights:
+    """A norm's float32 weight and, for layer norm, bias."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+
+def _tensors(norm: NormWeights | None, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if norm is None:
+        return other, other
+    return norm.weight, other if norm.bias is None else norm.bias

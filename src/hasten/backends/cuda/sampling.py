@@ -1,0 +1,183 @@
+"""Choosing tokens on the device: greedy by one kernel, the rest in the order and meaning of base.SamplingBatch.
+
+Probabilities are in double, as in reference_sampling.py; sums run in another order there, so that a draw may differ
+where a number falls between two roundings.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hasten.backends.base import DRAW_GROUP, Float32, Int32, Sampled, SamplingBatch
+from hasten.backends.cuda.ops import Ops
+
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+class PendingSample:
+    """Results on their way to the host; see backends.base.Pending."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = {name: _to_host(tensor) for name, tensor in tensors.items()}
+        self._event: torch.cuda.Event | None = None
+        if tensors["tokens"].is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._done: Sampled | None = None
+
+    def result(self) -> Sampled:
+        """Wait until the step is done."""
+        if self._done is None:
+            if self._event is not None:
+                self._event.synchronize()
+            # Copies, for torch reuses pinned memory.
+            self._done = Sampled(**{name: tensor.numpy().copy() for name, tensor in self._tensors.items()})
+            self._tensors.clear()
+        return self._done
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples rows of logits into `sampled` int32 [most rows], where the next step finds its tokens."""
+
+    ops: Ops
+    sampled: torch.Tensor
+
+    def __call__(self, logits: torch.Tensor, params: SamplingBatch) -> PendingSample:
+        """Overwrites logits float32 [R, V]."""
+        tokens = self.sampled[: len(logits)]
+        if not params.any_special:
+            if len(logits):
+                self.ops.argmax(logits, tokens)
+            return PendingSample({"tokens": tokens})
+        wants_top = bool((params.num_logprobs >= 0).any())
+        wants_targets = bool((params.targets >= 0).any())
+        results: dict[str, torch.Tensor] = {}
+        # Before penalties and bias, which change the logits in place.
+        logprobs = torch.log_softmax(logits.double(), dim=1) if wants_top or wants_targets else None
+        self._choose(logits, params, tokens)
+        results["tokens"] = tokens
+        if logprobs is not None and wants_top:
+            chosen = tokens.clamp_min(0).long()[:, None]
+            results["logprobs"] = logprobs.gather(1, chosen)[:, 0].float()
+            results["top_ids"], results["top_logprobs"] = _top(logprobs, params.num_logprobs)
+        if logprobs is not None and wants_targets:
+            results["target_logprobs"] = _targets(logprobs, params.targets)
+        return PendingSample(results)
+
+    def _choose(self, logits: torch.Tensor, params: SamplingBatch, tokens: torch.Tensor) -> None:
+        _penalize(logits, params)
+        _add_bias(logits, params)
+        self.ops.argmax(logits, tokens)
+        rows = np.flatnonzero(params.temperature > 0)
+        if not len(rows):
+            return
+        if len(rows) < len(logits):
+            index = _upload(rows, logits)
+            drawn = self._draw(logits.index_select(0, index), params, rows)
+            tokens.index_copy_(0, index, torch.where(tokens[index] < 0, tokens[index], drawn))
+        else:
+            tokens.copy_(torch.where(tokens < 0, tokens, self._draw(logits, params, rows)))
+
+    def _draw(self, logits: torch.Tensor, params: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:
+        """One token int32 a row; `rows` are their indices in params."""
+        temperature = _upload(params.temperature[rows].astype(np.float64), logits)
+        scaled = logits.double() / temperature[:, None]
+        weights = (scaled - scaled.amax(dim=1, keepdim=True)).exp()
+        top_k, top_p, min_p = params.top_k[rows], params.top_p[rows], params.min_p[rows]
+        if (top_k > 0).any() or (top_p < 1).any() or (min_p > 0).any():
+            _filter(weights, top_k, top_p, min_p)
+        weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % DRAW_GROUP))
+        groups = weights.view(len(weights), -1, DRAW_GROUP)
+        seeds, counters = params.seeds[rows], params.counters[rows]
+        rivals = self.ops.exponentials(
+            _upload(seeds.view(np.int64), logits), _upload(counters.view(np.int64), logits), groups.shape[1]
+        )
+        winner = (groups.sum(dim=2) / rivals).argmax(dim=1)
+        group = groups[torch.arange(len(rows), device=logits.device), winner]
+        cumulative = group.cumsum(dim=1)
+        goal = _upload(uniform(seeds, counters), logits)[:, None] * cumulative[:, -1:]
+        within = torch.searchsorted(cumulative, goal, right=True)[:, 0]
+        last = DRAW_GROUP - 1 - (group > 0).flip(1).int().argmax(dim=1)
+        return (winner * DRAW_GROUP + torch.minimum(within, last)).to(torch.int32)
+
+
+def _filter(probabilities: torch.Tensor, top_k: Int32, top_p: Float32, min_p: Float32) -> None:
+    """Zero what may not be drawn, in place; each filter works on what the one before has left."""
+    vocab = probabilities.shape[1]
+    ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(vocab, device=probabilities.device)[None]
+    limit = _upload(np.where(top_k > 0, top_k, vocab).astype(np.int64), probabilities)[:, None]
+    kept = ordered * (ranks < limit)
+    cumulative = kept.cumsum(dim=1)
+    share = _upload(top_p.astype(np.float64), probabilities)[:, None]
+    keep = ((cumulative - kept < share * cumulative[:, -1:]) | (share >= 1) | (ranks == 0)) & (ranks < limit)
+    least = _upload(min_p.astype(np.float64), probabilities)[:, None]
+    keep &= ordered >= least * ordered[:, :1]
+    probabilities.zero_().scatter_(1, order, ordered * keep)
+
+
+def _penalize(logits: torch.Tensor, params: SamplingBatch) -> None:
+    if not len(params.seen_ids):
+        return
+    counts = np.diff(params.seen_offsets)
+    row = np.repeat(np.arange(len(counts)), counts)
+    at = _upload(row * logits.shape[1] + params.seen_ids, logits)
+    values = logits.view(-1)[at]
+    repetition = _upload(params.repetition[row], logits)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    times = params.seen_counts
+    values -= _upload((params.presence[row] * (times > 0)).astype(np.float32), logits)
+    values -= _upload((params.frequency[row] * times).astype(np.float32), logits)
+    logits.view(-1)[at] = values
+
+
+def _add_bias(logits: torch.Tensor, params: SamplingBatch) -> None:
+    if not len(params.bias_ids):
+        return
+    counts = np.diff(params.bias_offsets)
+    at = _upload(np.repeat(np.arange(len(counts)), counts) * logits.shape[1] + params.bias_ids, logits)
+    logits.view(-1)[at] += _upload(params.bias_values, logits)
+
+
+def _top(logprobs: torch.Tensor, counts: Int32) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best ids and log-probabilities of each row, in falling order, padded with -1 and -inf."""
+    width = max(int(counts.max()), 0)
+    values, ids = logprobs.sort(dim=1, descending=True, stable=True)
+    missing = torch.arange(width, device=logprobs.device)[None] >= _upload(counts.astype(np.int64), logprobs)[:, None]
+    top_ids = ids[:, :width].to(torch.int32).masked_fill(missing, -1)
+    return top_ids, values[:, :width].float().masked_fill(missing, float("-inf"))
+
+
+def _targets(logprobs: torch.Tensor, targets: Int32) -> torch.Tensor:
+    wanted = _upload(targets.astype(np.int64), logprobs)
+    found = logprobs.gather(1, wanted.clamp_min(0)[:, None])[:, 0].float()
+    return found.masked_fill(wanted < 0, float("-inf"))
+
+
+def uniform(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """reference_sampling.uniform of many: Philox 4x32-10 (Salmon et al. 2011), float64 in [0, 1)."""
+    c0, c1 = counters & _LOW, counters >> np.uint64(32)
+    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
+    k0, k1 = seeds & _LOW, seeds >> np.uint64(32)
+    shift = np.uint64(32)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & _LOW, (p0 >> shift) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
+    whole = (c0 << shift | c1) >> np.uint64(11)
+    return whole.astype(np.float64) * 2.0**-53
+
+
+def _upload(values: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host

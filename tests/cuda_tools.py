@@ -1,0 +1,105 @@
+"""What tests of the CUDA backend share: each check runs on a GPU, and at small sizes in Triton's interpreter."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from cpu_tools import BLOCK, NUM_BLOCKS, batch, run
+from numpy.typing import NDArray
+
+from hasten.backends.base import Batch
+from hasten.backends.cuda import CudaBackend
+from hasten.backends.cuda.device import Device, open_device
+from hasten.backends.cuda.linear import Linear
+from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged, _with_scale_pairs
+from hasten.backends.cuda.ops import Ops
+from hasten.backends.reference_math import activate
+from hasten.model.checkpoint import open_checkpoint
+from hasten.model.formats import Format, Weight, dequantize, quantize
+from hasten.model.spec import ModelSpec
+
+__all__ = ["BLOCK", "NUM_BLOCKS", "batch", "run"]
+
+
+def load(path: Path, device: str, kv: str = "fp32", dtype: str | None = None, **options: object) -> CudaBackend:
+    checkpoint = open_checkpoint(path)
+    backend = CudaBackend(device=device, **options)  # type: ignore[arg-type]
+    backend.load(checkpoint.spec if dtype is None else replace(checkpoint.spec, dtype=dtype), checkpoint.weights())
+    backend.allocate(NUM_BLOCKS, BLOCK, kv)
+    return backend
+
+
+def fetched(backend: CudaBackend, step: Batch) -> NDArray[np.float32]:
+    return np.array(backend.fetch(backend.forward(step)))
+
+
+def pieces(
+    backend: CudaBackend, tokens: NDArray[np.int32], sizes: Sequence[int], blocks: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Logits [T, V] of one sequence, fed in pieces of these sizes."""
+    logits, first = [], 0
+    for size in sizes:
+        logits.append(fetched(backend, batch([(tokens[first : first + size], first, blocks)])))
+        first += size
+    return np.concatenate(logits)
+
+
+def tiny_spec(dtype: str) -> ModelSpec:
+    """A spec of which only the dtype matters, to load single matrices."""
+    from hasten.model.spec import spec_from_config
+
+    config = {
+        "model_type": "llama", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    return replace(spec_from_config(config), dtype=dtype)
+
+
+def make_linear(
+    weights: list[Weight], device: Device, dtype: str, gated: bool = False, fp8: bool = False, fixed: bool = False
+) -> Linear:
+    """The weights on the device as the backend keeps them."""
+    ops = Ops(device, False, 1e-5)
+    loader = Loader(device, ops, tiny_spec(dtype), None, fixed)
+    uploader = Uploader(device)
+    matrices = _merged([loader._matrix(weight, uploader) for weight in weights], device)
+    uploader.close()
+    matrices = [_with_scale_pairs(matrix) for matrix in matrices]
+    if fp8:
+        matrices = [_as_fp8(matrix) for matrix in matrices]
+    return Linear(device, ops, matrices, None, gated, fixed)
+
+
+def check_product(
+    device: str, format: Format | None, dtype: str, rows: int, n: int, k: int, gated: bool, tolerance: float, seed: int
+) -> None:
+    """x W.T with an activation and a gate, or a residual, against float64; format None is fp8 on load."""
+    rng = np.random.default_rng(seed)
+    handle = open_device(device)
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    values = rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5)
+    weight = quantize(values, format or Format(dtype))
+    linear = make_linear([weight], handle, dtype, gated, fp8=format is None)
+    x = torch.from_numpy(rng.standard_normal((rows, k)).astype(np.float32)).to(handle.handle, torch_dtype)
+    numbers = dequantize(weight).astype(np.float64)
+    if format is None:
+        matrix = linear.matrices[0]
+        assert matrix.scales is not None
+        numbers = (matrix.data.float() * matrix.scales[0, :, None]).cpu().numpy().astype(np.float64)
+    want = x.float().cpu().numpy().astype(np.float64) @ numbers.T
+    residual = torch.from_numpy(rng.standard_normal((rows, n)).astype(np.float32)).to(handle.handle, torch_dtype)
+    torch.empty_like(residual).fill_(float("nan"))  # poisons what the next allocation gets
+    if gated:
+        got = linear(x, activation="silu")
+        want = activate("silu", want[:, :n].astype(np.float32)) * want[:, n:]
+    elif linear.fuses_residual(rows):
+        got = linear(x, residual=residual, scale=0.5)
+        want = 0.5 * want + residual.float().cpu().numpy()
+    else:
+        got = linear(x, scale=0.5)
+        want = 0.5 * want
+    error = np.linalg.norm(got.float().cpu().numpy() - want) / np.linalg.norm(want)
+    assert error < tolerance, f"relative error {error:.2e}"

@@ -1,0 +1,100 @@
+"""Whole models on the GPU: families against Transformers, graphs against eager steps, batches against each alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+import tiny_models  # noqa: E402
+from cpu_tools import table  # noqa: E402
+from cuda_tools import batch, fetched, load, pieces  # noqa: E402
+
+TOKENS = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 100).astype(np.int32)
+Build = Callable[..., Path]
+
+
+def expected(family: str, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return tiny_models.make(family)(torch.tensor(tokens)[None].long()).logits[0].numpy()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_logits_equal_transformers(family: str, tiny_model: Build) -> None:
+    """A prefill in chunks, then single tokens: eager, captured, replayed."""
+    # Where the rotary factors change with the length, only whole prompts compare.
+    sizes = [100] if family == "phi3_longrope" else [57, 1, 33, 5, 1, 1, 1, 1]
+    want = expected(family, TOKENS)
+    got = pieces(load(tiny_model(family), "cuda"), TOKENS, sizes, table(1))
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("kv", ["bf16", "fp8"])
+def test_bfloat16_is_close(family: str, kv: str, tiny_model: Build) -> None:
+    path = tiny_model(family, dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        want = model(torch.tensor(TOKENS)[None].long()).logits[0].numpy()
+    got = pieces(load(path, "cuda", kv), TOKENS, [90, *[1] * 10], table(1))
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < (0.03 if kv == "bf16" else 0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_graph_equals_eager(family: str, tiny_model: Build) -> None:
+    backend = load(tiny_model(family, dtype="bfloat16"), "cuda", "bf16")
+    pieces(backend, TOKENS[:40], [40], table(1))
+    others = [b for b in range(40) if b not in table(1)]
+    step = batch(
+        [
+            (TOKENS[40:41], 40, table(1)),
+            (TOKENS[41:42], 0, np.int32(others[:10])),
+            (TOKENS[42:43], 0, np.int32(others[10:20])),
+        ]
+    )
+    eager, captured, replayed = (fetched(backend, step) for _ in range(3))
+    assert np.array_equal(eager, captured)
+    assert np.array_equal(eager, replayed)
+
+
+@pytest.mark.parametrize("count", [2, 9, 40])
+def test_batch_agrees_with_each_alone(count: int, tiny_model: Build) -> None:
+    backend = load(tiny_model("qwen3"), "cuda")
+    tables = [np.array([i % 40], np.int32) for i in range(count)]
+    starts = [(i * 7) % 14 + 1 for i in range(count)]
+    parts = [(TOKENS[i : i + starts[i]], 0, tables[i]) for i in range(count)]
+    fetched(backend, batch(parts))
+    for _ in range(3):
+        together = fetched(backend, batch([(TOKENS[i : i + 1], starts[i], tables[i]) for i in range(count)]))
+    for i in range(count):
+        tokens = np.append(TOKENS[i : i + starts[i]], TOKENS[i])
+        alone = pieces(load_once(tiny_model), tokens, [starts[i] + 1], table(i))
+        assert np.abs(together[i] - alone[-1]).max() < 1e-5 * np.abs(alone).max()
+
+
+_loaded: dict[str, object] = {}
+
+
+def load_once(tiny_model: Build):
+    if "backend" not in _loaded:
+        _loaded["backend"] = load(tiny_model("qwen3"), "cuda")
+    return _loaded["backend"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2"])
+def test_deterministic_bits_do_not_depend_on_the_batch(family: str, tiny_model: Build) -> None:
+    backend = load(tiny_model(family, dtype="bfloat16"), "cuda", "bf16", deterministic=True)
+    whole = pieces(backend, TOKENS, [100], table(1))
+    chunks = pieces(backend, TOKENS, [1, 30, 17, 5, 46, 1], table(2))
+    assert np.array_equal(whole, chunks)
+    blocks = [table(0, 40)[i * 8 : i * 8 + 8] for i in range(4)]
+    want = pieces(backend, TOKENS[:60], [59, 1], blocks[0])[-1]
+    pieces(backend, TOKENS[:59], [59], blocks[0])
+    mixed = batch([(TOKENS[5:26], 0, blocks[3]), (TOKENS[59:60], 59, blocks[0]), (TOKENS[20:25], 0, blocks[2])])
+    assert np.array_equal(fetched(backend, mixed)[21], want)

@@ -1,0 +1,121 @@
+"""The CUDA backend's kernels in Triton's interpreter on a CPU: products against float64, models against the reference,
+sampling against the numpy sampler. On a GPU tests/gpu does the same at real sizes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
+
+from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
+from cuda_tools import batch, check_product, fetched, load, pieces  # noqa: E402
+
+from hasten.backends.base import SamplingBatch  # noqa: E402
+from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.backends.cuda.ops import Ops  # noqa: E402
+from hasten.backends.cuda.sampling import Sampler, uniform  # noqa: E402
+from hasten.backends.reference import ReferenceBackend  # noqa: E402
+from hasten.backends.reference_sampling import sample_rows  # noqa: E402
+from hasten.backends.reference_sampling import uniform as one_uniform  # noqa: E402
+from hasten.model.checkpoint import open_checkpoint  # noqa: E402
+from hasten.model.formats import Format  # noqa: E402
+
+FORMATS = {
+    "fp32": (Format("fp32"), "fp32", 1e-6),
+    "fp16": (Format("fp16"), "fp16", 1e-3),
+    "int8": (Format("int8"), "fp32", 1e-6),
+    "int8_g32": (Format("int8", 32), "fp32", 1e-6),
+    "int4": (Format("int4"), "fp32", 1e-6),
+    "int4_g32": (Format("int4", 32), "fp32", 1e-6),
+    "int4_g64_asymmetric": (Format("int4", 64, False), "fp32", 1e-6),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("name", FORMATS)
+def test_product(name: str, rows: int) -> None:
+    format, dtype, tolerance = FORMATS[name]
+    check_product("cpu", format, dtype, rows, 70, 320, rows == 3, tolerance, rows)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_model_equals_the_reference(family: str, tiny_model: Callable[..., Path]) -> None:
+    """Chunks, single tokens, and both in one step; the rest of the families run on a GPU."""
+    path = tiny_model(family, num_hidden_layers=2)
+    tokens = np.random.default_rng(0).integers(3, 300, 30).astype(np.int32)
+    checkpoint = open_checkpoint(path)
+    reference = ReferenceBackend()
+    reference.load(checkpoint.spec, checkpoint.weights())
+    reference.allocate(NUM_BLOCKS, BLOCK, "fp32")
+    first, second = table(1), table(0)
+    second = np.array([b for b in second if b not in first[:2]], np.int32)[: len(first) - 2]
+    first = first[: len(second)]
+    want = reference.forward(batch([(tokens, 0, first)]))
+    backend = load(path, "cpu")
+    got = pieces(backend, tokens, [20, 1, 4], first)
+    mixed = fetched(backend, batch([(tokens[:7], 0, second), (tokens[25:26], 25, first)]))
+    assert np.abs(np.concatenate((got, mixed[7:])) - want[:26]).max() < 1e-5 * np.abs(want).max()
+    assert np.abs(mixed[:7] - want[:7]).max() < 1e-5 * np.abs(want).max()
+
+
+def sampling(rows: int, vocab: int, rng: np.random.Generator) -> SamplingBatch:
+    seen = [rng.choice(vocab, 6, replace=False) for _ in range(rows)]
+    return SamplingBatch(
+        temperature=np.where(np.arange(rows) % 4 == 0, 0, rng.uniform(0.5, 2, rows)).astype(np.float32),
+        top_k=rng.integers(0, 20, rows).astype(np.int32) * (np.arange(rows) % 3 == 1),
+        top_p=np.where(np.arange(rows) % 2, 0.8, 1).astype(np.float32),
+        min_p=np.where(np.arange(rows) % 5 == 2, 0.1, 0).astype(np.float32),
+        repetition=np.full(rows, 1.3, np.float32),
+        presence=np.full(rows, 0.2, np.float32),
+        frequency=np.full(rows, 0.1, np.float32),
+        seeds=rng.integers(0, 2**64, rows, dtype=np.uint64),
+        counters=np.arange(rows, dtype=np.uint64),
+        num_logprobs=(np.arange(rows) % 4 - 1).astype(np.int32),
+        targets=np.where(np.arange(rows) % 2, 5, -1).astype(np.int32),
+        seen_offsets=np.arange(rows + 1, dtype=np.int32) * 6,
+        seen_ids=np.concatenate(seen).astype(np.int32),
+        seen_counts=rng.integers(0, 3, 6 * rows).astype(np.int32),
+        bias_offsets=np.arange(rows + 1, dtype=np.int32),
+        bias_ids=rng.integers(0, vocab, rows).astype(np.int32),
+        bias_values=rng.standard_normal(rows).astype(np.float32),
+        any_special=True,
+    )
+
+
+def test_sampling_equals_the_reference() -> None:
+    rng = np.random.default_rng(4)
+    logits = 3 * rng.standard_normal((24, 211)).astype(np.float32)
+    logits[7] = np.round(logits[7])  # ties
+    params = sampling(24, 211, rng)
+    device = open_device("cpu")
+    sampler = Sampler(Ops(device, False, 1e-5), torch.zeros(64, dtype=torch.int32))
+    got = sampler(torch.from_numpy(logits.copy()), params).result()
+    want = sample_rows(logits, params)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.top_ids, want.top_ids)
+    for name in ("logprobs", "target_logprobs", "top_logprobs"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5)
+
+
+def test_greedy_takes_the_lowest_id_and_reports_nan() -> None:
+    logits = torch.randn(5, 3000)
+    logits[1, [40, 2900]] = 50.0
+    logits[2, 1700] = float("nan")
+    logits[3] = float("-inf")
+    sampled = torch.full((8,), 7, dtype=torch.int32)
+    Ops(open_device("cpu"), False, 1e-5).argmax(logits, sampled)
+    assert sampled[0] == logits[0].argmax()
+    assert sampled[1:5].tolist() == [40, -1, 0, int(logits[4].argmax())]
+
+
+def test_uniform_numbers_are_those_of_the_cpu() -> None:
+    rng = np.random.default_rng(0)
+    seeds, counters = (rng.integers(0, 2**64, 50, dtype=np.uint64) for _ in range(2))
+    want = [one_uniform(int(s), int(c)) for s, c in zip(seeds, counters, strict=True)]
+    assert uniform(seeds, counters).tolist() == want
