@@ -11,7 +11,6 @@
 namespace hasten {
 namespace {
 
-constexpr int kMaxTileRows = 16;      // every LinearKernels::tile_rows stays below
 constexpr size_t kVectorBytes = 64;   // vectors may read and write this much beyond the last value of an array
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
@@ -20,20 +19,8 @@ bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I4; }
 
 int num_groups(const Matrix& w) { return is_integer(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
 
-size_t data_bytes(const Matrix& w) {
-  const size_t values = static_cast<size_t>(w.n_pad) * w.k_pad;
-  switch (w.kind) {
-    case Kind::F32: return values * 4;
-    case Kind::F16:
-    case Kind::BF16: return values * 2;
-    case Kind::I8: return values;
-    case Kind::I4: break;
-  }
-  return values / 2;
-}
-
+size_t data_bytes(const Matrix& w) { return static_cast<size_t>(w.n_pad) * w.k_pad * kind_bits(w.kind) / 8; }
 size_t scale_count(const Matrix& w) { return static_cast<size_t>(w.n_pad) * num_groups(w); }
-size_t total_bytes(const Matrix& w, bool zeros) { return data_bytes(w) + scale_count(w) * (zeros ? 3 : 2); }
 
 // Round to nearest even. Values whose f16 is subnormal take the slow way.
 uint16_t to_f16(float value) {
@@ -52,17 +39,6 @@ struct SourceRow {
   const float* scales;
   const uint8_t* zeros;
 };
-
-size_t source_row_bytes(Kind kind, int k) {
-  switch (kind) {
-    case Kind::F32: return static_cast<size_t>(k) * 4;
-    case Kind::F16:
-    case Kind::BF16: return static_cast<size_t>(k) * 2;
-    case Kind::I8: return static_cast<size_t>(k);
-    case Kind::I4: break;
-  }
-  return static_cast<size_t>(k + 1) / 2;
-}
 
 SourceRow source_row(const Source* parts, int num_parts, int row) {
   for (int i = 0; i < num_parts; i++) {
@@ -181,6 +157,10 @@ Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8
   return act;
 }
 
+size_t source_row_bytes(Kind kind, int k) { return (static_cast<size_t>(k) * kind_bits(kind) + 7) / 8; }
+
+size_t matrix_bytes(const Matrix& w) { return data_bytes(w) + scale_count(w) * (w.zeros ? 3 : 2); }
+
 size_t scratch_bytes(const Matrix& w) {
   const size_t groups = is_integer(w.kind) ? divide_up(w.k_pad, w.act_group) : 0;
   return groups * kMaxTileRows * 4 + kVectorBytes;
@@ -215,7 +195,7 @@ Matrix pack(const Source* parts, int num_parts, Pool& pool) {
     w.act_group = std::min(w.group, 128);
     w.multiplier = scale_multiplier(parts, num_parts, pool);
   }
-  w.data = static_cast<uint8_t*>(allocate(total_bytes(w, zeros)));
+  w.data = static_cast<uint8_t*>(allocate(data_bytes(w) + scale_count(w) * (zeros ? 3 : 2)));
   if (is_integer(w.kind)) {
     w.scales = reinterpret_cast<uint16_t*>(w.data + data_bytes(w));
     if (zeros) w.zeros = w.data + data_bytes(w) + scale_count(w) * 2;
@@ -233,7 +213,7 @@ Matrix pack(const Source* parts, int num_parts, Pool& pool) {
 }
 
 void release(Matrix& w) {
-  if (w.data) deallocate(w.data, total_bytes(w, w.zeros != nullptr));
+  if (w.data) deallocate(w.data, matrix_bytes(w));
   w.data = nullptr;
   w.scales = nullptr;
   w.zeros = nullptr;
@@ -243,7 +223,7 @@ void linear(Pool& pool, const LinearKernels& kernels, const Matrix& w, const Act
             uint8_t* const* scratch) {
   // What one row block costs a thread, roughly: its bytes at 16 GB/s or its products at 400 GOPS.
   const int num_blocks = w.n_pad / kBlockRows;
-  const double bytes = static_cast<double>(total_bytes(w, w.zeros != nullptr)) / num_blocks;
+  const double bytes = static_cast<double>(matrix_bytes(w)) / num_blocks;
   const double microseconds = std::max(bytes / 16e3, 2.0 * kBlockRows * w.k_pad * act.rows / 400e3);
   constexpr double kShortest = 0.5, kLongest = 50;  // microseconds a chunk: claiming one costs 0.03
   constexpr int kChunksPerThread = 12;

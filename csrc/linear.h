@@ -28,7 +28,11 @@ struct LinearKernels {
   void (*row)(const Matrix& w, int row, float scale, float* out);
 };
 
+constexpr int kMaxTileRows = 16;  // no instruction set's tiles have more rows
+
 ActKind act_kind(Kind weight);
+size_t source_row_bytes(Kind kind, int k);                                  // of one row as a checkpoint stores it
+size_t matrix_bytes(const Matrix& w);                                       // numbers, scales and zeros
 size_t act_bytes(ActKind kind, int rows, int k_pad, int group);             // size of all three arrays together
 Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory);
 size_t scratch_bytes(const Matrix& w);                                      // of one thread's scratch, for any number of rows

@@ -19,6 +19,10 @@ namespace hasten {
 
 enum class Kind : uint8_t { F32, F16, BF16, I8, I4 };
 
+constexpr int kind_bits(Kind kind) {  // of one stored number
+  return kind == Kind::F32 ? 32 : kind == Kind::I8 ? 8 : kind == Kind::I4 ? 4 : 16;
+}
+
 constexpr int kBlockRows = 16;  // rows of a row block
 constexpr int kPadK = 64;       // k is padded to a multiple of this
 
@@ -26,7 +30,7 @@ struct Matrix {
   Kind kind;
   int n, k;              // as the model knows them
   int n_pad, k_pad;
-  int group;             // columns a scale covers; k_pad for one scale a row. Integer kinds only.
+  int group;             // columns a scale covers: 32, 64, 128; k_pad for one scale a row. Integer kinds only.
   int act_group;         // columns an activation scale covers: 32, 64 or 128 (128 where group is larger)
   uint8_t* data;         // 64-byte aligned, from memory.h
   uint16_t* scales;      // integer kinds
@@ -39,7 +43,7 @@ struct Matrix {
 // Source rows as a checkpoint stores them (see Weight in model/formats.py).
 struct Source {
   Kind kind;
-  int n, k, group;       // group 0: one scale a row
+  int n, k, group;       // group: 0 (one scale a row), 32, 64 or 128
   const void* data;
   const float* scales;   // [n, ceil(k / group)]
   const uint8_t* zeros;  // same shape or nullptr

@@ -21,6 +21,7 @@
 #include <cstdio>
 #include <fstream>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
@@ -219,6 +220,12 @@ struct Pool::State {
     }
   }
 
+  void end_workers() {
+    stop.store(true, std::memory_order_seq_cst);
+    wake_workers();
+    for (std::thread& worker : workers) worker.join();
+  }
+
   void wake_workers() {
     wake.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) futex_wake(wake);
@@ -247,23 +254,30 @@ int available_cores() {
   return std::max(1, std::min(static_cast<int>(cores.size()), quota_cores()));
 }
 
+int most_threads() { return 4 * std::max(1, static_cast<int>(allowed_cpus().size())); }
+
 Pool::Pool(int num_threads, int spin_microseconds) {
+  if (num_threads > most_threads())
+    throw std::invalid_argument(std::to_string(num_threads) + " threads were asked for, expected at most " +
+                                std::to_string(most_threads()) + ": four for each CPU that this process may run on");
   const std::vector<std::vector<int>> nodes = numa_nodes();
   if (num_threads <= 0) num_threads = available_cores();
   state_ = std::make_unique<State>(num_threads, spin_microseconds);
-  for (int thread = 1; thread < num_threads; thread++) {
-    state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
-    // Neighbours in number share a node, so that shares next to each other in memory do.
-    const size_t node = static_cast<size_t>(thread) * nodes.size() / static_cast<size_t>(num_threads);
-    if (nodes.size() > 1) pin(state_->workers.back(), nodes[node]);
+  try {
+    for (int thread = 1; thread < num_threads; thread++) {
+      state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
+      // Neighbours in number share a node, so that shares next to each other in memory do.
+      const size_t node = static_cast<size_t>(thread) * nodes.size() / static_cast<size_t>(num_threads);
+      if (nodes.size() > 1) pin(state_->workers.back(), nodes[node]);
+    }
+  } catch (const std::exception& error) {
+    state_->end_workers();
+    throw std::runtime_error("the system gave " + std::to_string(state_->workers.size() + 1) + " of " +
+                             std::to_string(num_threads) + " threads (" + error.what() + ")");
   }
 }
 
-Pool::~Pool() {
-  state_->stop.store(true, std::memory_order_seq_cst);
-  state_->wake_workers();
-  for (std::thread& worker : state_->workers) worker.join();
-}
+Pool::~Pool() { state_->end_workers(); }
 
 int Pool::size() const { return state_->num_threads; }
 

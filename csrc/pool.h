@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <type_traits>
 
 namespace hasten {
@@ -20,7 +21,8 @@ constexpr int kSpinMicroseconds = 100, kBusySpinMicroseconds = 5;
 class Pool {
  public:
   // num_threads counts the caller. 0 takes one for each core this process may run on (affinity and cgroup quota counted).
-  // Workers are pinned, node by node, only where the machine has several NUMA nodes.
+  // Workers are pinned, node by node, only where the machine has several NUMA nodes. Throws std::invalid_argument for more
+  // than most_threads(), std::runtime_error where the system refuses a thread; none is left running then.
   explicit Pool(int num_threads, int spin_microseconds = kSpinMicroseconds);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -28,10 +30,13 @@ class Pool {
 
   int size() const;
 
+  // Held by whoever uses the pool, or what computes with it, where several threads may: run() itself takes no lock.
+  std::mutex one_caller;
+
   // Calls fn(chunk, thread) once for each chunk in [0, num_chunks), thread in [0, size()); returns when all are done. Each
   // thread takes, in rising order, the chunks of its share, the thread-th part of [0, num_chunks), then helps the others:
   // who reads memory in the order of chunks reads it front to back, and reads what the same thread has touched first.
-  // Not reentrant; one caller at a time. fn must not throw.
+  // Not reentrant; one caller at a time (see one_caller). fn must not throw.
   template <class F>
   void run(int num_chunks, F&& fn) {
     run_erased(num_chunks, const_cast<void*>(static_cast<const void*>(&fn)), [](void* f, int chunk, int thread) {
@@ -46,5 +51,6 @@ class Pool {
 };
 
 int available_cores();  // what Pool(0) takes
+int most_threads();     // what a Pool can have: four for each CPU that this process may run on
 
 }  // namespace hasten

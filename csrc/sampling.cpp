@@ -16,6 +16,7 @@ constexpr int kBlock = 128;      // logits of one block whose largest is known
 constexpr int kPiece = 4096;     // weights computed at once when nothing is cut off
 constexpr int kGroup = 16;       // ids that share one number of the draw, see backends/base.py
 constexpr int kBuckets = 1024;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // Philox 4x32-10 (Salmon et al. 2011): key (seed low, seed high), counter (counter low, counter high, which, 0).
 void philox(uint64_t seed, uint64_t counter, uint32_t which, uint32_t* words) {
@@ -40,20 +41,24 @@ struct Token {
 
 bool before(const Token& a, const Token& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
-// One row at a time; the vectors keep their memory from row to row.
+}  // namespace
+
+// One row at a time. Everything has its room before the row starts: nothing is allocated, hence thrown, while threads run.
 struct RowSampler {
   const OpKernels& ops;
-  float* x;  // the row
-  int n;
+  float* x = nullptr;  // the row
+  int n = 0, capacity = 0;
   // Tokens kept so far, by rising id; weight = exp((logit - top) / temperature). Room for all, touched as far as needed.
   int kept = 0;
   std::unique_ptr<int[]> ids;
   std::unique_ptr<float[]> logits, weights;
-  std::vector<float> maxima;           // of blocks
+  std::vector<float> maxima, largest;  // of blocks; scratch for the k-th of them
   std::vector<Token> ranked;           // scratch for ranking
   std::vector<double> sums;
   std::vector<Token> changed;          // logits before penalties and bias
 
+  explicit RowSampler(const OpKernels& kernels) : ops(kernels) {}
+  void reserve(int vocab_size, int changes);
   int sample(const SamplingParams& p, int row, const SamplingResult& out);
   void adjust(const SamplingParams& p, int row);
   void restore();
@@ -68,6 +73,22 @@ struct RowSampler {
   int draw_all(const SamplingParams& p, int row, float top, float scale);
   void best_logprobs(const SamplingParams& p, int row, double log_total, const SamplingResult& out);
 };
+
+// Room for a vocabulary and for this many changed logits a row.
+void RowSampler::reserve(int vocab_size, int changes) {
+  n = vocab_size;
+  changed.reserve(changes);
+  if (n <= capacity) return;
+  capacity = 0;  // should memory run out half-way
+  ids.reset(new int[n + kBlock]);
+  logits.reset(new float[n + kBlock]);
+  weights.reset(new float[n + kBlock]);
+  maxima.reserve((n + kBlock - 1) / kBlock);
+  largest.reserve((n + kBlock - 1) / kBlock);
+  ranked.reserve(n);
+  sums.reserve(kBuckets);
+  capacity = n;
+}
 
 void RowSampler::adjust(const SamplingParams& p, int row) {
   changed.clear();
@@ -95,18 +116,13 @@ void RowSampler::find_maxima() {
 
 // A bound that at least k logits reach: the k-th largest of the blocks' largest.
 float RowSampler::kth_bound(int k) {
-  if (k > (int)maxima.size()) return -std::numeric_limits<float>::infinity();
-  std::vector<float> largest = maxima;
+  if (k > (int)maxima.size()) return kNothing;
+  largest = maxima;
   std::nth_element(largest.begin(), largest.begin() + (k - 1), largest.end(), std::greater<float>());
   return largest[k - 1];
 }
 
 void RowSampler::collect(float bound) {
-  if (!ids) {
-    ids.reset(new int[n + kBlock]);
-    logits.reset(new float[n + kBlock]);
-    weights.reset(new float[n + kBlock]);
-  }
   int* to_ids = ids.get();
   float* to_logits = logits.get();
   int j = 0;  // not `kept`: the stores might change it, for all that a compiler knows
@@ -151,12 +167,17 @@ void RowSampler::keep_top_k(int k) {
 // Keeps the shortest run of tokens, best first, whose weights reach `mass`. Buckets of falling logit bound the place where
 // the sum crosses it; only that bucket is sorted. No logit is below `bottom`.
 void RowSampler::keep_top_p(float top, float bottom, double mass) {
-  if (!std::isfinite(bottom)) {
+  if (bottom == kNothing) {
     bottom = top;
     for (int i = 0; i < kept; i++) bottom = std::min(bottom, logits[i]);
   }
-  const float width = top - bottom, per_unit = width > 0.0f && std::isfinite(width) ? (kBuckets - 1) / width : 0.0f;
-  const auto bucket_of = [&](float v) { return std::min(kBuckets - 1, (int)((top - v) * per_unit)); };
+  const float width = top - bottom;
+  // Widths near the ends of the range of floats leave no way to tell buckets apart: one of them then holds all.
+  const float per_unit = std::isfinite((kBuckets - 1) / width) ? (kBuckets - 1) / width : 0.0f;
+  const auto bucket_of = [&](float v) {
+    const float bucket = (top - v) * per_unit;
+    return bucket >= 0.0f && bucket < kBuckets - 1 ? (int)bucket : v == top ? 0 : kBuckets - 1;
+  };
   sums.assign(kBuckets, 0.0);
   for (int i = 0; i < kept; i++) sums[bucket_of(logits[i])] += weights[i];
   double sum = 0.0;
@@ -176,13 +197,15 @@ void RowSampler::keep_top_p(float top, float bottom, double mass) {
   keep({logits[last], ids[last]});
 }
 
+namespace {
+
 // The draw among tokens that come by rising id. Groups of kGroup ids race: each has its weight over an exponential number of
 // its own, and the greatest wins; within it, tokens are walked until their weights exceed a uniform share of the group's.
 struct Race {
   uint64_t seed, counter;
   double best = -1.0;  // of the groups so far
   int first = 0;       // id at which the winner begins
-  uint32_t words[4];
+  uint32_t words[4] = {};
   int num_known = -1;  // which four groups `words` are of
 
   // Whether the group that begins at `id` leads now.
@@ -214,6 +237,8 @@ int draw_in_group(const float* weights, int count, double u) {
   return last;
 }
 
+}  // namespace
+
 // All tokens may be drawn.
 int RowSampler::draw_all(const SamplingParams& p, int row, float top, float scale) {
   Race race{p.seeds[row], p.counters[row]};
@@ -244,7 +269,7 @@ int RowSampler::draw(const SamplingParams& p, int row, int best) {
 
   find_maxima();
   const float bound = std::min(top, k < n ? kth_bound(k) : lower_bound(top, scale, top_p, min_p, &mass));
-  collect(bound);
+  collect(std::max(bound, -std::numeric_limits<float>::max()));  // what is -inf is never drawn
   ops.exp_scaled(logits.get(), top, scale, kept, weights.get());
   keep_top_k(k);
   if (k < n)
@@ -266,7 +291,7 @@ int RowSampler::draw(const SamplingParams& p, int row, int best) {
 
 // A logit that no token kept by top-p or min-p is below. *mass: the sum of all weights, where top_p needs it.
 float RowSampler::lower_bound(float top, float scale, float top_p, float min_p, double* mass) const {
-  float bound = -std::numeric_limits<float>::infinity();
+  float bound = kNothing;
   if (min_p > 0.0f) bound = (float)(top + std::log((double)min_p) / scale - 1e-3);
   if (top_p >= 1.0f) return bound;
   const float depths[kBounds] = {1.0f, 2.0f, 3.5f, 5.0f, 6.5f, 8.0f, 10.0f, 12.0f};
@@ -286,7 +311,7 @@ void RowSampler::best_logprobs(const SamplingParams& p, int row, double log_tota
   int32_t* best_ids = out.top_ids + (size_t)row * out.num_top;
   float* values = out.top_logprobs + (size_t)row * out.num_top;
   std::fill(best_ids, best_ids + out.num_top, -1);
-  std::fill(values, values + out.num_top, -std::numeric_limits<float>::infinity());
+  std::fill(values, values + out.num_top, kNothing);
   const int k = std::min(p.num_logprobs[row], n);
   if (k < 1) return;
   find_maxima();
@@ -304,7 +329,7 @@ int RowSampler::sample(const SamplingParams& p, int row, const SamplingResult& o
   int best = ops.argmax(x, n);
   const float nothing = std::numeric_limits<float>::quiet_NaN();
   if (out.logprobs) out.logprobs[row] = nothing;
-  if (out.target_logprobs) out.target_logprobs[row] = -std::numeric_limits<float>::infinity();
+  if (out.target_logprobs) out.target_logprobs[row] = kNothing;
   double log_total = 0.0;
   const bool wants_target = out.target_logprobs && p.targets[row] >= 0;
   if (best >= 0 && (out.logprobs || wants_target))
@@ -324,27 +349,31 @@ int RowSampler::sample(const SamplingParams& p, int row, const SamplingResult& o
   return token;
 }
 
-}  // namespace
-
 double philox_uniform(uint64_t seed, uint64_t counter) {
   uint32_t words[4];
   philox(seed, counter, 0, words);
   return (double)(((uint64_t)words[0] << 32 | words[1]) >> 11) * 0x1p-53;
 }
 
-void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int rows, int n, int32_t* tokens) {
+Sampler::Sampler(Pool& pool, const OpKernels& ops) : pool_(pool), ops_(ops) {
+  for (int t = 0; t < pool.size(); t++) rows_.emplace_back(ops);
+}
+
+Sampler::~Sampler() = default;
+
+void Sampler::greedy(const float* logits, int rows, int n, int32_t* tokens) {
   // Rows in pieces, so that few rows still use all threads.
-  const int pieces = rows >= 2 * pool.size() ? 1 : std::max(1, std::min(2 * pool.size(), n / 8192));
-  std::vector<int32_t> best((size_t)rows * pieces);
+  const int pieces = rows >= 2 * pool_.size() ? 1 : std::max(1, std::min(2 * pool_.size(), n / 8192));
+  best_.resize((size_t)rows * pieces);
   const auto begin = [&](int piece) { return (int)((int64_t)n * piece / pieces); };
-  pool.run(rows * pieces, [&](int chunk, int) {
+  pool_.run(rows * pieces, [&](int chunk, int) {
     const int first = begin(chunk % pieces), last = begin(chunk % pieces + 1);
-    const int at = ops.argmax(logits + (size_t)(chunk / pieces) * n + first, last - first);
-    best[chunk] = at < 0 ? -1 : first + at;
+    const int at = ops_.argmax(logits + (size_t)(chunk / pieces) * n + first, last - first);
+    best_[chunk] = at < 0 ? -1 : first + at;
   });
   for (int r = 0; r < rows; r++) {
     const float* x = logits + (size_t)r * n;
-    const int32_t* found = best.data() + (size_t)r * pieces;
+    const int32_t* found = best_.data() + (size_t)r * pieces;
     int32_t token = found[0];
     for (int i = 1; i < pieces && token >= 0; i++)
       if (found[i] < 0 || x[found[i]] > x[token]) token = found[i];
@@ -352,14 +381,15 @@ void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int ro
   }
 }
 
-void sample(Pool& pool, const OpKernels& ops, float* logits, int rows, int n, const SamplingParams& params,
-            const SamplingResult& result) {
-  std::vector<RowSampler> samplers;
-  for (int t = 0; t < pool.size(); t++) samplers.push_back({ops, nullptr, n, 0, {}, {}, {}, {}, {}, {}, {}});
-  pool.run(rows, [&](int row, int thread) {
-    RowSampler& sampler = samplers[thread];
+void Sampler::sample(float* logits, int rows, int n, const SamplingParams& p, const SamplingResult& result) {
+  int changes = 0;
+  for (int r = 0; r < rows; r++)
+    changes = std::max(changes, p.seen_offsets[r + 1] - p.seen_offsets[r] + p.bias_offsets[r + 1] - p.bias_offsets[r]);
+  for (RowSampler& sampler : rows_) sampler.reserve(n, changes);
+  pool_.run(rows, [&](int row, int thread) {
+    RowSampler& sampler = rows_[thread];
     sampler.x = logits + (size_t)row * n;
-    result.tokens[row] = sampler.sample(params, row, result);
+    result.tokens[row] = sampler.sample(p, row, result);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "ops.h"
 #include "pool.h"
@@ -29,12 +30,28 @@ struct SamplingResult {
   float* top_logprobs;
 };
 
-// The highest logit of each row, the lowest id among equals.
-void sample_greedy(Pool& pool, const OpKernels& ops, const float* logits, int rows, int vocab_size, int32_t* tokens);
+struct RowSampler;
 
-// logits [rows][vocab_size] are changed on the way and put back.
-void sample(Pool& pool, const OpKernels& ops, float* logits, int rows, int vocab_size, const SamplingParams& params,
-            const SamplingResult& result);
+// Keeps its memory, about 20 bytes a token of the vocabulary and thread as far as they are touched, from call to call.
+class Sampler {
+ public:
+  Sampler(Pool& pool, const OpKernels& ops);
+  ~Sampler();
+  Sampler(const Sampler&) = delete;
+  Sampler& operator=(const Sampler&) = delete;
+
+  // The highest logit of each row, the lowest id among equals.
+  void greedy(const float* logits, int rows, int vocab_size, int32_t* tokens);
+  // logits [rows][vocab_size] are changed on the way and put back.
+  void sample(float* logits, int rows, int vocab_size, const SamplingParams& params, const SamplingResult& result);
+  Pool& pool() const { return pool_; }
+
+ private:
+  Pool& pool_;
+  const OpKernels& ops_;
+  std::vector<RowSampler> rows_;  // one a thread
+  std::vector<int32_t> best_;     // of each piece of a row
+};
 
 // In [0, 1): the first 53 bits of Philox 4x32-10 (Salmon et al. 2011), key `seed`, counter (counter, 0).
 double philox_uniform(uint64_t seed, uint64_t counter);

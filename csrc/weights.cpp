@@ -28,16 +28,6 @@ bool same_preparation(const Stack::Part& a, const Stack::Part& b) {
   return act_kind(a.matrix.kind) != ActKind::Q8 || a.matrix.act_group == b.matrix.act_group;
 }
 
-size_t matrix_bytes(const Matrix& w) {
-  const size_t numbers = (size_t)w.n_pad * w.k_pad;
-  const size_t half_bytes[] = {8, 4, 4, 2, 1};  // a number's size, by Kind
-  size_t bytes = numbers * half_bytes[(int)w.kind] / 2;
-  const size_t groups = w.group ? (size_t)w.n_pad * (w.k_pad / w.group) : 0;
-  if (w.scales) bytes += 2 * groups;
-  if (w.zeros) bytes += groups;
-  return bytes;
-}
-
 }  // namespace
 
 void Buffer::reset(size_t bytes) {

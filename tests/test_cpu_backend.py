@@ -1,7 +1,10 @@
 """What the native backend refuses, and in which words; its environment variables; its probes."""
 
+import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,9 @@ pytest.importorskip("torch")
 
 from cpu_tools import batch, load, table  # noqa: E402
 
+from hasten.backends.base import Batch  # noqa: E402
 from hasten.backends.cpu import CpuBackend  # noqa: E402
+from hasten.engine.sampling import greedy_batch  # noqa: E402
 from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import Weight, dense_weight  # noqa: E402
@@ -88,6 +93,64 @@ def test_cache_errors(tiny_model: Callable[..., Path]) -> None:
         backend.copy_blocks([(0, 40)])
     with pytest.raises(ModelError, match="load"):
         CpuBackend(1).allocate(4, 16, "bf16")
+
+
+def test_two_threads_share_a_backend(tiny_model: Callable[..., Path]) -> None:
+    """Each step is done by itself: without a lock, the pool's phases and the steps' buffers mix, and it crashes."""
+    backend = load(tiny_model("llama"), threads=3)
+    steps = [batch([(np.arange(3, 3 + count, dtype=np.int32), 0, table(1))], rows=[0]) for count in (50, 9)]
+    logits = np.random.default_rng(0).normal(size=(256, 5_000)).astype(np.float32)
+    best = logits.argmax(axis=1).tolist()
+    failures: list[BaseException] = []
+    end = time.monotonic() + 1.5
+
+    def work(step: Batch) -> None:
+        try:
+            while time.monotonic() < end:
+                assert backend.forward(step).shape[0] == 1
+                assert backend.sample(logits, greedy_batch(256)).tokens.tolist() == best
+                backend.copy_blocks([(38, 39)])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(step,), daemon=True) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert not failures
+    assert np.isfinite(backend.forward(steps[0])).all()
+
+
+def test_threads_that_the_system_refuses_are_one_line() -> None:
+    """In a process of its own, which an exception from a half-made pool would end."""
+    code = """
+import resource
+from hasten.backends.cpu import CpuBackend
+from hasten.errors import ResourceError
+
+CpuBackend(1)  # everything is imported and mapped
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (12 << 20), limits[1]))  # one stack, and no more
+try:
+    CpuBackend(4)
+except ResourceError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(CpuBackend(2).threads)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    refusal, threads = done.stdout.splitlines()
+    assert re.fullmatch(r"the system gave [123] of 4 threads \(.*\); ask for fewer threads", refusal)
+    assert threads == "2"
+
+
+def test_absurdly_many_threads_are_refused() -> None:
+    with pytest.raises(ResourceError, match=r"100000 threads were asked for, expected at most \d+: four for each CPU"):
+        CpuBackend(100_000)
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The native sampler against the numpy reference, and its draws against the probabilities that they should have."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,42 @@ def test_tokens_equal_the_reference(settings: dict[str, Any], isa: str) -> None:
 
 
 @ISAS
+def test_what_is_cut_off_or_hardly_differs_equals_the_reference(isa: str) -> None:
+    """Logits of -inf, as masks leave them, and differences near the ends of the range of floats."""
+    rng = np.random.default_rng(8)
+    few = np.full((40, 512), -np.inf, np.float32)
+    few[:, 100:400:30] = rng.normal(size=(40, 10))
+    close = np.where(rng.random((40, 512)) < 0.5, 0.0, -1e-38).astype(np.float32)
+    wide = np.where(rng.random((40, 512)) < 0.1, 3e38, -3e38).astype(np.float32)
+    one = np.full((40, 512), -np.inf, np.float32)
+    one[:, 77] = -5.0
+    seeds = rng.integers(0, 2**63, 40)
+    for logits in (few, close, wide, one):
+        for settings in (
+            {"top_k": 50, "top_p": 0.9},
+            {"top_k": 3, "top_p": 0.5},
+            {"top_k": 512, "top_p": 0.9},
+            {"top_k": 50, "min_p": 0.1},
+            {"top_p": 0.9, "num_logprobs": 20},
+            {"top_p": 0.9, "min_p": 0.05, "temperature": 3.0},
+            {},
+        ):
+            batch = params(40, seeds=seeds, **settings)
+            got, want = sample(logits, batch, isa), sample_rows(logits.copy(), batch)
+            assert got.tokens.tolist() == want.tokens.tolist(), settings
+            if logits is not wide and got.top_logprobs is not None and want.top_logprobs is not None:
+                np.testing.assert_allclose(got.top_logprobs, want.top_logprobs, atol=2e-6)
+
+
+def test_one_sampler_takes_vocabularies_of_any_size_in_turn() -> None:
+    backend = CpuBackend(2)
+    for vocab in (300, 70_000, 5, 40_000):
+        logits = np.random.default_rng(vocab).normal(size=(5, vocab)).astype(np.float32)
+        batch = params(5, top_p=0.9, num_logprobs=3, bias_offsets=np.arange(6), bias_ids=[1] * 5, bias_values=[2.0] * 5)
+        assert backend.sample(logits, batch).tokens.tolist() == sample_rows(logits.copy(), batch).tokens.tolist()
+
+
+@ISAS
 def test_penalties_bias_and_logprobs_equal_the_reference(isa: str) -> None:
     rng = np.random.default_rng(4)
     rows, vocab = 64, 501
@@ -159,6 +195,16 @@ def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
         assert (
             sample(logits[row : row + 1].copy(), params(1, top_p=0.95, counters=[row]), isa).tokens[0] == together[row]
         )
+
+
+def test_arrays_of_another_type_are_refused_not_converted() -> None:
+    logits = np.zeros((2, 10), np.float32)
+    with pytest.raises(TypeError):
+        CpuBackend(1).sample(logits.astype(np.float64), params(2))
+    with pytest.raises(TypeError, match="top_k is not"):
+        CpuBackend(1).sample(logits, replace(params(2), top_k=np.zeros(2, np.int64)))
+    with pytest.raises(ValueError, match="min_p has 3 entries, expected 2"):
+        CpuBackend(1).sample(logits, replace(params(2), min_p=np.zeros(3, np.float32)))
 
 
 def test_token_outside_the_vocabulary_is_refused() -> None:

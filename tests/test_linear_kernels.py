@@ -1,6 +1,8 @@
 """The compiled core's products, on every instruction set of this machine, against numpy; each row against its batch."""
 
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,14 +138,38 @@ def test_permuted_columns(format: Format) -> None:
         _assert_close(linear.product(x, isa=isa), _reference(x, weight))
 
 
+@pytest.mark.parametrize("perm", [False, True])
 @pytest.mark.parametrize("format", FORMATS, ids=_name)
-def test_row_is_what_the_format_says(format: Format) -> None:
+def test_row_is_what_the_format_says(format: Format, perm: bool) -> None:
     rng = np.random.default_rng(2)
     weight = _weight(format, (37, 172), rng)
-    linear, numbers = _core.Linear(_pool(), [weight]), dequantize(weight)
+    numbers = dequantize(weight)
+    if perm:  # stored column j is input order[j]
+        order = rng.permutation(172).astype(np.int32)
+        weight, stored = replace(weight, perm=order), numbers
+        numbers = np.empty_like(stored)
+        numbers[:, order] = stored
+    linear = _core.Linear(_pool(), [weight])
     for isa in _core.isas():
         for index in (0, 15, 16, 36):
             np.testing.assert_allclose(linear.row(index, scale=2.0, isa=isa), 2.0 * numbers[index], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": Format("int8", 48)}, "group_size is not 0, 32, 64 or 128"),
+        ({"format": Format("int8", -32)}, "group_size is not"),
+        ({"format": Format("int8", 256)}, "group_size is not"),
+        ({"perm": np.arange(1, 173, dtype=np.int32)}, "perm does not name every column once"),
+        ({"perm": np.zeros(172, np.int32)}, "perm does not name every column once"),
+        ({"perm": np.zeros(171, np.int32)}, "perm does not have an entry a column"),
+    ],
+)
+def test_what_the_kernels_cannot_read_is_refused(changes: dict[str, Any], message: str) -> None:
+    weight = _weight(Format("int8", 32), (16, 172), np.random.default_rng(5))
+    with pytest.raises(ValueError, match=message):
+        _core.Linear(_pool(), [replace(weight, **changes)])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

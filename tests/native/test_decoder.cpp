@@ -139,14 +139,15 @@ void check_sampler(Pool& pool, const Kernels& k, std::vector<float> logits) {
                          counts.data(), offsets.data(), ids.data(), bias.data()};
   std::vector<int32_t> tokens(rows), top_ids(rows * 3);
   std::vector<float> logprobs(rows), target_logprobs(rows), top_logprobs(rows * 3);
-  sample(pool, k.ops, logits.data(), rows, kVocab, p,
+  Sampler sampler(pool, k.ops);
+  sampler.sample(logits.data(), rows, kVocab, p,
          {tokens.data(), logprobs.data(), target_logprobs.data(), 3, top_ids.data(), top_logprobs.data()});
   require(logits == before, "the sampler left logits changed");
   for (int r = 0; r < rows; r++) {
     require(tokens[r] >= 0 && tokens[r] < kVocab, "a token outside the vocabulary");
     require(logprobs[r] <= top_logprobs[(size_t)r * 3], "a token more probable than the best");
   }
-  sample_greedy(pool, k.ops, logits.data(), rows, kVocab, tokens.data());
+  sampler.greedy(logits.data(), rows, kVocab, tokens.data());
   for (int r = 0; r < rows; r++) require(tokens[r] == top_ids[(size_t)r * 3], "greedy does not take the best");
 }
 

@@ -55,7 +55,7 @@ def _sample_row(logits: Float32, params: SamplingBatch, row: int) -> int:
         return int(np.argmax(adjusted))
     scaled = adjusted.astype(np.float64) / temperature
     probabilities = np.exp(scaled - scaled.max())
-    probabilities[~_kept(probabilities, params, row)] = 0
+    probabilities[~_kept(adjusted, probabilities, params, row)] = 0
     return draw(probabilities, int(params.seeds[row]), int(params.counters[row]))
 
 
@@ -100,9 +100,10 @@ def _adjust(logits: Float32, params: SamplingBatch, row: int) -> Float32:
     return out
 
 
-def _kept(probabilities: Float64, params: SamplingBatch, row: int) -> NDArray[np.bool_]:
+def _kept(logits: Float32, probabilities: Float64, params: SamplingBatch, row: int) -> NDArray[np.bool_]:
     """Which tokens may be drawn: each filter works on what the one before has left."""
-    order = np.argsort(-probabilities, kind="stable")  # falling; ties by id
+    # Falling, ties by id. By logit: of logits that differ, temperature and exp may make equal probabilities.
+    order = np.argsort(-logits, kind="stable")
     top_k, top_p, min_p = int(params.top_k[row]), float(params.top_p[row]), float(params.min_p[row])
     if top_k > 0:
         order = order[:top_k]

@@ -49,8 +49,12 @@ class CpuBackend:
             self.isa: str = self._core.isa(isa)
         except ValueError as error:
             raise ResourceError(f"{error}: change HASTEN_ISA or leave it out") from None
-        self._pool = self._core.Pool(threads)
+        try:
+            self._pool = self._core.Pool(threads)
+        except (ValueError, RuntimeError) as error:
+            raise ResourceError(f"{error}; ask for fewer threads") from None
         self.threads: int = self._pool.size
+        self._sampler = self._core.Sampler(self._pool, self.isa)
         self._decoder: Any = None
 
     def beside(self) -> "CpuBackend":
@@ -108,8 +112,8 @@ class CpuBackend:
     def sample(self, logits: Float32, params: SamplingBatch) -> Sampled:
         """Choose one token a row of `logits`; -1 where a logit is NaN."""
         if not params.any_special:
-            return Sampled(self._core.sample_greedy(self._pool, logits, self.isa))
-        return Sampled(*self._core.sample(self._pool, logits, params, self.isa))
+            return Sampled(self._sampler.greedy(logits))
+        return Sampled(*self._sampler.sample(logits, params))
 
     def fetch(self, logits: Float32) -> Float32:
         """Themselves: they are on the host."""
