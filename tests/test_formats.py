@@ -95,6 +95,8 @@ def test_sizes() -> None:
     [
         (Format("int4", 32), 172, "32 does not divide 172"),
         (Format("int8", 128), 72, "128 does not divide 72"),
+        (Format("int8", 48), 96, "group size 48 is not supported; supported: 32, 64, 128, or 0"),
+        (Format("int4", -32), 64, "group size -32 is not supported"),
         (Format("int4"), 7, "an even number"),
         (Format("int8", 0, symmetric=False), 64, "always symmetric"),
     ],

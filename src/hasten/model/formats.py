@@ -18,6 +18,7 @@ ScaleDtype = Literal["fp32", "fp16", "bf16"]
 Floats = NDArray[np.float32]
 
 DENSE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+GROUP_SIZES = (0, 32, 64, 128)  # columns that share a scale in what backends multiply; 0 is one scale a row
 _CHUNK = 1 << 22  # numbers handled at once, so that quantising a large matrix needs little memory beside it
 
 
@@ -106,7 +107,11 @@ def check_format(format: Format, shape: tuple[int, int]) -> None:
     columns = shape[1]
     if format.kind in DENSE_BYTES:
         return
-    if format.group_size < 0 or (format.group_size and columns % format.group_size):
+    if format.group_size not in GROUP_SIZES:
+        raise RecipeError(
+            f"group size {format.group_size} is not supported; supported: 32, 64, 128, or 0 for one scale a row"
+        )
+    if format.group_size and columns % format.group_size:
         raise RecipeError(
             f"{format.kind} with groups of {format.group_size} does not fit a matrix of {columns} columns: "
             f"{format.group_size} does not divide {columns}; take another group size, or one scale a row"

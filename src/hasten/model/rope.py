@@ -94,8 +94,8 @@ def _number(parameters: Mapping[str, Any], key: str, default: float | None = Non
     value = parameters.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ModelError(f"rope parameter {key} is {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e38:
+        raise ModelError(f"rope parameter {key} is {value!r:.80}, expected a positive number")
     return float(value)
 
 

@@ -32,6 +32,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+# Far more than any model has: beyond, a damaged file would make tables that no memory holds. Other counts fit 32 bits.
+_MOST = {"head_dim": 2**16, "num_hidden_layers": 2**14, "num_attention_heads": 2**14, "num_key_value_heads": 2**14}
 DTYPES: Mapping[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -174,7 +176,8 @@ def _layer(config: Config, family: Family, index: int) -> Layer:
         raise ModelError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if config.get("head_dim") is None and config["hidden_size"] % heads:
         raise ModelError(f"hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
-    head_dim = config["hidden_size"] // heads if config.get("head_dim") is None else _count(config, "head_dim")
+    own = config.get("head_dim") is not None
+    head_dim = _count(config, "head_dim") if own else _bounded("head_dim", _count(config, "hidden_size") // heads)
     window = family.window(config, index)
     return Layer(
         num_heads=heads,
@@ -234,11 +237,18 @@ def _count(config: Config, key: str) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModelError(f"config.json: {key} is {value!r}, expected a positive whole number")
+    return _bounded(key, value)
+
+
+def _bounded(key: str, value: int) -> int:
+    most = _MOST.get(key, 2**31 - 1)
+    if value > most:
+        raise ModelError(f"config.json: {key} is {value!r:.40}, expected at most {most}")
     return value
 
 
 def _real(config: Config, key: str) -> float:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelError(f"config.json: {key} is {value!r}, expected a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e38:
+        raise ModelError(f"config.json: {key} is {value!r:.80}, expected a positive number")
     return float(value)
