@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist, median
 
 import numpy as np
@@ -57,6 +58,7 @@ def share_interval(hits: Float64, totals: Float64, unit: str, confidence: float 
     return Measurement(found.median, low, high, found.n, unit)
 
 
+@lru_cache(maxsize=256)
 def t_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t distribution: bisection on its distribution function."""
     if freedom > 10_000:
