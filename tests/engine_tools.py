@@ -8,9 +8,10 @@ from slot_model import SlotModel
 
 from hasten.backends.base import Backend
 from hasten.engine.config import EngineConfig
+from hasten.engine.draft_model import ModelDrafter
 from hasten.engine.engine import Engine
 from hasten.engine.request import RequestOutput, SamplingParams
-from hasten.engine.speculate import Speculator, StepCost
+from hasten.engine.speculate import Drafter, Speculator, StepCost
 
 VOCAB = 12
 EOS = 11
@@ -42,8 +43,15 @@ class Free(StepCost):
         return 0.0
 
 
-def eager_speculator(depth: int = 5) -> Speculator:
-    speculator = Speculator(max_depth=depth)
+class FreeDrafts(ModelDrafter):
+    """Likewise for a model that drafts."""
+
+    def seconds(self, num_sequences: int) -> float | None:
+        return 0.0
+
+
+def eager_speculator(depth: int = 5, drafter: Drafter | None = None) -> Speculator:
+    speculator = Speculator(drafter, max_depth=depth)
     speculator.cost = Free()
     return speculator
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import EOS, VOCAB, Free, alone, make_engine, results, run
+from engine_tools import EOS, VOCAB, Free, FreeDrafts, alone, eager_speculator, make_engine, results, run
 from overlapped import Overlapped
 from slot_model import SlotModel
 
 from hasten.engine import speculate
-from hasten.engine.draft_model import ModelDrafter
 from hasten.engine.engine import Engine
 from hasten.engine.request import SamplingParams, Sequence
 from hasten.engine.speculate import NgramDrafter, Speculator, StepCost
@@ -26,18 +25,10 @@ PARAMS: list[dict[str, Any]] = [
 ]
 
 
-class FreeDrafts(ModelDrafter):
-    """Drafts cost nothing: always draft, so that a test does not depend on the clock."""
-
-    def seconds(self, num_sequences: int) -> float | None:
-        return 0.0
-
-
 def make(model: Any, drafter: Any, depth: int = 4, **config: Any) -> Engine:
     engine = make_engine(model=model, **config)
     drafter.allocate(engine.config.num_blocks, 16, "fp32")
-    engine.speculator = Speculator(FreeDrafts(drafter, engine.config), max_depth=depth)
-    engine.speculator.cost = Free()
+    engine.speculator = eager_speculator(depth, FreeDrafts(drafter, engine.config))
     return engine
 
 

@@ -4,7 +4,7 @@ its lone run, and nothing is left over. Also on a device that works by itself, w
 from typing import Any
 
 import pytest
-from engine_tools import VOCAB, alone, assert_idle, make_engine, results
+from engine_tools import VOCAB, FreeDrafts, alone, assert_idle, eager_speculator, make_engine, results
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -54,12 +54,18 @@ class Engines(RuleBasedStateMachine):
     config: dict[str, Any]
     speculation: bool
     overlapped: bool
+    model_drafts: bool
 
     def __init__(self) -> None:
         super().__init__()
         model = SlotModel(VOCAB, wildness=0.3)
         device = Overlapped(model) if self.overlapped else model
-        self.engine = make_engine(**self.config, speculation=self.speculation, model=device)
+        self.engine = make_engine(**self.config, speculation=self.speculation and not self.model_drafts, model=device)
+        if self.model_drafts:
+            other = SlotModel(VOCAB, wildness=0.4)
+            drafter = Overlapped(other) if self.overlapped else other
+            drafter.allocate(self.engine.config.num_blocks, 16, "fp32")
+            self.engine.speculator = eager_speculator(drafter=FreeDrafts(drafter, self.engine.config))
         self.asked: dict[str, tuple[list[int], SamplingParams]] = {}
         self.text: dict[tuple[str, int], str] = {}
         self.done: dict[str, Any] = {}
@@ -112,6 +118,7 @@ class Engines(RuleBasedStateMachine):
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"num_blocks": 9, "max_len": 128, "max_step_tokens": 24, "max_sequences": 4, "max_extra_rows": 8},
     "drafts": {"num_blocks": 9, "max_len": 128, "max_step_tokens": 40, "max_sequences": 5, "max_extra_rows": 16},
+    "drafter": {"num_blocks": 9, "max_len": 128, "max_step_tokens": 40, "max_sequences": 5, "max_extra_rows": 16},
     "roomy": {"num_blocks": 40, "max_step_tokens": 64, "max_sequences": 16},
 }
 
@@ -119,9 +126,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_operations(name: str, overlapped: bool) -> None:
-    # Speculation waits for every token, so it has little to do with steps ahead: only "drafts" has both.
-    speculation = name == "drafts" or (name == "roomy" and not overlapped)
-    members = {"config": CONFIGS[name], "speculation": speculation, "overlapped": overlapped}
+    # Speculation waits for every token, so it has little to do with steps ahead; two have both.
+    speculation = name in ("drafts", "drafter") or (name == "roomy" and not overlapped)
+    members = {
+        "config": CONFIGS[name],
+        "speculation": speculation,
+        "overlapped": overlapped,
+        "model_drafts": name == "drafter",
+    }
     machine = type(f"Engines_{name}", (Engines,), members)
     case = machine.TestCase
     case.settings = settings(

@@ -30,10 +30,12 @@ def open_backend(
     deterministic: a row's bits do not depend on its batch, as is always so on a CPU.
     Raises RequestError for a device or format that there is not, ResourceError where this machine has none such.
     """
-    if device not in DEVICES:
-        raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
-    if device == "cuda" or (device == "auto" and missing_for_cuda() is None):
-        return _open_cuda(format, deterministic)
+    device = choose_device(device)
+    if device == "cuda":
+        from hasten.backends.cuda import CudaBackend
+
+        backend: Backend = CudaBackend(format=format, deterministic=deterministic)
+        return backend
     if format is not None:
         raise RequestError(f"format {format} on load needs a GPU (device cuda): use hasten compress, then that folder")
     if device == "reference":
@@ -43,6 +45,18 @@ def open_backend(
     from hasten.backends.cpu import CpuBackend
 
     return CpuBackend(threads=threads)
+
+
+def choose_device(device: str) -> str:
+    """The device that `device` stands for: "auto" becomes "cuda" or "cpu". Raises as open_backend does."""
+    if device not in DEVICES:
+        raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    if device == "auto":
+        return "cpu" if missing_for_cuda() else "cuda"
+    reason = missing_for_cuda() if device == "cuda" else None
+    if reason is not None:
+        raise ResourceError(f"device cuda cannot be used: {reason}")
+    return device
 
 
 def missing_for_cuda() -> str | None:
@@ -56,13 +70,3 @@ def missing_for_cuda() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU: update the driver, or {_INSTALL} for a torch with CUDA"
     return None
-
-
-def _open_cuda(format: str | None, deterministic: bool) -> "Backend":
-    reason = missing_for_cuda()
-    if reason is not None:
-        raise ResourceError(f"device cuda cannot be used: {reason}")
-    from hasten.backends.cuda import CudaBackend
-
-    backend: Backend = CudaBackend(format=format, deterministic=deterministic)
-    return backend

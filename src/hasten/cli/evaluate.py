@@ -26,6 +26,7 @@ def evaluate(
     ] = 128,
     window: Annotated[int, typer.Option(min=16, metavar="N", help="Tokens of a window.")] = 512,
     kv_cache: options.KvCacheOption = None,
+    device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     json: options.JsonOption = False,
 ) -> None:
@@ -44,6 +45,7 @@ def evaluate(
             max_windows=max_windows or None,
             window=window,
             kv_cache=kv_cache,
+            device=device,
             threads=threads,
             progress=progress,
         )

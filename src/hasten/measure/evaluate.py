@@ -4,6 +4,7 @@ import hashlib
 import time
 from pathlib import Path
 
+from hasten.backends import choose_device, open_backend
 from hasten.backends.base import Backend
 from hasten.compress.folder import ProgressCallback, hashes
 from hasten.errors import ModelError
@@ -25,6 +26,7 @@ def evaluate(
     max_windows: int | None = 128,
     window: int = 512,
     kv_cache: str | None = None,
+    device: str = "auto",
     threads: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Receipt:
@@ -33,7 +35,8 @@ def evaluate(
 
     data: a UTF-8 file; by default the English that ships with the demo model. The text is cut into windows of at most
     `window` tokens, of which max_windows are used, evenly spread (None: all). kv_cache: of `model`; None is its
-    folder's own setting, else as LLM does. Raises ModelError where the two models do not share a vocabulary.
+    folder's own setting, else as LLM does. device: as LLM's, by name.
+    Raises ModelError where the two models do not share a vocabulary.
     """
     checkpoint = open_checkpoint(resolve(str(model)))
     original = open_checkpoint(resolve(str(against))) if against is not None else None
@@ -45,17 +48,18 @@ def evaluate(
     longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
     windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), longest, max_windows)
     threads = threads or stated_run(checkpoint).threads or usable_threads()
+    device = choose_device(device)
     models: dict[str, Model] = {}  # the one compared with comes first
     for name, opened, kv in (("against", original, None), ("model", checkpoint, kv_cache)):
         if opened is not None:
-            models[name] = _load(opened, threads), kv or _stated_kv_cache(opened)
+            models[name] = _load(opened, device, threads), kv or _stated_kv_cache(opened)
     scores = score(models, windows, checkpoint.spec.vocab_size, progress, threads)
     return Receipt(
         what="evaluate",
         model=str(model),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         versions=versions(),
-        hardware={"cpu": cpu_model(), "threads": threads},
+        hardware={"device": device, "cpu": cpu_model(), "threads": threads},
         conditions=conditions(),
         inputs={**hashes(checkpoint), "text": hashlib.sha256(text.encode()).hexdigest()},
         settings={"against": None if against is None else str(against), "window": longest, "num_windows": len(windows)},
@@ -63,10 +67,8 @@ def evaluate(
     )
 
 
-def _load(checkpoint: Checkpoint, threads: int) -> Backend:
-    from hasten.backends.cpu import CpuBackend
-
-    backend = CpuBackend(threads)
+def _load(checkpoint: Checkpoint, device: str, threads: int) -> Backend:
+    backend = open_backend(device, threads=threads)
     backend.load(checkpoint.spec, checkpoint.weights())
     return backend
 

@@ -80,7 +80,7 @@ def _read_window(
         for index, (name, (backend, kv_cache)) in enumerate(models.items()):
             if shared:
                 backend.allocate(num_blocks, BLOCK_SIZE, kv_cache)
-            logits = backend.forward(batch)[: len(targets)]
+            logits = backend.fetch(backend.forward(batch))[: len(targets)]
             rows = _compare(original, logits, targets, pool)
             if not np.isfinite(rows).all():
                 raise ModelError(f"{name} gives logits that are not numbers: a weight is damaged or overflowed")
