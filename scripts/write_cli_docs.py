@@ -15,8 +15,9 @@ HEAD = """# The command line
 Written by `python scripts/write_cli_docs.py` from the program itself; a test holds that it is current.
 
 Results go to stdout, progress and notes to stderr. `--json` gives machines the same results. Exit codes: 0; 2 with a
-line on stderr for something you can mend; 130 after Ctrl-C. `HASTEN_DEBUG=1` shows where an error came from,
-`NO_COLOR=1` turns colours off, `HASTEN_ISA=NAME` forces an instruction set.
+line on stderr for something you can mend, a full disk under stdout included; 130 after Ctrl-C; 141 where the reader of
+a pipe has gone. `HASTEN_DEBUG=1` shows where an error came from, `NO_COLOR=1` turns colours off, `HASTEN_ISA=NAME`
+forces an instruction set, `HASTEN_THREADS=N` is what `--threads` is where it is not given.
 """
 
 

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from command_line import COMMAND, hasten
 
+from hasten.compress.folder import check_out
+from hasten.tune.state import State
+
 TEXT = "Once upon a time"
 
 
@@ -270,6 +273,15 @@ def test_output_below_a_file(stories, tmp_path):
         complaint = hasten(*verb, "-o", tmp_path / "file" / "out").complaint
         assert str(tmp_path / "file") in complaint
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_output_in_folders_that_are_not_there_yet(stories, tmp_path):
+    deep = tmp_path / "a" / "b" / "int8"
+    assert hasten("compress", stories, "int8", "-o", deep).good
+    assert (deep / "receipt.json").is_file()
+    check_out(tmp_path / "c" / "d" / "tuned")  # what tune asks before its work
+    State(tmp_path / "c" / "d" / "tuned.tune.json", {}).put("part", "name", 1)
+    assert (tmp_path / "c" / "d" / "tuned.tune.json").is_file()
 
 
 def test_output_in_a_folder_without_permission(stories, tmp_path):

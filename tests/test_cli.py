@@ -58,6 +58,9 @@ def test_a_bad_number_names_its_flag(flag, value):
     assert flag in done.stderr
     assert value in done.stderr
     assert "Traceback" not in done.stderr
+    *usage, last = done.stderr.strip().splitlines()
+    assert usage[0].startswith("Usage: hasten generate")
+    assert last.startswith("Error: ")
 
 
 def test_generate_continues_a_prompt(stories):
@@ -121,16 +124,51 @@ def test_logprobs_without_json_are_refused():
 
 
 def test_a_reader_that_leaves_is_no_error(stories):
-    writer = subprocess.Popen(
-        [*COMMAND, "generate", stories, START, "--max-tokens", "400", "--temperature", "1", "--seed", "3"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert writer.stdout.read(1)
+    flags = ["--max-tokens", "400", "--temperature", "1", "--seed", "3"]
+    assert left_by_its_reader("generate", stories, START, *flags, after=1) == (141, "")
+    assert left_by_its_reader("generate", stories, START, "-n", "8", *flags, after=0) == (141, "")
+    assert left_by_its_reader("--help", after=0) == (141, "")
+
+
+def left_by_its_reader(*arguments: str, after: int) -> tuple[int, str]:
+    """Exit code and stderr of a run whose stdout is closed after so many bytes."""
+    writer = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(writer.stdout.read(after)) == after
     writer.stdout.close()
     complaint = writer.stderr.read().decode()
-    assert writer.wait(60) in (1, 141, 0)
-    assert complaint == ""
+    return writer.wait(60), complaint
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_is_full_is_told_in_a_line(stories, unbuffered):
+    for arguments in (["--version"], ["--help"], ["generate", stories, START, "--max-tokens", "4"], ["inspect"]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*COMMAND, *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                timeout=60,
+            )
+        assert done.stderr.decode().splitlines()[-1] == (
+            "hasten: the result cannot be written: No space left on device"
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr.decode()
+
+
+def test_closed_streams_are_no_error(stories):
+    for closing in (">&-", "<&-", "2>&-"):
+        command = " ".join([*COMMAND, "generate", stories, "Tom", "--max-tokens", "4", closing])
+        done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_while_the_program_is_being_imported_is_quiet(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = hasten("--version", env={"PYTHONPATH": path})
+    assert (done.code, done.stderr) == (130, "")
 
 
 def test_ctrl_c_ends_generate_with_130_and_no_traceback(stories):
@@ -177,8 +215,10 @@ def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(stories):
     screen = Screen(terminal)
     screen.wait_for("> ")
     screen.type("Once upon a time\n")
-    time.sleep(0.02)
+    screen.wait_for("\n")
+    screen.wait_for(",")  # the answer has begun: GREEDY's first letter, or one soon after
     screen.type("\x03")
+    screen.wait_for("[stopped]")
     screen.wait_for("> ")
     screen.type("/help\n")
     screen.wait_for("forget the conversation")
@@ -304,6 +344,21 @@ def test_compress_writes_a_folder_that_runs_and_says_what_was_done(stories, int8
     again = int8.with_name("again")
     assert hasten("compress", stories, int8 / "recipe.yaml", "-o", again).good.stdout
     assert (again / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
+
+
+def test_the_usual_folder_has_the_resolved_models_name(stories, tmp_path):
+    here = tmp_path / "my-model"
+    shutil.copytree(stories, here)
+    assert (here / "config.json").is_file()
+    os.chmod(here, 0o755)
+    assert "my-model-int8" in hasten("compress", ".", "int8", cwd=here).good.stdout
+    assert (here / "my-model-int8" / "recipe.yaml").is_file()
+    assert hasten("compress", "../my-model", "./my-model-int8", cwd=here).good
+    assert (here / "my-model-my-model-int8" / "recipe.yaml").is_file()
+    complaint = hasten("tune", ".", "-o", "my-model-int8", cwd=here).complaint
+    assert "my-model-int8 exists already" in complaint
+    (here / "my-model-tuned").mkdir()
+    assert "my-model-tuned exists already" in hasten("tune", ".", cwd=here).complaint
 
 
 def test_evaluate_measures_against_the_original(stories, int8, tmp_path):

@@ -63,7 +63,8 @@ def test_generating_needs_neither_torch_nor_transformers():
 def test_public_names():
     assert hasten.__all__ == sorted(hasten.__all__)
     assert set(hasten.__all__) == {
-        *("LLM", "SamplingParams", "Recipe", "tune", "compress", "evaluate", "errors", "__version__")
+        *("LLM", "SamplingParams", "Recipe", "Quantize", "Run", "Receipt"),
+        *("tune", "compress", "evaluate", "errors", "__version__"),
     }
     for name in hasten.__all__:
         assert getattr(hasten, name) is not None

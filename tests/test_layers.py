@@ -24,6 +24,7 @@ LEVELS = {
     "receipt": 0,
     "hardware": 0,
     "config": 0,
+    "goals": 0,
     "errors": -1,
     "_core": -1,
 }

@@ -15,16 +15,23 @@ if TYPE_CHECKING:
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
     from hasten.measure.evaluate import evaluate
-    from hasten.recipe import Recipe
+    from hasten.receipt import Receipt
+    from hasten.recipe import Quantize, Recipe, Run
     from hasten.tune.run import tune
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Recipe", "SamplingParams", "__version__", "compress", "errors", "evaluate", "tune"]
+__all__ = [
+    "LLM", "Quantize", "Receipt", "Recipe", "Run", "SamplingParams", "__version__", "compress", "errors", "evaluate",
+    "tune",
+]  # fmt: skip
 
 _HOME = {
     "LLM": "hasten.engine.llm",
     "SamplingParams": "hasten.engine.request",
     "Recipe": "hasten.recipe",
+    "Quantize": "hasten.recipe",
+    "Run": "hasten.recipe",
+    "Receipt": "hasten.receipt",
     "tune": "hasten.tune.run",
     "compress": "hasten.compress.folder",
     "evaluate": "hasten.measure.evaluate",

@@ -3,10 +3,11 @@
 Knows nothing of what verbs do. A verb imports what it needs when it runs, so that `hasten --help` is quick.
 """
 
+import errno
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +18,10 @@ from hasten.errors import HastenError
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+# What writing to a stream that is open fails with. Files that hasten opens itself have errors of their own.
+_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# What typer raises for a wrong flag is click's or its own copy of it, by version: the base of what it exports.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="hasten",
@@ -57,22 +62,52 @@ app.command("evaluate")(evaluate.evaluate)
 def main() -> None:
     """Run the command line and leave with its exit code: 0, or 2 with one line on stderr for what a user can mend, 130
     after Ctrl-C, 141 where the reader of a pipe has gone. HASTEN_DEBUG=1 shows where an error came from."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model says what a terminal's encoding may not have
+    _open_missing_streams()
     try:
         try:
-            app(prog_name="hasten")
+            code = _run()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still buffered has nowhere to go; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_PIPE)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
     except (HastenError, MemoryError) as error:
         if os.environ.get("HASTEN_DEBUG"):
             raise
-        what = "not enough memory: " if isinstance(error, MemoryError) else ""
-        print(f"hasten: {what}{' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_USER)
+        code = _complain("not enough memory: " if isinstance(error, MemoryError) else "", error)
+    except OSError as error:
+        if error.errno not in _WRITING or error.filename is not None:
+            raise
+        # What is still buffered has nowhere to go; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        gone = isinstance(error, BrokenPipeError)
+        code = EXIT_PIPE if gone else _complain("the result cannot be written: ", error.strerror)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Parse and run. Not typer's own way, which ends a program whose stdout is closed with 1 and a full one with a
+    traceback."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("hasten", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return int(end.exit_code)
+    except _UsageError as error:
+        error.show()
+        return EXIT_USER
+    return 0
+
+
+def _complain(what: str, error: object) -> int:
+    print(f"hasten: {what}{' '.join(str(error).split())}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _open_missing_streams() -> None:
+    """A program may be started with streams closed: nothing is read then, and what is written is not missed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model says what a terminal's encoding may not have

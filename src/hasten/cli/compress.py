@@ -32,8 +32,9 @@ def compress(
     The result is a Hugging Face folder that Transformers loads as well, with recipe.yaml and receipt.json.
     """
     from hasten.compress.folder import compress as carry_out
+    from hasten.model.hub import folder_beside, name_of
 
-    out = out or Path(f"{Path(model).name}-{Path(recipe).stem}")
+    out = out or folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem)
     with progress_bar() as progress:
         receipt = carry_out(model, recipe, out, progress=progress)
     for line in receipt.notes:

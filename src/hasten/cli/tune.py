@@ -1,15 +1,14 @@
 """`hasten tune`: the main job. The search is hasten.tune's; this turns flags into its arguments and shows its table."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from hasten.cli import options
 from hasten.cli.terminal import note, progress_bar, show
 from hasten.errors import RequestError
-
-Goal = Literal["latency", "throughput", "memory"]
+from hasten.goals import Goal
 
 
 def parse_share(text: str) -> float:
@@ -61,8 +60,10 @@ def tune(
     command goes on from there.
     """
     share = parse_share(max_loss)
-    out = out or Path(f"{Path(model).name}-tuned")
+    from hasten.tune.run import default_out
     from hasten.tune.run import tune as run
+
+    out = out or default_out(model)
 
     try:
         with progress_bar() as progress:

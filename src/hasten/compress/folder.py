@@ -1,5 +1,6 @@
 """A recipe carried out on a model folder: weights stream through, one at a time, into a new folder with its papers."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hasten.compress.apply import carry_out
-from hasten.compress.plan import Plan, matrix_shapes, resolve
+from hasten.compress.plan import Plan, matrix_shapes, resolve, total_bytes
+from hasten.errors import ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
-from hasten.model.formats import Format, Weight, bytes_of
+from hasten.model.formats import Format, Weight
 from hasten.model.hub import resolve as resolve_name
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
@@ -35,6 +37,7 @@ def compress(
     progress(done, total, name) is told of each matrix. The recipe is checked before any weight is read. Raises
     RecipeError, ModelError, and ResourceError where `out` exists or cannot be written; nothing half-written is left.
     """
+    check_out(Path(out))
     recipe = Recipe.load(recipe)
     checkpoint = open_checkpoint(resolve_name(str(model)))
     plan = resolve(recipe, checkpoint.spec)
@@ -49,8 +52,8 @@ def compress(
         inputs=hashes(checkpoint),
         recipe=recipe,
         settings={
-            "bytes_before": total_bytes(checkpoint, before),
-            "bytes_after": total_bytes(checkpoint, {**before, **plan.formats}),
+            "bytes_before": total_bytes(checkpoint.spec, before),
+            "bytes_after": total_bytes(checkpoint.spec, {**before, **plan.formats}),
         },
         notes=(*plan.notes, *requantised(plan, before)),
     )
@@ -91,9 +94,14 @@ def hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted(wanted) if path.is_file()}
 
 
-def total_bytes(checkpoint: Checkpoint, formats: Mapping[str, Format]) -> int:
-    """Bytes of all matrices in these formats."""
-    return sum(bytes_of(formats[name], shape) for name, shape, _ in checkpoint.matrices())
+def check_out(out: Path) -> None:
+    """Fail before the work rather than after it: ResourceError where a new folder `out`, and those that it is to lie
+    in, cannot be made."""
+    if out.exists() or out.is_symlink():
+        raise ResourceError(f"{out} exists already: remove it or choose another folder")
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ResourceError(f"{out} cannot be made: {above} is no folder that may be written to: choose another")
 
 
 def requantised(plan: Plan, before: Mapping[str, Format]) -> tuple[str, ...]:

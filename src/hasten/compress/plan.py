@@ -2,12 +2,12 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
 from hasten.errors import RecipeError
-from hasten.model.formats import Format
+from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Quantize, Recipe, did_you_mean
 
@@ -77,6 +77,11 @@ def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     if not spec.tied_head:
         shapes["head"] = (spec.vocab_size, spec.hidden_size)
     return shapes
+
+
+def total_bytes(spec: ModelSpec, formats: Mapping[str, Format]) -> int:
+    """Bytes of all matrices in these formats."""
+    return sum(bytes_of(formats[name], shape) for name, shape in matrix_shapes(spec).items())
 
 
 def select(names: Iterable[str], targets: Iterable[str], tied_head: bool) -> list[str]:

@@ -32,6 +32,17 @@ def resolve(name: str | Path) -> Path:
     return _download(str(name), path)
 
 
+def folder_beside(model: str | Path, suffix: str) -> Path:
+    """The usual name of a folder that is made of a model: its own name and the suffix, in the current folder."""
+    return Path(f"{name_of(model)}-{suffix}")
+
+
+def name_of(path: str | Path) -> str:
+    """The last part of a folder's name, of "." too, or of a name on the hub."""
+    folder = Path(path).expanduser()
+    return (folder.resolve() if folder.is_dir() else folder).name or "model"
+
+
 def _demo() -> Path:
     folder = Path(__file__).resolve().parent.parent / "demo"
     if not (folder / "config.json").is_file():

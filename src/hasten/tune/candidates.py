@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from hasten.compress.plan import matrix_shapes, resolve
+from hasten.compress.plan import matrix_shapes, resolve, total_bytes
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Quantize, Recipe, Run, presets
@@ -35,11 +35,6 @@ def with_fallback(recipe: Recipe) -> Recipe:
     """The recipe with fallback int8 in every step that quantises to integers."""
     steps = [replace(step, fallback="int8") if step.format in ("int8", "int4") else step for step in recipe.steps]
     return replace(recipe, steps=tuple(steps))
-
-
-def total_bytes(spec: ModelSpec, formats: Mapping[str, Format]) -> int:
-    """Bytes of all matrices in these formats."""
-    return sum(bytes_of(formats[name], shape) for name, shape in matrix_shapes(spec).items())
 
 
 def units(spec: ModelSpec) -> dict[str, tuple[str, ...]]:

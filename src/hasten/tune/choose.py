@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from hasten.receipt import Candidate, Prediction, Quality
-
-Goal = Literal["latency", "throughput", "memory"]
+from hasten.goals import Goal
 
 SIZES = ("1", "8")  # streams
 STREAMS = {"latency": "1", "throughput": "8"}

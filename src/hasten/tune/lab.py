@@ -13,7 +13,7 @@ from typing import Any
 from hasten.backends.base import Backend
 from hasten.compress.apply import carry_out
 from hasten.compress.folder import ProgressCallback
-from hasten.compress.plan import resolve
+from hasten.compress.plan import resolve, total_bytes
 from hasten.engine.engine import Engine
 from hasten.errors import ResourceError
 from hasten.hardware import Hardware, memory_available
@@ -29,7 +29,6 @@ from hasten.model.settings import default_kv_cache
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
 from hasten.recipe import Recipe, Step
 from hasten.tune.budget import Pace
-from hasten.tune.candidates import total_bytes
 from hasten.tune.predict import all_formats, kv_bytes_per_token, predict
 
 ORIGINAL = "original"

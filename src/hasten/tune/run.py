@@ -1,7 +1,6 @@
 """`tune`: from a model to a faster folder with its receipt. The order of work; each part is elsewhere."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from hasten.backends.base import Backend
-from hasten.compress.folder import ProgressCallback, hashes, requantised
+from hasten.compress.folder import ProgressCallback, check_out, hashes, requantised
 from hasten.compress.plan import resolve
-from hasten.errors import HastenError, RecipeError, ResourceError
+from hasten.errors import HastenError, RecipeError
 from hasten.hardware import Hardware, conditions, probe, usable_threads, versions
 from hasten.measure.text import read_text
 from hasten.measure.transformers_worker import TransformersWorker, available
 from hasten.model.checkpoint import open_checkpoint
+from hasten.model.hub import folder_beside
 from hasten.model.hub import resolve as resolve_name
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import SCHEMA, Candidate, Receipt, build, plain
 from hasten.recipe import Recipe, did_you_mean
 from hasten.tune import choose
 from hasten.tune.budget import Budget, Progress
-from hasten.tune.choose import Goal
 from hasten.tune.finish import finish
+from hasten.goals import GOALS, Goal
 from hasten.tune.lab import ORIGINAL, TRANSFORMERS, Lab
 from hasten.tune.search import Search
 from hasten.tune.state import State
 from hasten.tune.texts import HeldOut, held_out, workload_sizes, workloads
 
-GOALS = ("latency", "throughput", "memory")
 _LEAST_ROUNDS = 3
 _ROUNDS_SHARE = 0.2  # of the time allowed, that timing may take
 _TIMED = 11  # models that are timed in a search, about
@@ -64,8 +63,8 @@ def tune(
     """
     begin = time.monotonic()
     _check(max_loss, goal, minutes, rounds)
-    out = Path(out) if out is not None else Path(f"{Path(str(model)).name}-tuned")
-    _check_out(out)
+    out = Path(out) if out is not None else default_out(model)
+    check_out(out)
     given = None if data is None else read_text(data)
     checkpoint = open_checkpoint(resolve_name(str(model)))
     threads = threads or usable_threads()
@@ -235,13 +234,9 @@ def _check(max_loss: float, goal: str, minutes: float, rounds: int) -> None:
         raise RecipeError(f"rounds is {rounds}, expected at least 1")
 
 
-def _check_out(out: Path) -> None:
-    """Fail before the work rather than after it."""
-    if out.exists():
-        raise ResourceError(f"{out} exists already: remove it or choose another folder")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ResourceError(f"no permission to write in {parent}, or it does not exist: choose another folder")
+def default_out(model: str | Path) -> Path:
+    """Where the result goes where nobody says."""
+    return folder_beside(model, "tuned")
 
 
 def _cpu_backend(threads: int) -> Backend:

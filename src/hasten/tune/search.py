@@ -17,7 +17,7 @@ from hasten.recipe import Recipe
 from hasten.tune import candidates as made
 from hasten.tune import choose, layers
 from hasten.tune.budget import Budget, Progress
-from hasten.tune.choose import Goal
+from hasten.goals import Goal
 from hasten.tune.lab import ORIGINAL, Lab
 from hasten.tune.state import State
 

@@ -40,6 +40,7 @@ class State:
         """Keep a finished part. ResourceError where it cannot be written."""
         self._parts.setdefault(section, {})[name] = plain(value)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             seconds = self.seconds_before + time.monotonic() - self._start
             write_text(self.path, json.dumps({"key": self._key, "seconds": seconds, "parts": self._parts}))
         except OSError as error:
