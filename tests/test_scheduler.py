@@ -131,6 +131,49 @@ def test_a_higher_priority_pushes_out_a_lower_one_but_not_its_peers() -> None:
     assert also not in plan.running
 
 
+def test_a_higher_priority_does_not_wait_for_a_lower_ones_prompt() -> None:
+    plan = scheduler(64, max_tokens=20)
+    plan.add(sequence(400, 0, priority=1))
+    complete(plan, plan.schedule())
+    plan.add(sequence(30, 1, priority=1))  # waits its turn
+    plan.add(sequence(30, 2, priority=0))
+    step = plan.schedule()
+    assert [(s.key[1], count) for s, count in zip(step.sequences, step.query_lens, strict=True)] == [(2, 14), (0, 6)]
+    assert plan.num_waiting == 1
+
+
+def with_prompt(tokens: list[int], arrival: int, limit: int = 1000) -> Sequence:
+    found = sequence(len(tokens), arrival, limit)
+    found.tokens[:] = found.request.prompt_ids[:] = tokens
+    return found
+
+
+def test_one_that_waits_for_a_coming_block_holds_up_nobody() -> None:
+    plan = scheduler(64, max_tokens=64)
+    shared = list(range(100))
+    plan.add(with_prompt([*shared, 1], 0))
+    complete(plan, plan.schedule())  # 64 of its tokens: four blocks
+    plan.add(with_prompt([*shared, 2], 1))  # its fifth block is being computed
+    plan.add(with_prompt([7] * 20, 2))
+    step = plan.schedule()
+    assert [s.key[1] for s in step.sequences] == [0, 2]
+    complete(plan, step)
+    step = plan.schedule()
+    assert [s.key[1] for s in step.sequences] == [0, 1, 2]
+    assert step.query_lens[1] == 101 - 96, "what was shared was computed again"
+
+
+@pytest.mark.parametrize(("num_blocks", "max_sequences"), [(64, 2), (14, 8)])
+def test_those_behind_one_that_waits_take_neither_its_place_nor_its_blocks(num_blocks: int, max_sequences: int) -> None:
+    plan = scheduler(num_blocks, max_tokens=64, max_sequences=max_sequences)
+    shared = list(range(100))
+    plan.add(with_prompt([*shared, 1], 0, limit=110))
+    complete(plan, plan.schedule())
+    plan.add(with_prompt([*shared, 2], 1, limit=110))
+    plan.add(with_prompt([7] * 20, 2))
+    assert [s.key[1] for s in plan.schedule().sequences] == [0]
+
+
 def test_drafts_never_preempt_and_respect_the_budget() -> None:
     plan = scheduler(4, extra_rows=12)
     one, other = sequence(29, 0), sequence(29, 1)

@@ -280,8 +280,9 @@ def test_an_existing_folder_is_not_touched(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ResourceError, match="exists already"):
         tune(model, tmp_path / "out", transformers=False)
-    with pytest.raises(ResourceError, match="choose another folder"):
-        tune(model, tmp_path / "none" / "out", transformers=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="choose another"):
+        tune(model, tmp_path / "file" / "none" / "out", transformers=False)
 
 
 def test_a_receipt_of_another_schema_is_refused(tuned: tuple[Receipt, Path]) -> None:

@@ -33,10 +33,10 @@ def plan_cache(
     longest = max_len if max_len is not None else min(max_position, max(fitting, 1) * block_size)
     least = -(-longest // block_size)
     if fitting < least:
-        flag = f"lower max_len (now {longest})" if max_len is not None else "free some"
-        more = ", raise memory" if memory is not None else ""
+        more = [] if max_len is None else [f"lower max_len (now {longest})"]
+        more += ["free some"] if memory is None else ["raise memory"]
         needed = f"KV cache needs {_size(least * block_bytes)} for {longest} tokens"
-        raise ResourceError(f"{needed}, {limit}: {flag}{more} or use kv_cache int8")
+        raise ResourceError(f"{needed}, {limit}: {', '.join(more)} or use kv_cache int8")
     if memory is not None or not device.shared:
         return min(fitting, 2 * max_sequences * least), longest
     usual = -(-_SEQUENCES * min(longest, _USUAL_LEN) // block_size)

@@ -232,7 +232,7 @@ class Engine:
         room = most - num_prompt
         if room < (params.max_tokens != 0):
             raise RequestError(
-                f"the prompt has {num_prompt} tokens, but {self._room()}: shorten it, or raise max_len or memory"
+                f"the prompt has {num_prompt} tokens, but {self._room()}"
             )
         return num_prompt + min(room, room if params.max_tokens is None else params.max_tokens)
 
@@ -240,8 +240,10 @@ class Engine:
         config = self.config
         capacity = config.num_blocks * config.block_size
         if capacity < config.max_len:
-            return f"the KV cache holds {capacity} tokens ({config.num_blocks} blocks of {config.block_size})"
-        return f"a sequence may have {config.max_len} (max_len)"
+            held = f"the KV cache holds {capacity} tokens ({config.num_blocks} blocks of {config.block_size})"
+            return f"{held}: shorten it, or give the cache more memory"
+        more = ", or raise max_len as far as the model knows longer texts"
+        return f"a sequence may have {config.max_len} (max_len): shorten it{more}"
 
     def _sampling_rows(self, step: Step, batch: Batch) -> SamplingBatch:
         if step.decodes:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from hasten.engine.blocks import BlockPool, block_hash
 from hasten.engine.request import Sequence
 
+_MOST_PASSED = 32  # sequences that are looked at in a step, though one before them waits
+
 
 @dataclass(slots=True)
 class Step:
@@ -139,33 +141,44 @@ class Scheduler:
         self.pool.check([sequence.blocks for sequence in self.running])
 
     def _admit(self) -> None:
-        """Move sequences from waiting to running, in strict order, while the step has budget for their tokens.
+        """Move sequences from waiting to running, in order, while the step has budget for their tokens.
 
         A sequence is admitted with blocks for all its tokens at once. One that does not fit may push out running
-        sequences of a lower priority (a higher number), never its peers; and none behind it is admitted before it.
+        sequences of a lower priority (a higher number), never its peers; and none behind it is admitted before it. One
+        that waits for blocks which a running sequence is computing is passed over: those behind it take neither its
+        place nor its blocks, and push out nobody.
         """
-        size = self.pool.block_size
-        planned = sum(len(s.tokens) - s.num_computed for s in self.running)
-        while self._waiting and planned < self.max_tokens:
-            sequence = self._waiting[0][1]
-            if self._waits_for_first(sequence):
+        passed, kept = 0, 0  # sequences passed over, and blocks that they will need
+        while passed < min(len(self._waiting), _MOST_PASSED):
+            sequence = self._waiting[passed][1]
+            if self._planned(sequence.key) >= self.max_tokens:
                 return
-            if len(self.running) >= self.max_sequences and not self._preempt_lower(sequence):
+            # One token more than it has, or it would be back in the queue a step later.
+            num_blocks = -(-min(len(sequence.tokens) + 1, sequence.limit) // self.pool.block_size)
+            if self._waits_for_first(sequence):
+                passed, kept = passed + 1, kept + num_blocks - self._num_usable(sequence)
+                continue
+            if len(self.running) + passed >= self.max_sequences and (passed or not self._preempt_lower(sequence)):
                 return
             matched = self._match(sequence)
             if self._is_coming(sequence, len(matched)):
                 self.pool.release(matched)
-                return
-            # One token more than it has, or it would be back in the queue a step later.
-            needed = -(-min(len(sequence.tokens) + 1, sequence.limit) // size) - len(matched)
-            while self.pool.num_available < needed and self._preempt_lower(sequence):
+                passed, kept = passed + 1, kept + num_blocks
+                continue
+            needed = num_blocks - len(matched) + kept
+            while self.pool.num_available < needed and not passed and self._preempt_lower(sequence):
                 pass
             if self.pool.num_available < needed:
                 self.pool.release(matched)
                 return
-            del self._waiting[0]
+            del self._waiting[passed]
             self._start(sequence, matched)
-            planned += len(sequence.tokens) - sequence.num_computed
+
+    def _planned(self, key: tuple[int, int, int]) -> int:
+        """Tokens of the next step that go to running sequences before one with this key does: all that is left of those
+        served earlier, and every decode."""
+        left = [(s.key < key, len(s.tokens) - s.num_computed) for s in self.running]
+        return sum([count for earlier, count in left if earlier or count == 1])
 
     def _start(self, sequence: Sequence, matched: list[int]) -> None:
         size = self.pool.block_size

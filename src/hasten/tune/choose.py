@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hasten.receipt import Candidate, Prediction, Quality
 from hasten.goals import Goal
+from hasten.receipt import Candidate, Prediction, Quality
 
 SIZES = ("1", "8")  # streams
 STREAMS = {"latency": "1", "throughput": "8"}

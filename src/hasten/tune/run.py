@@ -11,6 +11,7 @@ from hasten.backends.base import Backend
 from hasten.compress.folder import ProgressCallback, check_out, hashes, requantised
 from hasten.compress.plan import resolve
 from hasten.errors import HastenError, RecipeError
+from hasten.goals import GOALS, Goal
 from hasten.hardware import Hardware, conditions, probe, usable_threads, versions
 from hasten.measure.text import read_text
 from hasten.measure.transformers_worker import TransformersWorker, available
@@ -23,7 +24,6 @@ from hasten.recipe import Recipe, did_you_mean
 from hasten.tune import choose
 from hasten.tune.budget import Budget, Progress
 from hasten.tune.finish import finish
-from hasten.goals import GOALS, Goal
 from hasten.tune.lab import ORIGINAL, TRANSFORMERS, Lab
 from hasten.tune.search import Search
 from hasten.tune.state import State

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hasten.goals import Goal
 from hasten.measure.quality import summarize
 from hasten.measure.speed import Workload
 from hasten.measure.text import Window
@@ -17,7 +18,6 @@ from hasten.recipe import Recipe
 from hasten.tune import candidates as made
 from hasten.tune import choose, layers
 from hasten.tune.budget import Budget, Progress
-from hasten.goals import Goal
 from hasten.tune.lab import ORIGINAL, Lab
 from hasten.tune.state import State
 
