@@ -61,7 +61,7 @@ class SamplingBatch:
     in groups of DRAW_GROUP race: a group's kept probability over an exponential number of its own, the greatest wins;
     within it, ids are walked until their probabilities exceed a uniform share of the group's. Two models that nearly
     agree then nearly always draw the same token, which drafting lives on: by the exponential race (the Gumbel-max
-    trick), as Daliri et al. 2025 show. One walk over all ids would have them part at the first difference.
+    trick), as Daliri et al. 2024 show. One walk over all ids would have them part at the first difference.
     reference_sampling.py is exact about it.
     num_logprobs i32 [R]: -1 none; else that many best tokens are returned besides the sampled one's.
     targets i32 [R]: -1, or a token whose log-probability is wanted.
