@@ -56,7 +56,8 @@ namespace {
 // One packed matrix (or several stacked), for tests and benchmarks of the products alone.
 class Linear {
  public:
-  Linear(Pool& pool, const std::vector<nb::object>& weights, const std::optional<In<float, 1>>& bias) : pool_(pool) {
+  Linear(Pool& pool, const std::vector<nb::object>& weights, const std::optional<In<float, 1>>& bias, bool fine_inputs)
+      : pool_(pool) {
     std::vector<BorrowedWeight> held;
     std::vector<SourceMatrix> sources;
     for (const nb::object& w : weights) held.emplace_back("of the product", w);
@@ -64,7 +65,7 @@ class Linear {
     if (sources.empty()) throw nb::value_error("no weights were given");
     {
       const Alone alone(pool);
-      stack_.pack(sources, pool);
+      stack_.pack(sources, pool, fine_inputs);
     }
     if (stack_.parts.size() != 1) throw nb::value_error("weights of one product must have one kind, group size and order");
     if (bias) {
@@ -91,7 +92,7 @@ class Linear {
     if (onto) std::memcpy(y.data(), onto->data(), 4 * M * N);
     if (M > 0) {
       const Alone alone(pool_);
-      const ActKind kind = act_kind(matrix().kind);
+      const ActKind kind = matrix().act;
       acts_.reserve(act_bytes(kind, (int)M, matrix().k_pad, matrix().act_group));
       Activations act = make_activations(kind, (int)M, matrix().k_pad, matrix().act_group, acts_.data());
       k.linear.prepare(x.data(), stack_.inputs, stack_.inputs, matrix().perm, act, 0, (int)M);
@@ -105,7 +106,7 @@ class Linear {
     const Kernels& k = kernels_of(isa);
     if (rows < 1) throw nb::value_error("rows must be positive");
     const Alone alone(pool_);
-    const ActKind kind = act_kind(matrix().kind);
+    const ActKind kind = matrix().act;
     std::vector<float> x((size_t)rows * stack_.inputs), y((size_t)rows * stack_.outputs);
     for (size_t i = 0; i < x.size(); i++) x[i] = (float)(i * 2654435761u >> 8 & 1023) / 1024.0f - 0.5f;
     acts_.reserve(act_bytes(kind, rows, matrix().k_pad, matrix().act_group));
@@ -142,8 +143,9 @@ class Linear {
 
 void bind_linear(nb::module_& m) {
   nb::class_<Linear>(m, "Linear", "Packed weights of one product, for tests and benchmarks.")
-      .def(nb::init<Pool&, const std::vector<nb::object>&, const std::optional<In<float, 1>>&>(), nb::arg("pool"),
-           nb::arg("weights"), nb::arg("bias").noconvert() = nb::none(), nb::keep_alive<1, 2>())
+      .def(nb::init<Pool&, const std::vector<nb::object>&, const std::optional<In<float, 1>>&, bool>(), nb::arg("pool"),
+           nb::arg("weights"), nb::arg("bias").noconvert() = nb::none(), nb::arg("fine_inputs") = false, nb::keep_alive<1, 2>(),
+           "fine_inputs: int8 weights meet activations of 16 bits.")
       .def("product", &Linear::product, nb::arg("x").noconvert(), nb::arg("isa") = nb::none(), nb::arg("scale") = 1.0f,
            nb::arg("onto").noconvert() = nb::none())
       .def("time", &Linear::time, nb::arg("rows"), nb::arg("repeats"), nb::arg("isa") = nb::none())

@@ -148,7 +148,7 @@ void Decoder::reserve(int tokens, int rows) {
     size_t bytes = 0;
     for (int p : s.preparations) {
       const Matrix& w = s.parts[p].matrix;
-      bytes += (act_bytes(act_kind(w.kind), n, w.k_pad, w.act_group) + 63) & ~(size_t)63;
+      bytes += (act_bytes(w.act, n, w.k_pad, w.act_group) + 63) & ~(size_t)63;
     }
     acts = std::max(acts, bytes);
   };
@@ -198,8 +198,8 @@ void Decoder::begin_rows(const Stack& stack, int rows, int which) {
   uint8_t* memory = act_memory_[which].data();
   for (int p : stack.preparations) {
     const Matrix& w = stack.parts[p].matrix;
-    acts_[which].push_back(make_activations(act_kind(w.kind), rows, w.k_pad, w.act_group, memory));
-    memory += (act_bytes(act_kind(w.kind), rows, w.k_pad, w.act_group) + 63) & ~(size_t)63;
+    acts_[which].push_back(make_activations(w.act, rows, w.k_pad, w.act_group, memory));
+    memory += (act_bytes(w.act, rows, w.k_pad, w.act_group) + 63) & ~(size_t)63;
   }
 }
 

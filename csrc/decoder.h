@@ -82,7 +82,7 @@ class Stack {
   Stack(Stack&&) = default;
   Stack& operator=(Stack&&) = default;
   ~Stack();
-  void pack(const std::vector<SourceMatrix>& sources, Pool& pool);
+  void pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs);
   void set_bias(const std::string& name, const std::vector<float>& bias);  // of one source
 
   struct Part {

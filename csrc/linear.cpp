@@ -16,6 +16,12 @@ constexpr size_t kVectorBytes = 64;   // vectors may read and write this much be
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
 bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I4; }
+bool is_integer(ActKind kind) { return kind == ActKind::Q8 || kind == ActKind::Q16; }
+
+ActKind act_kind(Kind weight, bool fine) {
+  if (weight == Kind::I8 && fine) return ActKind::Q16;
+  return is_integer(weight) ? ActKind::Q8 : weight == Kind::BF16 ? ActKind::BF16 : ActKind::F32;
+}
 
 int num_groups(const Matrix& w) { return is_integer(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
 
@@ -136,21 +142,17 @@ float scale_multiplier(const Source* parts, int num_parts, Pool& pool) {
 
 }  // namespace
 
-ActKind act_kind(Kind weight) {
-  return is_integer(weight) ? ActKind::Q8 : weight == Kind::BF16 ? ActKind::BF16 : ActKind::F32;
-}
-
 size_t act_bytes(ActKind kind, int rows, int k_pad, int group) {
   const size_t values = static_cast<size_t>(rows) * k_pad;
   if (kind == ActKind::F32) return values * 4;
   if (kind == ActKind::BF16) return values * 2;
-  return values + static_cast<size_t>(rows) * divide_up(k_pad, group) * 8 + kVectorBytes;
+  return values * (kind == ActKind::Q16 ? 2 : 1) + static_cast<size_t>(rows) * divide_up(k_pad, group) * 8 + kVectorBytes;
 }
 
 Activations make_activations(ActKind kind, int rows, int k_pad, int group, uint8_t* memory) {
   Activations act{kind, rows, k_pad, group, memory, nullptr, nullptr};
-  if (kind == ActKind::Q8) {
-    const size_t values = static_cast<size_t>(rows) * k_pad, groups = divide_up(k_pad, group);
+  if (is_integer(kind)) {
+    const size_t values = static_cast<size_t>(rows) * k_pad * (kind == ActKind::Q16 ? 2 : 1), groups = divide_up(k_pad, group);
     act.scales = reinterpret_cast<float*>(memory + values);
     act.sums = reinterpret_cast<int32_t*>(memory + values + static_cast<size_t>(rows) * groups * 4);
   }
@@ -178,7 +180,7 @@ int tile_first_row(int rows, int tile_rows, int tile) {
   return tile * (rows / num) + std::min(tile, rows % num);
 }
 
-Matrix pack(const Source* parts, int num_parts, Pool& pool) {
+Matrix pack(const Source* parts, int num_parts, Pool& pool, bool fine_inputs) {
   Matrix w{};
   w.kind = parts[0].kind;
   w.k = parts[0].k;
@@ -189,6 +191,7 @@ Matrix pack(const Source* parts, int num_parts, Pool& pool) {
   }
   w.n_pad = round_up(w.n, kBlockRows);
   w.k_pad = round_up(w.k, kPadK);
+  w.act = act_kind(w.kind, fine_inputs);
   w.multiplier = 1.0f;
   if (is_integer(w.kind)) {
     w.group = parts[0].group ? parts[0].group : w.k_pad;

@@ -19,7 +19,7 @@ struct Output {
 };
 
 struct LinearKernels {
-  int tile_rows;  // the most rows of one tile
+  int tile_rows;  // the most rows of one tile; half as many at Q16
   // Quantise / convert rows x[i * stride], i in [first, last), of a batch laid out by `act`. perm may be nullptr.
   void (*prepare)(const float* x, ptrdiff_t stride, int k, const int32_t* perm, Activations& act, int first, int last);
   // y for row blocks [first, last) of `w` and every row of `act`. scratch is this thread's, scratch_bytes() long.
@@ -30,7 +30,6 @@ struct LinearKernels {
 
 constexpr int kMaxTileRows = 16;  // no instruction set's tiles have more rows
 
-ActKind act_kind(Kind weight);
 size_t source_row_bytes(Kind kind, int k);                                  // of one row as a checkpoint stores it
 size_t matrix_bytes(const Matrix& w);                                       // numbers, scales and zeros
 size_t act_bytes(ActKind kind, int rows, int k_pad, int group);             // size of all three arrays together
@@ -41,8 +40,8 @@ int tile_of_row(int rows, int tile_rows, int row);
 int tile_first_row(int rows, int tile_rows, int tile);                      // tile in [0, num_tiles]; last gives rows
 
 // Allocates (huge pages where the system gives them) and packs, on all threads. Throws std::bad_alloc. bias and perm are
-// left null and stay the caller's.
-Matrix pack(const Source* parts, int num_parts, Pool& pool);                // parts stacked by rows; one kind and group
+// left null and stay the caller's. fine_inputs: int8 weights meet activations of 16 bits.
+Matrix pack(const Source* parts, int num_parts, Pool& pool, bool fine_inputs);  // parts stacked by rows; one kind and group
 void release(Matrix& w);
 
 // Splits a product over the pool: chunks small enough that a stolen core costs little.

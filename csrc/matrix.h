@@ -23,6 +23,10 @@ constexpr int kind_bits(Kind kind) {  // of one stored number
   return kind == Kind::F32 ? 32 : kind == Kind::I8 ? 8 : kind == Kind::I4 ? 4 : 16;
 }
 
+// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, Q8 the integer kinds,
+// Q16 int8 weights that were packed for it.
+enum class ActKind : uint8_t { F32, BF16, Q8, Q16 };
+
 constexpr int kBlockRows = 16;  // rows of a row block
 constexpr int kPadK = 64;       // k is padded to a multiple of this
 
@@ -31,6 +35,7 @@ struct Matrix {
   int n, k;              // as the model knows them
   int n_pad, k_pad;
   int group;             // columns a scale covers: 32, 64, 128; k_pad for one scale a row. Integer kinds only.
+  ActKind act;           // how rows are prepared for it
   int act_group;         // columns an activation scale covers: 32, 64 or 128 (128 where group is larger)
   uint8_t* data;         // 64-byte aligned, from memory.h
   uint16_t* scales;      // integer kinds
@@ -49,12 +54,10 @@ struct Source {
   const uint8_t* zeros;  // same shape or nullptr
 };
 
-// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, Q8 the integer kinds.
-enum class ActKind : uint8_t { F32, BF16, Q8 };
-
 // Rows [rows, k_pad] in tiles of at most Kernels::tile_rows rows, all but the tail as equal as can be (tile_bounds in
-// linear.h). Within a tile of m rows: F32 [k][m]; BF16 [k/2][m][2]; Q8 [k/4][m][4] signed, with f32 scales [groups][m] and
-// i32 sums [groups][m] (sums of the quantised values, for the zero points).
+// linear.h; half as many at Q16). Within a tile of m rows: F32 [k][m]; BF16 [k/2][m][2]; Q8 [k/4][m][4] signed; Q16
+// [k/4][2][m][4] signed, a value being 254 * first + second. Q8 and Q16 have f32 scales [groups][m] and i32 sums
+// [groups][m] (sums of the quantised values, for the zero points).
 struct Activations {
   ActKind kind;
   int rows, k_pad, group;

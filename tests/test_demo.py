@@ -14,10 +14,12 @@ from hasten.compress.folder import compress
 from hasten.engine.llm import LLM
 from hasten.engine.request import SamplingParams
 from hasten.measure.quality import score, summarize
+from hasten.measure.speed import default_kv_cache
 from hasten.measure.text import first_token, make_windows
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
 from hasten.model.tokenizer import Tokenizer
+from hasten.receipt import Quality
 
 DEMO = Path(hasten.__file__).parent / "demo"
 BOS = 0
@@ -134,15 +136,29 @@ def loaded(folder: Path) -> CpuBackend:
     return backend
 
 
-@pytest.mark.parametrize(("preset", "agreement"), [("int8", 0.98), ("int8-g32", 0.985)])
-def test_int8_costs_under_a_fifth_of_a_percent_of_bits_per_byte(preset, agreement, tmp_path):
-    compress(DEMO, preset, tmp_path / "int8")
-    tokenizer = Tokenizer(DEMO)
-    windows = make_windows(heldout(), tokenizer.encode_plain, first_token(tokenizer), length=256, most=40)
-    folders = {"dense": DEMO, "int8": tmp_path / "int8"}
-    models = {name: (loaded(folder), "bf16") for name, folder in folders.items()}
-    scores = score(models, windows, vocab_size=4096)
-    dense, int8 = summarize(scores["dense"]), summarize(scores["int8"], scores["dense"])
+def compared(model: Path, text: str, tmp_path: Path) -> tuple[Quality, Quality]:
+    """The model and its int8 preset on windows of `text`, keys and values stored alike."""
+    compress(model, "int8", tmp_path / "int8")
+    tokenizer, spec = Tokenizer(model), open_checkpoint(model).spec
+    windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length=256, most=60)
+    folders = {"dense": model, "int8": tmp_path / "int8"}
+    models = {name: (loaded(folder), default_kv_cache(spec)) for name, folder in folders.items()}
+    scores = score(models, windows, spec.vocab_size)
+    return summarize(scores["dense"]), summarize(scores["int8"], scores["dense"])
+
+
+def test_int8_agrees_on_99_percent_and_costs_under_a_fifth_of_a_percent(tmp_path):
+    dense, int8 = compared(DEMO, heldout(), tmp_path)
     assert 1.3 < dense.bits_per_byte.median < 1.6
+    assert int8.top1_agreement.median >= 0.99
     assert int8.loss.high < 0.002
-    assert int8.top1_agreement.median > agreement
+
+
+def test_int8_of_a_model_64_wide(shared_data, tmp_path):
+    """260,000 parameters: with int8 weights and exact arithmetic it agrees on 98.4 %, so 99 % is out of reach
+    (docs/log.md)."""
+    model = shared_data / "stories260K"
+    text = (shared_data / "tinystories-slice" / "tinystories_slice.txt").read_text()[:250_000]
+    _, int8 = compared(model, text, tmp_path)
+    assert int8.top1_agreement.median >= 0.98
+    assert int8.loss.high < 0.002

@@ -124,9 +124,26 @@ def test_product_is_that_of_the_rounded_numbers(fmt: Format) -> None:
     assert np.abs(rounded - x).max() <= 0.51 * scales.max()
     want = rounded.astype(np.float64) @ dequantize(weight).astype(np.float64).T
     np.testing.assert_allclose(formats.product(x, weight), want, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(formats.product(x, weight, quantize_inputs=False), x @ dequantize(weight).T, rtol=1e-6)
+    np.testing.assert_allclose(formats.product(x, weight, input_bits=None), x @ dequantize(weight).T, rtol=1e-6)
     exact = x @ dequantize(weight).T
     assert np.abs(formats.product(x, weight) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_activations_of_16_bits(group: int) -> None:
+    x, weight = random(5, 256, 1), quantize(random(24, 256), Format("int8", group))
+    exact = x.astype(np.float64) @ dequantize(weight).astype(np.float64).T
+    assert np.abs(formats.product(x, weight, 16) - exact).max() < 1e-4 * np.abs(exact).max()
+
+
+def test_which_products_take_activations_of_16_bits() -> None:
+    def bits(name: str, kind: formats.Kind = "int8", hidden_size: int = 256) -> int:
+        return formats.activation_bits(Format(kind), name, hidden_size)
+
+    assert {bits(name) for name in ("layers.0.o", "layers.3.down", "head", "embed")} == {16}
+    assert {bits(name) for name in ("layers.0.q", "layers.0.k", "layers.0.v", "layers.0.gate", "layers.0.up")} == {8}
+    assert bits("layers.0.q", hidden_size=128) == 16
+    assert bits("head", "int4") == bits("head", hidden_size=288) == 8
 
 
 def test_a_group_that_is_cut_short_and_a_row_of_zeros() -> None:
@@ -144,6 +161,6 @@ def test_permuted_columns() -> None:
     moved = Weight(plain.format, plain.shape, plain.data, plain.scales, None, perm)
     np.testing.assert_array_equal(dequantize(moved)[:, perm], dequantize(plain))
     x = random(2, 64, 3)
-    for rounded in (True, False):
-        want = formats.product(x[:, perm], plain, rounded)
-        np.testing.assert_allclose(formats.product(x, moved, rounded), want, rtol=1e-5, atol=1e-5)
+    for bits in (8, 16, None):
+        want = formats.product(x[:, perm], plain, bits)
+        np.testing.assert_allclose(formats.product(x, moved, bits), want, rtol=1e-5, atol=1e-5)

@@ -31,11 +31,15 @@ FORMATS = [
     *(Format("int8", group) for group in (32, 64, 128)),
     *(Format("int4", group, symmetric) for group in (0, 32, 64, 128) for symmetric in (True, False)),
 ]
+# With the bits of an activation.
+CASES = [(format, 8) for format in FORMATS] + [(format, 16) for format in FORMATS if format.kind == "int8"]
 # Rows no multiple of 16, columns no multiple of 64, a last group that is short, more than one panel of row blocks.
 SHAPES = [(100, 172), (7, 130), (33, 64), (288, 288), (144, 1024)]
 
 
-def _name(value: Format | tuple[int, int]) -> str:
+def _name(value: Format | tuple[int, int] | int) -> str:
+    if isinstance(value, int):
+        return f"a{value}"
     if isinstance(value, tuple):
         return f"{value[0]}x{value[1]}"
     return f"{value.kind}g{value.group_size}" + ("" if value.symmetric else "z")
@@ -65,7 +69,7 @@ def _bf16(x: Array) -> NDArray[np.float64]:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def _reference(x: Array, weight: Weight) -> NDArray[np.float64]:
+def _reference(x: Array, weight: Weight, bits: int = 8) -> NDArray[np.float64]:
     """Integer sums exact, everything else in float64."""
     if weight.scales is None:
         inputs = _bf16(x) if weight.format.kind == "bf16" else x.astype(np.float64)
@@ -74,7 +78,7 @@ def _reference(x: Array, weight: Weight) -> NDArray[np.float64]:
         x = np.ascontiguousarray(x[:, weight.perm])
     k, group = weight.shape[1], activation_group(weight.format)
     values = centred(weight).astype(np.int64)
-    quantized, scales = quantize_activations(x, group)
+    quantized, scales = quantize_activations(x, group, bits)
     y = np.zeros((len(x), weight.shape[0]))
     for g, first in enumerate(range(0, k, group)):
         part = slice(first, min(first + group, k))
@@ -95,14 +99,14 @@ def _assert_close(y: Array, expected: NDArray[np.float64]) -> None:
     assert np.abs(y - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=_name)
+@pytest.mark.parametrize(("format", "bits"), CASES, ids=_name)
 @pytest.mark.parametrize("shape", SHAPES, ids=_name)
-def test_product_against_numpy_and_batches(format: Format, shape: tuple[int, int]) -> None:
+def test_product_against_numpy_and_batches(format: Format, bits: int, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(shape[1])
     weight = _weight(format, shape, rng)
-    linear = _core.Linear(_pool(), [weight])
+    linear = _core.Linear(_pool(), [weight], fine_inputs=bits == 16)
     x = _inputs(shape[1], rng)
-    expected = _reference(x, weight)
+    expected = _reference(x, weight, bits)
     alone: dict[str, Array] = {}
     for isa in _core.isas():
         alone[isa] = np.concatenate([linear.product(x[i : i + 1], isa=isa) for i in range(MAX_ROWS)])
@@ -115,27 +119,27 @@ def test_product_against_numpy_and_batches(format: Format, shape: tuple[int, int
         assert all(np.array_equal(y.view(np.uint32), fused[0].view(np.uint32)) for y in fused)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=_name)
-def test_stacked_parts_bias_scale_and_residual(format: Format) -> None:
+@pytest.mark.parametrize(("format", "bits"), CASES, ids=_name)
+def test_stacked_parts_bias_scale_and_residual(format: Format, bits: int) -> None:
     rng = np.random.default_rng(0)
     parts = [_weight(format, (n, 172), rng) for n in (20, 45, 3)]
     x = _inputs(172, rng)[:9]
     bias = rng.standard_normal(68).astype(np.float32)
     onto = rng.standard_normal((9, 68)).astype(np.float32)
-    linear = _core.Linear(_pool(), parts, bias)
-    expected = onto + 2.5 * (np.concatenate([_reference(x, part) for part in parts], axis=1) + bias)
+    linear = _core.Linear(_pool(), parts, bias, bits == 16)
+    expected = onto + 2.5 * (np.concatenate([_reference(x, part, bits) for part in parts], axis=1) + bias)
     for isa in _core.isas():
         _assert_close(linear.product(x, isa=isa, scale=2.5, onto=onto), expected)
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if f.kind in ("int4", "int8")], ids=_name)
-def test_permuted_columns(format: Format) -> None:
+@pytest.mark.parametrize(("format", "bits"), [case for case in CASES if case[0].kind in ("int4", "int8")], ids=_name)
+def test_permuted_columns(format: Format, bits: int) -> None:
     rng = np.random.default_rng(1)
     weight = _weight(format, (48, 172), rng, perm=True)
     x = _inputs(172, rng)[:13]
-    linear = _core.Linear(_pool(), [weight])
+    linear = _core.Linear(_pool(), [weight], fine_inputs=bits == 16)
     for isa in _core.isas():
-        _assert_close(linear.product(x, isa=isa), _reference(x, weight))
+        _assert_close(linear.product(x, isa=isa), _reference(x, weight, bits))
 
 
 @pytest.mark.parametrize("perm", [False, True])
@@ -173,10 +177,10 @@ def test_what_the_kernels_cannot_read_is_refused(changes: dict[str, Any], messag
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("format", FORMATS, ids=_name)
-def test_what_is_not_finite_stays_in_its_row(format: Format, bad: float) -> None:
+@pytest.mark.parametrize(("format", "bits"), CASES, ids=_name)
+def test_what_is_not_finite_stays_in_its_row(format: Format, bits: int, bad: float) -> None:
     rng = np.random.default_rng(3)
-    linear = _core.Linear(_pool(), [_weight(format, (32, 172), rng)])
+    linear = _core.Linear(_pool(), [_weight(format, (32, 172), rng)], fine_inputs=bits == 16)
     x = _inputs(172, rng)[:6]
     for isa in _core.isas():
         clean = linear.product(x, isa=isa)

@@ -14,9 +14,9 @@ from hasten.model.spec import Layer, ModelSpec
 from hasten.recipe import KINDS, KV_CACHES, SPECULATIONS, Quantize, Recipe, Run, presets
 
 
-def spec(tied: bool = True, gated: bool = True, intermediate: int = 256) -> ModelSpec:
+def spec(tied: bool = True, gated: bool = True, intermediate: int = 256, hidden: int = 128) -> ModelSpec:
     return ModelSpec(
-        family="llama", vocab_size=96, hidden_size=128, max_position=64, layers=(Layer(4, 2, 32, intermediate),) * 3,
+        family="llama", vocab_size=96, hidden_size=hidden, max_position=64, layers=(Layer(4, 2, 32, intermediate),) * 3,
         ropes=(), norm="rms", norm_eps=1e-5, norm_offset=0, pre_norm=True, post_norm=False, parallel_residual=False,
         qk_norm="none", activation="silu", gated_mlp=gated, learned_positions=False, attention_scale=1.0,
         attention_softcap=0, final_softcap=0, embedding_scale=1, residual_scale=1, logit_scale=1, tied_head=tied,
@@ -52,9 +52,10 @@ def test_presets_load_by_name_and_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     plan = resolve(recipe, spec())
-    assert set(plan.formats) == set(matrix_shapes(spec()))
-    assert describe(plan.formats["layers.1.down"]) == name.removesuffix("-head8")
-    assert describe(plan.formats["embed"]) == ("int8" if name.endswith("-head8") else name)
+    wide = resolve(recipe, spec(hidden=512))
+    assert set(plan.formats) == set(wide.formats) == set(matrix_shapes(spec()))
+    assert describe(wide.formats["layers.1.down"]) == name.removesuffix("-head8")
+    assert describe(wide.formats["embed"]) == ("int8" if name.endswith("-head8") else name)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,17 @@ def test_later_steps_override() -> None:
     recipe = Recipe((Quantize("int4", 32, targets=("Linear", "head")), Quantize("int8", targets=("layers.1.*",))))
     formats = resolve(recipe, spec(tied=False)).formats
     assert formats["layers.0.q"] == formats["head"] == Format("int4", 32)
-    assert formats["layers.1.down"] == Format("int8")
+    assert formats["layers.1.down"] == Format("int8", 32)
     assert "embed" not in formats
+
+
+def test_int8_takes_groups_of_32_in_narrow_models_where_they_fit() -> None:
+    def found(hidden: int, group: int | None = None) -> dict[str, Format]:
+        return resolve(Recipe((Quantize("int8", group),)), spec(hidden=hidden, intermediate=172)).formats
+
+    assert {fmt for name, fmt in found(256).items() if "down" not in name} == {Format("int8", 32)}
+    assert found(256)["layers.0.down"] == Format("int8")  # 172 inputs
+    assert set(found(288).values()) == set(found(256, 0).values()) == {Format("int8")}
 
 
 def test_targets_by_class_name_glob_and_expression() -> None:

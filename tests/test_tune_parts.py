@@ -24,9 +24,9 @@ MACHINE = Hardware(
 )  # fmt: skip
 
 
-def spec(layers: int = 2, intermediate: int = 512) -> ModelSpec:
+def spec(layers: int = 2, intermediate: int = 512, hidden: int = 256) -> ModelSpec:
     return ModelSpec(
-        family="llama", vocab_size=1000, hidden_size=256, max_position=1024, ropes=(), norm="rms", norm_eps=1e-5,
+        family="llama", vocab_size=1000, hidden_size=hidden, max_position=1024, ropes=(), norm="rms", norm_eps=1e-5,
         layers=(Layer(4, 2, 64, intermediate),) * layers, norm_offset=0, pre_norm=True, post_norm=False,
         parallel_residual=False, qk_norm="none", activation="silu", gated_mlp=True, learned_positions=False,
         attention_scale=1.0, attention_softcap=0, final_softcap=0, embedding_scale=1, residual_scale=1, logit_scale=1,
@@ -95,7 +95,7 @@ def test_units_cover_every_matrix_once_and_keep_products_together() -> None:
 
 
 def test_mixed_recipes_put_low_formats_where_they_are_told() -> None:
-    high, low = Recipe((Quantize("int8", targets=("Linear", "head")),)), Recipe((Quantize("int4", 32),))
+    high, low = Recipe((Quantize("int8", 0, targets=("Linear", "head")),)), Recipe((Quantize("int4", 32),))
     recipe = candidates.mixed(high, low, ["layers.0.up", "layers.0.gate"], spec())
     formats = resolve(recipe, spec()).formats
     assert formats["layers.0.up"] == Format("int4", 32)
@@ -111,7 +111,7 @@ def test_mixed_recipes_put_low_formats_where_they_are_told() -> None:
     ],
 )  # fmt: skip
 def test_what_keeps_more_is_known_before_measuring(fine: str, coarse: str) -> None:
-    one, other = (resolve(presets()[name], spec()).formats for name in (fine, coarse))
+    one, other = (resolve(presets()[name], spec(hidden=512)).formats for name in (fine, coarse))
     assert candidates.at_least_as_fine(one, other)
     assert candidates.at_least_as_fine(one, one)
     assert not candidates.at_least_as_fine(other, one)

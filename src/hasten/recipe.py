@@ -34,7 +34,8 @@ T = TypeVar("T")
 class Quantize:
     """Store the targeted matrices in `format`, rounded to nearest with the scale of least squared error.
 
-    group_size: input columns that share a scale; None means 0 (one scale a row) for int8, 32 for int4.
+    group_size: input columns that share a scale; 0 is one scale a row. None means 32 for int4; for int8 32 in narrow
+    models (up to 256 hidden units) and 0 in others.
     symmetric: False stores a zero point beside each scale; int4 only.
     fallback: "int8" lets a matrix whose inputs the group does not divide take the nearest format that fits (a smaller
     group, else int8 with one scale a row); None makes that an error.
@@ -154,11 +155,11 @@ def presets() -> dict[str, Recipe]:
     everything = ("Linear", "head", "embedding")
     out = {
         "bf16": Recipe((Quantize("bf16", targets=everything),)),
-        "int8": Recipe((Quantize("int8", 0, targets=everything),)),
+        "int8": Recipe((Quantize("int8", targets=everything),)),
     }
     for group in (32, 64, 128):
         out[f"int8-g{group}"] = Recipe((Quantize("int8", group, targets=everything),))
-    head = Quantize("int8", 0, targets=("head", "embedding"))
+    head = Quantize("int8", targets=("head", "embedding"))
     for group in (32, 64, 128):
         for suffix, symmetric in (("", True), ("-asym", False)):
             out[f"int4-g{group}{suffix}"] = Recipe((Quantize("int4", group, symmetric, everything),))

@@ -76,7 +76,8 @@ Weights make_weights(Kind kind, int n, int k, int group, bool asymmetric) {
   return w;
 }
 
-void check(const Kernels& k, Pool& pool, Kind kind, int n, int columns, int group, bool asymmetric, int rows) {
+void check(const Kernels& k, Pool& pool, Kind kind, int n, int columns, int group, bool asymmetric, int rows,
+           bool fine_inputs = false) {
   const std::string where = std::string(k.isa) + " kind " + std::to_string((int)kind) + " [" + std::to_string(n) + ", " +
                             std::to_string(columns) + "] group " + std::to_string(group) + " rows " + std::to_string(rows);
   Weights weights = make_weights(kind, n, columns, group, asymmetric);
@@ -85,23 +86,24 @@ void check(const Kernels& k, Pool& pool, Kind kind, int n, int columns, int grou
     for (int c = 0; c < columns; c++) perm.push_back((c * 7 + 3) % columns);
     if (columns % 7 == 0) perm.clear();
   }
-  Matrix w = pack(&weights.source, 1, pool);
+  Matrix w = pack(&weights.source, 1, pool, fine_inputs);
   std::vector<float> bias(w.n_pad);
   for (int i = 0; i < n; i++) bias[i] = uniform();
   w.bias = bias.data();
   w.perm = perm.empty() ? nullptr : perm.data();
   std::vector<float> x((size_t)rows * columns), y((size_t)rows * n, 0.25f);
   for (float& v : x) v = uniform();
-  std::vector<uint8_t> memory(act_bytes(act_kind(kind), rows, w.k_pad, w.act_group) + 64), scratch(scratch_bytes(w) + 64);
+  std::vector<uint8_t> memory(act_bytes(w.act, rows, w.k_pad, w.act_group) + 64), scratch(scratch_bytes(w) + 64);
   const auto aligned = [](std::vector<uint8_t>& m) { return (uint8_t*)(((uintptr_t)m.data() + 63) & ~(uintptr_t)63); };
-  Activations act = make_activations(act_kind(kind), rows, w.k_pad, w.act_group, aligned(memory));
+  Activations act = make_activations(w.act, rows, w.k_pad, w.act_group, aligned(memory));
   k.linear.prepare(x.data(), columns, columns, w.perm, act, 0, rows);
   std::vector<std::vector<uint8_t>> scratches(pool.size(), scratch);
   std::vector<uint8_t*> pointers;
   for (auto& s : scratches) pointers.push_back(aligned(s));
   linear(pool, k.linear, w, act, {y.data(), n, 2.0f, true}, pointers.data());
 
-  const double input_error = kind == Kind::BF16 ? 1.0 / 256 : kind == Kind::I8 || kind == Kind::I4 ? 0.5 / 127 : 0.0;
+  const double errors[] = {0.0, 1.0 / 256, 0.5 / 127, 0.5 / 32258};  // of an input, by ActKind
+  const double input_error = errors[(int)w.act];
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < n; i++) {
       double sum = bias[i], size = 0.0;
@@ -133,12 +135,15 @@ int main() {
         for (Kind kind : {Kind::F32, Kind::F16, Kind::BF16})
           for (int columns : {1, 36, 130}) check(k, pool, kind, n, columns, 0, false, rows);
         for (int columns : {2, 72, 172}) {
+          check(k, pool, Kind::I8, n, columns, 0, false, rows, true);
           check(k, pool, Kind::I8, n, columns, 0, false, rows);
           check(k, pool, Kind::I4, n, columns, 0, rows == 2, rows);
         }
         for (int group : {32, 64, 128})
           for (bool asymmetric : {false, true}) {
-            if (!asymmetric) check(k, pool, Kind::I8, n, 3 * group, group, false, rows);
+            if (!asymmetric)
+              for (bool fine_inputs : {false, true})
+                check(k, pool, Kind::I8, n, 3 * group, group, false, rows, fine_inputs);
             check(k, pool, Kind::I4, n, 3 * group, group, asymmetric, rows);
           }
       }

@@ -14,7 +14,15 @@ from hasten.backends.reference_math import activate, layer_norm, rms_norm, rotat
 from hasten.backends.reference_sampling import sample_rows
 from hasten.errors import ModelError, ResourceError
 from hasten.hardware import memory_available
-from hasten.model.formats import Weight, dequantize, from_bf16, product, quantize_activations, to_bf16
+from hasten.model.formats import (
+    Weight,
+    activation_bits,
+    dequantize,
+    from_bf16,
+    product,
+    quantize_activations,
+    to_bf16,
+)
 from hasten.model.spec import Layer, ModelSpec
 
 KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -23,8 +31,8 @@ KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 class ReferenceBackend:
     """See backends.base.Backend.
 
-    act_quant: multiply quantised weights by activations rounded to 8 bits a group, as fast backends do; without it
-    quantised weights act as the numbers that they stand for.
+    act_quant: multiply quantised weights by activations rounded to 8 or 16 bits a group, as fast backends do; without
+    it quantised weights act as the numbers that they stand for.
     """
 
     kv_dtypes: tuple[str, ...] = tuple(KV_BYTES)
@@ -208,7 +216,11 @@ class ReferenceBackend:
     def _linear(self, name: str, x: Float32) -> Float32:
         """One row x [K] -> [N]: a matrix-vector product each, for BLAS sums a row of a matrix differently."""
         quantised = self._weights.get(name)
-        y = self._dense[name] @ x if quantised is None else product(x[None], quantised)[0]
+        if quantised is None:
+            y = self._dense[name] @ x
+        else:
+            bits = activation_bits(quantised.format, name, self._model.hidden_size)
+            y = product(x[None], quantised, bits)[0]
         bias = self._dense.get(f"{name}.bias")
         return y if bias is None else y + bias
 

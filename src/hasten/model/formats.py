@@ -19,6 +19,8 @@ Floats = NDArray[np.float32]
 
 DENSE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 GROUP_SIZES = (0, 32, 64, 128)  # columns that share a scale in what backends multiply; 0 is one scale a row
+# Models of up to this many hidden units are narrow: 8 bits disturb them more than wide ones (docs/log.md).
+NARROW, VERY_NARROW = 256, 128
 _CHUNK = 1 << 22  # numbers handled at once, so that quantising a large matrix needs little memory beside it
 
 
@@ -258,30 +260,39 @@ def activation_group(format: Format) -> int:
     return min(format.group_size, 128) if format.group_size else 128
 
 
-def quantize_activations(x: Floats, group: int) -> tuple[NDArray[np.int8], Floats]:
-    """Rows [T, K] -> int8 [T, K] and scales float32 [T, ceil(K / group)]: max|x| / 127 a group, nearest even."""
+def activation_bits(format: Format, name: str, hidden_size: int) -> int:
+    """Bits of an activation in the product with matrix `name` stored so: 16 with int8 in a very narrow model, or in a
+    narrow one where the product goes to the residual stream or to the logits; else 8."""
+    sensitive = name.rsplit(".", 1)[-1] in ("o", "down", "head", "embed")
+    return 16 if format.kind == "int8" and hidden_size <= (NARROW if sensitive else VERY_NARROW) else 8
+
+
+def quantize_activations(x: Floats, group: int, bits: int = 8) -> tuple[NDArray[Any], Floats]:
+    """Rows [T, K] -> int8 or int16 [T, K] and scales float32 [T, ceil(K / group)]: a group's max|x| becomes 127, or at
+    16 bits 32258, the largest 254 * high + low of two bytes up to +-127; rounded to nearest even."""
+    largest = 127 if bits == 8 else 32258
     rows, columns = x.shape
     groups = -(-columns // group)
     padded = np.zeros((rows, groups * group), np.float32)
     padded[:, :columns] = x
     grouped = padded.reshape(rows, groups, group)
-    scales = np.abs(grouped).max(axis=2) / np.float32(127)
+    scales = np.abs(grouped).max(axis=2) / np.float32(largest)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    q = np.clip(np.rint(grouped * inverse[..., None]), -127, 127).astype(np.int8)
+    q = np.clip(np.rint(grouped * inverse[..., None]), -largest, largest).astype(np.int8 if bits == 8 else np.int16)
     return q.reshape(rows, -1)[:, :columns], scales
 
 
-def product(x: Floats, weight: Weight, quantize_inputs: bool = True) -> Floats:
+def product(x: Floats, weight: Weight, input_bits: int | None = 8) -> Floats:
     """x [T, K] times W.T -> float32 [T, N]: what a backend's product must give, up to the rounding of its sums.
 
-    Integer formats multiply inputs quantised to 8 bits by group (quantize_inputs False: as they are); the sums of each
+    Integer formats multiply inputs quantised to 8 or 16 bits by group (input_bits None: as they are); the sums of each
     group are exact integers, scaled and added in float64.
     """
-    if weight.scales is None or not quantize_inputs:
+    if weight.scales is None or input_bits is None:
         return x @ dequantize(weight).T
     columns = weight.shape[1]
     size = activation_group(weight.format)
-    q, x_scales = quantize_activations(x if weight.perm is None else x[:, weight.perm], size)
+    q, x_scales = quantize_activations(x if weight.perm is None else x[:, weight.perm], size, input_bits)
     numbers = centred(weight)
     scales = np.repeat(weight.scales, weight.format.group_size or columns, axis=1)[:, :columns]
     total = np.zeros((len(x), weight.shape[0]), np.float64)
