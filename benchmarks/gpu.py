@@ -1,14 +1,17 @@
 """Speed on one NVIDIA GPU: whole models with random weights, through the backend and through LLM, beside the bandwidth
 of a copy measured in the same run.
 
-    python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine] [--out FOLDER]
+    python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine]
 
-Prints a table and writes h200-*.json (named after the GPU). Times are medians of whole runs; tokens are greedy.
+Prints a table and writes a JSON named after the GPU. Times are medians of whole runs; tokens are greedy.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +22,12 @@ import torch
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
+from hasten.engine.llm import LLM
+from hasten.engine.request import SamplingParams
 from hasten.engine.sampling import greedy_batch
 from hasten.model.formats import Format, Weight
 from hasten.model.spec import ModelSpec, spec_from_config
+from hasten.model.tensor_file import TensorWriter
 
 BLOCK = 32
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -217,6 +223,86 @@ def measure_backend(model: str, format: str, batches: list[int], prefills: list[
     return found
 
 
+FILE_NAMES = {
+    "embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head", "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def write_folder(folder: Path, model: str) -> None:
+    """A model folder with random bf16 weights and a tokenizer of as many words as the vocabulary has ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    config = CONFIGS[model]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(config["vocab_size"])}, unk_token="w0"))
+    words.save(str(folder / "tokenizer.json"))
+    writer = TensorWriter(folder, 1 << 20)
+    for name, weight in random_weights(spec_from_config(config), "bf16"):
+        *prefix, role = name.split(".")
+        spelt = ".".join(["model", *prefix, FILE_NAMES[role]] if prefix else [FILE_NAMES[role]])
+        if weight.shape[1] == 1:
+            writer.add(f"{spelt}.weight", "BF16", np.full(weight.shape[0], 0x3F80, np.uint16))
+        else:
+            writer.add(f"{spelt}.weight", "BF16", np.ascontiguousarray(weight.data))
+    writer.finish()
+    writer.close()
+
+
+def measure_engine(folder: Path, model: str, format: str, batches: list[int], mixed: bool) -> dict[str, Any]:
+    """The same runs as whole requests of LLM.generate, and 256 requests of 100 to 1,024 tokens in and out at once."""
+    llm = LLM(folder, device="cuda", format="fp8" if format == "fp8" else None)
+    rng = np.random.default_rng(3)
+    found: dict[str, Any] = {"model": model, "format": format, "runs": {}}
+
+    def run(lengths: list[tuple[int, int]]) -> float:
+        prompts = [rng.integers(0, CONFIGS[model]["vocab_size"], size).tolist() for size, _ in lengths]
+        params = [SamplingParams(max_tokens=out, ignore_eos=True, temperature=0.0) for _, out in lengths]
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        taken = time.perf_counter() - start
+        assert sum(len(output.outputs[0].token_ids) for output in outputs) == sum(out for _, out in lengths)
+        return taken
+
+    for batch in batches:
+        prompt, output = RUNS[batch]
+        run([(prompt, 8)] * batch)
+        times = [run([(prompt, output)] * batch) for _ in range(3 if batch < 64 else 2)]
+        found["runs"][batch] = {
+            "prompt": prompt,
+            "output": output,
+            "tokens_per_s": batch * output / statistics.median(times),
+        }
+    if mixed:
+        lengths = [(int(a), int(b)) for a, b in rng.integers(100, 1025, (256, 2))]
+        times = [run(lengths) for _ in range(2)]
+        found["mixed_tokens_per_s"] = sum(out for _, out in lengths) / min(times)
+    llm.close()
+    return found
+
+
+FIRST_TOKEN = """
+import sys
+from hasten.engine.llm import LLM
+from hasten.engine.request import SamplingParams
+next(LLM(sys.argv[1], device="cuda").stream([1, 2, 3, 4], SamplingParams(max_tokens=2, ignore_eos=True)))
+"""
+
+
+def first_token_seconds(folder: Path) -> list[float]:
+    """From the start of a process to its first token, twice: kernels compiled, then from Triton's cache."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", FIRST_TOKEN, str(folder)], check=True)
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def _energy() -> float:
     """Joules that the GPU has used since the driver was loaded; NaN where NVML does not say."""
     try:
@@ -252,22 +338,44 @@ def main() -> None:
     parser.add_argument("--formats", default="bf16,fp8,int4")
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--prefills", default="1024,4000")
+    parser.add_argument("--engine", action="store_true", help="also through LLM, with a model folder on disk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     name = torch.cuda.get_device_name().replace("NVIDIA ", "").lower().replace(" ", "-")
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}", flush=True)
-    results = []
+    batches = [int(b) for b in options.batches.split(",") if b]
+    prefills = [int(p) for p in options.prefills.split(",") if p]
+    summary: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
+    options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         for format in options.formats.split(","):
-            batches = [int(b) for b in options.batches.split(",") if b]
-            prefills = [int(p) for p in options.prefills.split(",") if p]
-            results.append(measure_backend(model, format, batches, prefills))
-            report(results[-1], bandwidth)
+            found = measure_backend(model, format, batches, prefills)
+            report(found, bandwidth)
+            summary.setdefault("backend", []).append(found)
             torch.cuda.empty_cache()
-    summary = {"gpu": name, "torch": torch.__version__, "copy_bytes_per_s": bandwidth, "backend": results}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}-backend.json").write_text(json.dumps(summary, indent=1))
+        if options.engine:
+            with tempfile.TemporaryDirectory() as folder:
+                write_folder(Path(folder), model)
+                seconds = first_token_seconds(Path(folder))
+                print(f"{model} process start to first token: {seconds[0]:.1f} s, then {seconds[1]:.1f} s", flush=True)
+                summary.setdefault("first_token_s", {})[model] = seconds
+                for format in options.formats.split(","):
+                    if format not in ("bf16", "fp8"):
+                        continue
+                    found = measure_engine(Path(folder), model, format, batches, mixed=True)
+                    report_engine(found)
+                    summary.setdefault("engine", []).append(found)
+                    torch.cuda.empty_cache()
+        (options.out / f"{name}.json").write_text(json.dumps(summary, indent=1))
+
+
+def report_engine(found: dict[str, Any]) -> None:
+    speeds, _ = VLLM.get((found["model"], found["format"]), ({}, {}))
+    for batch, run in found["runs"].items():
+        versus = f"{run['tokens_per_s'] / speeds[batch]:.2f}x vLLM" if batch in speeds else ""
+        print(f"  LLM batch {batch:3}: {run['tokens_per_s']:8.0f} tokens/s  {versus}", flush=True)
+    print(f"  LLM 256 mixed requests: {found['mixed_tokens_per_s']:.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
 from hasten.backends.cuda.device import Device, open_device
 from hasten.backends.cuda.linear import Linear
-from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged, _with_scale_pairs
+from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference_math import activate
 from hasten.model.checkpoint import open_checkpoint
@@ -67,7 +67,6 @@ def make_linear(
     uploader = Uploader(device)
     matrices = _merged([loader._matrix(weight, uploader) for weight in weights], device)
     uploader.close()
-    matrices = [_with_scale_pairs(matrix) for matrix in matrices]
     if fp8:
         matrices = [_as_fp8(matrix) for matrix in matrices]
     return Linear(device, ops, matrices, None, gated, fixed)

@@ -13,8 +13,8 @@ from hasten.model.spec import Layer, ModelSpec
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 MAX_SPLITS = 32
-_DECODE_KEYS = 64  # of a tile
-_PREFILL_ROWS = 128
+_DECODE_KEYS = (32, 64)  # of a tile, for few and for more sequences
+_PREFILL_ROWS = 64
 _PREFILL_KEYS = 64
 
 
@@ -62,7 +62,7 @@ class Attention:
             for layer in spec.layers
         ]
         # _splits() keeps sequences * KV heads * splits below twice the processors, wherever there are splits.
-        largest = max(_Shape(layer).gp * (_Shape(layer).dp + 2) for layer in spec.layers)
+        largest = max(_Shape(layer).gq * (_Shape(layer).dp + 2) for layer in spec.layers)
         self._parts = torch.empty(2 * device.num_processors * largest, dtype=torch.float32, device=device.handle)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -95,7 +95,7 @@ class Attention:
             norms.k if norms else nothing, inputs.positions, inputs.slots, inputs.lengths, qkv.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.norm_eps,
             HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp,
-            GP=triton.next_power_of_2(layer.num_heads // layer.num_kv_heads), ROT=rope.rotary_dim if rope else 0,
+            GP=shape.gq, ROT=rope.rotary_dim if rope else 0,
             LONG=bool(rope and rope.is_long), NORM=norms is not None, BLOCK=self._block_size, PDL=self._device.pdl,
             num_warps=2, **self._device.launch,
         )  # fmt: skip
@@ -127,16 +127,16 @@ class Attention:
             inputs.slots, inputs.lengths, inputs.tables, inputs.width, qkv.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, splits, self._spec.norm_eps, HEADS=layer.num_heads,
-            KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp,
+            KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp, GQ=shape.gq,
             ROT=rope.rotary_dim if rope else 0, LONG=bool(rope and rope.is_long), NORM=norms is not None,
-            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=_DECODE_KEYS, SPLIT=splits > 1,
+            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=_DECODE_KEYS[inputs.num_decodes > 4], SPLIT=splits > 1,
             FUSED=fused, INDIRECT=inputs.decode_rows is not None, STAGES=2, PDL=self._device.pdl, num_warps=4,
             **self._device.launch,
         )  # fmt: skip
 
     def _prefill(self, layer: Layer, index: int, qkv: torch.Tensor, out: torch.Tensor, inputs: Inputs) -> None:
         shape, cache = _Shape(layer), self._caches[index]
-        group = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
+        group = shape.gq
         assert inputs.tile_tokens is not None
         rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * group))
         kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
@@ -146,24 +146,23 @@ class Attention:
             D=layer.head_dim, DP=shape.dp, GP=group, CAPPED=self._spec.attention_softcap > 0,
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
             BN=_PREFILL_KEYS if shape.dp <= 128 and qkv.itemsize <= 2 else 32, STAGES=2, PDL=self._device.pdl,
-            num_warps=8, **self._device.launch,
+            num_warps=4, **self._device.launch,
         )  # fmt: skip
 
 
 class _Shape:
-    """Sizes padded to what the tensor cores take: dp >= head_dim, gp >= query heads of a KV head."""
+    """Sizes padded to powers of two, dp >= head_dim, gq >= query heads of a KV head; gp: what the tensor cores take."""
 
     def __init__(self, layer: Layer) -> None:
         self.dp = max(16, triton.next_power_of_2(layer.head_dim))
-        self.gp = max(16, triton.next_power_of_2(layer.num_heads // layer.num_kv_heads))
+        self.gq = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
+        self.gp = max(16, self.gq)
 
 
 def tile_tokens(spec: ModelSpec) -> int:
-    """Tokens of an attention tile: its rows are tokens times the query heads of a KV head. Smaller for wide heads,
-    which fill the registers."""
+    """Tokens of an attention tile: its rows are tokens times the query heads of a KV head."""
     group = max(triton.next_power_of_2(layer.num_heads // layer.num_kv_heads) for layer in spec.layers)
-    rows = _PREFILL_ROWS if max(layer.head_dim for layer in spec.layers) <= 128 else _PREFILL_ROWS // 2
-    return max(1, rows // group)
+    return max(1, _PREFILL_ROWS // group)
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:

@@ -8,7 +8,7 @@ import torch
 from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
 from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, tile_tokens
 from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.device import open_device
+from hasten.backends.cuda.device import Device, open_device
 from hasten.backends.cuda.graphs import DecodeGraphs
 from hasten.backends.cuda.inputs import Stager, is_decode
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
@@ -28,7 +28,7 @@ class CudaBackend:
 
     format: "fp8" rounds the layers' dense matrices to e4m3 as they are loaded, a scale a row, without calibration.
     deterministic: one kernel for products and one for attention whatever the batch, so that a row's bits do not depend
-    on it; slower. device: a torch device; "cpu" runs in Triton's interpreter, for tests.
+    on it; slower. device: a torch device's name; "cpu" runs in Triton's interpreter, for tests.
     Raises ResourceError for a GPU that is too old, RequestError for a format that there is not.
     """
 
@@ -36,10 +36,10 @@ class CudaBackend:
     overlaps = True
     usual = StepLimits(max_tokens=8192, max_sequences=256, max_rows=512)
 
-    def __init__(self, format: str | None = None, deterministic: bool = False, device: str = "cuda") -> None:
+    def __init__(self, format: str | None = None, deterministic: bool = False, device: str | Device = "cuda") -> None:
         if format is not None and format not in FORMATS:
             raise RequestError(f"format on load is {format!r}, expected {' or '.join(FORMATS)}")
-        self._device = open_device(device)
+        self._device = open_device(device) if isinstance(device, str) else device
         self._format = format
         self._deterministic = deterministic
         self._spec: ModelSpec | None = None
@@ -47,10 +47,11 @@ class CudaBackend:
         self._sampler: Sampler | None = None
         self._stager: Stager | None = None
         self._graphs: DecodeGraphs | None = None
+        self._chosen: torch.Tensor | None = None  # logits whose best tokens are in place already
 
     def beside(self) -> "CudaBackend":
-        """Another model's backend on the same device and stream."""
-        return CudaBackend(self._format, self._deterministic, str(self._device.handle))
+        """An empty backend of the same kind that shares the GPU's stream and workspaces."""
+        return CudaBackend(self._format, self._deterministic, self._device)
 
     def load(self, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
         """Take the weights; arrays are not kept. Raises ModelError for one that is missing or left over, ResourceError
@@ -102,16 +103,19 @@ class CudaBackend:
             ) from None
         self._stager = Stager(self._device, block_size, tile_tokens(spec), self._deterministic)
         if self._device.is_cuda and not self._deterministic:
+            assert self._sampler is not None
             most = -(-spec.max_position // block_size)
-            self._graphs = DecodeGraphs(decoder, self._stager, min(num_blocks, most))
+            self._graphs = DecodeGraphs(decoder, self._sampler, self._stager, min(num_blocks, most))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Logits:
         """Run one step; logits as a float32 tensor [R, V] on the device."""
         if self._decoder is None or self._stager is None:
             raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
+        self._chosen = None
         if self._graphs is not None and is_decode(batch) and self._graphs.fits(batch):
-            return self._graphs(batch)
+            self._chosen = self._graphs(batch)
+            return self._chosen
         inputs = self._stager.general(batch)
         return self._decoder(inputs)
 
@@ -119,7 +123,7 @@ class CudaBackend:
     def sample(self, logits: Logits, params: SamplingBatch) -> PendingSample:
         """Choose one token a row, on the device."""
         assert self._sampler is not None
-        return self._sampler(logits, params)
+        return self._sampler(logits, params, chosen=logits is self._chosen)
 
     def fetch(self, logits: Logits) -> Float32:
         """The logits as numpy float32 [R, V]."""

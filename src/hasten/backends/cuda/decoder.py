@@ -1,7 +1,7 @@
 """The decoder: one step of any ModelSpec as a chain of products, attention and the small kernels between them.
 
-A norm is done by the product that follows where that can (one row), else by the kernel that adds what the product before
-has made to the residual; a residual is added by the product where that can (few rows), else with the next norm.
+A norm is done by the product that follows where that can (one row), else by the kernel that adds to the residual what
+the product before has made; a residual is added by the product where that can (few rows), else with the next norm.
 """
 
 from dataclasses import dataclass

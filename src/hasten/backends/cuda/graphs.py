@@ -4,12 +4,14 @@ A step of a bucket that has no graph runs kernel by kernel, so the first token n
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.inputs import Inputs, Stager
+from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -26,18 +28,19 @@ class _Bucket:
 class DecodeGraphs:
     """Runs decode steps (see inputs.is_decode) of up to BUCKETS[-1] sequences of up to max_blocks blocks."""
 
-    def __init__(self, decoder: Decoder, stager: Stager, max_blocks: int) -> None:
+    def __init__(self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int) -> None:
         self._decoder = decoder
+        self._sampler = sampler
         self._stager = stager
         self._max_blocks = max_blocks
         self._buckets: dict[int, _Bucket] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def fits(self, batch: Batch) -> bool:
         return len(batch.tokens) <= BUCKETS[-1] and batch.block_tables.shape[1] <= self._max_blocks
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 [R, V], overwritten by the next step."""
+        """Logits float32 [R, V], overwritten by the next step; their best tokens are where Sampler.greedy puts them."""
         count = len(batch.tokens)
         size = next(bucket for bucket in BUCKETS if bucket >= count)
         bucket = self._buckets.get(size)
@@ -47,7 +50,7 @@ class DecodeGraphs:
         self._stager.refill(batch, size, bucket.buffer)
         bucket.uses += 1
         if bucket.graph is None and bucket.uses < 2:
-            return self._decoder(bucket.inputs)[:count]
+            return self._run(bucket)[:count]
         if bucket.graph is None:
             self._capture(bucket)
         assert bucket.graph is not None
@@ -55,10 +58,15 @@ class DecodeGraphs:
         bucket.graph.replay()
         return bucket.logits[:count]
 
+    def _run(self, bucket: _Bucket) -> torch.Tensor:
+        logits = self._decoder(bucket.inputs)
+        self._sampler.greedy(logits)
+        return logits
+
     def _capture(self, bucket: _Bucket) -> None:
         """Record the step; nothing runs yet. Kernels are compiled, for the bucket has run before."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            bucket.logits = self._decoder(bucket.inputs)
+            bucket.logits = self._run(bucket)
         self._pool = graph.pool()
         bucket.graph = graph

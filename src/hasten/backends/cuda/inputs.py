@@ -120,8 +120,8 @@ def _sources(batch: Batch) -> Int32:
 
 
 def _tiles(starts: Int32, lens: Int32, sequences: NDArray[np.int64], most: int) -> list[Int32]:
-    """First token, number of tokens, and sequence of each tile of up to `most` tokens; long sequences' last tiles, which
-    see most keys, come first, or they would be what the others wait for."""
+    """First token, number of tokens, and sequence of each tile of up to `most` tokens. A sequence's last tiles, which
+    see most keys, come first, or they would be what all the others wait for."""
     first: list[int] = []
     counts: list[int] = []
     owners: list[int] = []

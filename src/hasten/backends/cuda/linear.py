@@ -1,7 +1,8 @@
 """A layer's matrices on the device and their products with T rows, by the kernel that suits T.
 
-One row of dense weights: `gemv`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded first where the format is
-packed, or fp8 products where the device has them. `Linear` is what one input is multiplied with at once (q, k, v; gate, up).
+One row of dense or fp8 weights: `gemv`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded first where the format is
+packed, or fp8 products where the device has them. `Linear` is what one input is multiplied with at once: q, k and v, or
+gate and up.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import triton
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import linear as kernels
 from hasten.backends.cuda.ops import Ops
-from hasten.backends.cuda.tuning import gemv_tile, int4_tile, skinny_tile
+from hasten.backends.cuda.tuning import gemv_tile, skinny_tile
 
 DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
 MAX_SKINNY = 64
@@ -22,7 +23,7 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 @dataclass(frozen=True)
 class Matrix:
     """N rows of K columns as `kernels.skinny` reads them. scales [groups, N]; perm: which column of x each column of
-    the matrix multiplies. scale_pairs: see kernels.gemv_int4, where that can multiply the matrix by groups."""
+    the matrix multiplies."""
 
     kind: int
     n: int
@@ -32,7 +33,6 @@ class Matrix:
     zeros: torch.Tensor | None = None
     group: int = 0
     perm: torch.Tensor | None = None
-    scale_pairs: torch.Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -159,16 +159,9 @@ class Linear:
             self._gemv(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
             return
         assert norm is None, "only gemv norms its input"
-        if len(x) == 1 and not self.fixed and self._has_int4_gemv(matrix, x):
-            self._gemv_int4(x, matrix, n, bias, out, residual, scale, activation, gated)
-            return
         if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix):
             x, x_scales = self.ops.quantize_rows(x)
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
-
-    def _has_int4_gemv(self, matrix: Matrix, x: torch.Tensor) -> bool:
-        plain = matrix.kind == INT4 and matrix.zeros is None and (matrix.group == 0 or matrix.scale_pairs is not None)
-        return plain and self.device.asm and x.dtype == torch.bfloat16 and matrix.k % 256 == 0
 
     def _gemv(
         self,
@@ -190,27 +183,6 @@ class Linear:
             norm.eps if norm else 0.0, scale, SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
             BN=tile.rows, BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
             num_warps=tile.warps, **self.device.launch,
-        )  # fmt: skip
-
-    def _gemv_int4(
-        self,
-        x: torch.Tensor,
-        matrix: Matrix,
-        n: int,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        scale: float,
-        activation: int,
-        gated: bool,
-    ) -> None:
-        tile = int4_tile(n, matrix.k, gated)
-        kernels.gemv_int4[(-(-n // tile.rows),)](
-            x.view(torch.int32), matrix.data.view(torch.int32),
-            matrix.scales if matrix.scale_pairs is None else matrix.scale_pairs, x if bias is None else bias,
-            x if residual is None else residual, out, n, matrix.k, scale, GROUPED=matrix.group > 0,
-            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows,
-            BW=tile.columns, STAGES=tile.stages, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
         )  # fmt: skip
 
     def _skinny(

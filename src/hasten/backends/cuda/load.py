@@ -7,7 +7,6 @@ repacked on the device.
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +60,8 @@ class Uploader:
             self._local.buffer = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True)
         buffer = self._local.buffer[: source.size]
         buffer.numpy()[:] = source
+        # The target's memory may have been another tensor's that kernels still read.
+        self._local.stream.wait_stream(torch.cuda.default_stream(self._device.handle))
         with torch.cuda.stream(self._local.stream):
             target.copy_(buffer, non_blocking=True)
             self._local.stream.synchronize()
@@ -87,7 +88,6 @@ class Loader:
         try:
             for name, group in self._groups(weights):
                 matrices = _merged([self._matrix(weight, uploader) for weight in group], self._device)
-                matrices = [_with_scale_pairs(matrix) for matrix in matrices]
                 if self._format == "fp8" and name.startswith("layers."):
                     matrices = [_as_fp8(matrix) for matrix in matrices]
                 self._linears[name] = matrices
@@ -140,7 +140,8 @@ class Loader:
         if kind in TORCH_DTYPES:
             return Matrix(DENSE, n, k, target.view(TORCH_DTYPES[kind]).to(self._dtype))
         assert weight.scales is not None
-        scales = _small(self._upload(weight.scales).t().contiguous())
+        # float32: what kernels fetch ahead of its use comes in pieces of four bytes at least.
+        scales = self._upload(weight.scales).t().contiguous()
         zeros = None if weight.zeros is None else self._upload(weight.zeros).t().contiguous()
         perm = None if weight.perm is None else self._upload(weight.perm)
         group = weight.format.group_size
@@ -242,15 +243,13 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
 
     data = cat([matrix.data for matrix in matrices], 0)
     assert data is not None
-    scales = [None if matrix.scales is None else matrix.scales.float() for matrix in matrices]
-    merged_scales = cat(list(scales), 1)
     return [
         Matrix(
             first.kind,
             sum(matrix.n for matrix in matrices),
             first.k,
             data,
-            None if merged_scales is None else _small(merged_scales),
+            cat([matrix.scales for matrix in matrices], 1),
             cat([matrix.zeros for matrix in matrices], 1),
             first.group,
             first.perm,
@@ -266,12 +265,10 @@ def _alike(one: Matrix, other: Matrix) -> bool:
     return torch.equal(one.perm, other.perm)
 
 
-def _small(scales: torch.Tensor) -> torch.Tensor:
-    """Scales in half the bytes where nothing is lost."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(scales.to(dtype).float(), scales):
-            return scales.to(dtype)
-    return scales
+def _small(vector: torch.Tensor) -> torch.Tensor:
+    """A float32 vector in half the bytes where nothing is lost."""
+    half = vector.to(torch.bfloat16)
+    return half if torch.equal(half.float(), vector) else vector
 
 
 def _pack_int4(packed: torch.Tensor, k: int, group: int) -> torch.Tensor:
@@ -283,17 +280,6 @@ def _pack_int4(packed: torch.Tensor, k: int, group: int) -> torch.Tensor:
     quarters = padded.view(n, -1, 4, width).to(torch.int32)
     words = quarters[:, :, 0] | quarters[:, :, 1] << 4 | quarters[:, :, 2] << 8 | quarters[:, :, 3] << 12
     return words.to(torch.int16).view(n, -1).contiguous()
-
-
-def _with_scale_pairs(matrix: Matrix) -> Matrix:
-    """The matrix with its scales as kernels.gemv_int4 takes them, where it can and bfloat16 holds them."""
-    scales = matrix.scales
-    if matrix.kind != INT4 or matrix.group != 128 or matrix.k % 256 or matrix.zeros is not None or scales is None:
-        return matrix
-    if scales.dtype != torch.bfloat16:
-        return matrix
-    pairs = scales.t().contiguous().view(torch.int32)
-    return replace(matrix, scale_pairs=pairs)
 
 
 def _as_fp8(matrix: Matrix) -> Matrix:

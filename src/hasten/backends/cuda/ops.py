@@ -108,7 +108,7 @@ class Ops:
         block = triton.next_power_of_2(width) if fp8 else min(2048, triton.next_power_of_2(width))
         kernels.activate_rows[(rows, -(-width // block))](
             x, out, x if scales is None else scales, width, GATED=gated, ACT=activation, FP8=fp8, B=block,
-            PDL=self.device.pdl, num_warps=8 if block > 2048 else 4, **self.device.launch,
+            PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16, **self.device.launch,
         )  # fmt: skip
         return out, scales
 

@@ -45,12 +45,16 @@ class Sampler:
     ops: Ops
     sampled: torch.Tensor
 
-    def __call__(self, logits: torch.Tensor, params: SamplingBatch) -> PendingSample:
-        """Overwrites logits float32 [R, V]."""
+    def greedy(self, logits: torch.Tensor) -> None:
+        """Take the best token of each row of logits float32 [R, V]."""
+        self.ops.argmax(logits, self.sampled[: len(logits)])
+
+    def __call__(self, logits: torch.Tensor, params: SamplingBatch, chosen: bool = False) -> PendingSample:
+        """Overwrites logits float32 [R, V]. chosen: `greedy` has run on them."""
         tokens = self.sampled[: len(logits)]
         if not params.any_special:
-            if len(logits):
-                self.ops.argmax(logits, tokens)
+            if len(logits) and not chosen:
+                self.greedy(logits)
             return PendingSample({"tokens": tokens})
         wants_top = bool((params.num_logprobs >= 0).any())
         wants_targets = bool((params.targets >= 0).any())

@@ -16,25 +16,23 @@ class Tile:
     stages: int = 3
 
 
-# Bytes of shared memory that tiles in flight may take: two programs fit a multiprocessor of 228 KB.
-_SHARED = 110 << 10
+_SHARED = 164 << 10  # bytes of shared memory that tiles in flight may take, of the 228 KB of a multiprocessor
 
 
 def gemv_tile(itemsize: int, n: int, k: int, gated: bool) -> Tile:
     """One row. itemsize: bytes of a weight."""
     if itemsize == 1:
-        return Tile(4 if gated else 8, min(1024 if k >= 1024 else 512, _power_of_two(k)), 1, 4, 3)
+        if gated:
+            return Tile(8, min(512, _power_of_two(k)), 1, 2, 4)
+        if k <= 4096 and n > 4096:
+            return Tile(16, min(512, _power_of_two(k)), 1, 4, 3)
+        return Tile(8 if k > 4096 else 4, min(1024, _power_of_two(k)), 1, 4 if k > 4096 else 2, 3)
     if k < 2048:
         return Tile(4 if gated else 8, min(512, _power_of_two(k)), 1, 1 if gated else 4, 3)
     rows = 8 if n * (2 if gated else 1) > 6144 or k > 8192 else 4
     if gated:
         return Tile(4, 1024 if k >= 4096 else 512, 1, 4 if k >= 4096 else 1, 4)
     return Tile(rows, 1024, 1, 4 if rows == 8 else 2, 3)
-
-
-def int4_tile(n: int, k: int, gated: bool) -> Tile:
-    """One row of int4; columns counts words of eight."""
-    return Tile(4 if gated else 8, min(128, _power_of_two(k // 8)), 1, 4, 3)
 
 
 def skinny_tile(
@@ -48,17 +46,18 @@ def skinny_tile(
     else:
         columns, parts = (128 if gated or m > 16 else 256), 1
         columns = min(columns, group) if group else columns
-    rows, stages = 64, 4
+    wide = kind == INT4.value and gated and m <= 16
+    rows, warps, stages = (128, 8, 4) if wide else (64, 4, 4)
     weights = columns * rows * itemsize * (2 if gated else 1)
     while stages > 2 and stages * (weights + columns * parts * m * x_itemsize) > _SHARED:
         stages -= 1
     steps = -(-k // (columns * parts))
-    tiles = -(-n // rows) * (2 if gated else 1)
+    tiles = -(-n // 64) * (2 if gated else 1)
     target = processors if kind != INT4.value else 4 * processors
     splits = 1
     while splits < 16 and 2 * splits * tiles <= target and steps // (2 * splits) >= 2:
         splits *= 2
-    return Tile(rows, columns, splits, 4, stages)
+    return Tile(rows, columns, splits, warps, stages)
 
 
 def _power_of_two(n: int) -> int:

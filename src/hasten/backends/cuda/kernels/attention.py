@@ -62,8 +62,8 @@ def rope_and_store(
     dims = tl.arange(0, DP)
     group = tl.arange(0, GP)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row = qkv + token.to(tl.int64) * ldq
     position = tl.load(positions + token)
     length = tl.load(lengths + token) if LONG else position
@@ -95,8 +95,8 @@ def _scores(s, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _fold(q, k, v, keep, m, l, acc, scale, softcap, CAPPED: tl.constexpr, MASK: tl.constexpr):
-    """One tile of keys and values [BN, DP] into the running softmax: maximum m, sum l, weighted values acc."""
+def _fold(q, k, v, keep, m, total, acc, scale, softcap, CAPPED: tl.constexpr, MASK: tl.constexpr):
+    """One tile of keys and values [BN, DP] into the running softmax: maximum m, sum total, weighted values acc."""
     s = _scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAPPED)
     if MASK:
         s = tl.where(keep, s, float("-inf"))
@@ -104,9 +104,9 @@ def _fold(q, k, v, keep, m, l, acc, scale, softcap, CAPPED: tl.constexpr, MASK: 
     base = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
-    l = l * shrink + tl.sum(p, 1)  # noqa: E741
+    total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return top, l, acc
+    return top, total, acc
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def _cached(cache, table, positions, kv_head, dims, valid, KV_HEADS: tl.constexp
 def decode(
     qkv, k_cache, v_cache, out, rope, q_norm, k_norm, parts, counters, rows, sequences, positions, slots, lengths,
     tables, table_width, ldq, original_max, num_positions, scale, softcap, window, splits, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, GQ: tl.constexpr,
     ROT: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, INDIRECT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
@@ -137,15 +137,16 @@ def decode(
     rows, sequences: the token, and the row of `tables`, of each entry (INDIRECT; else both are the entry itself).
     FUSED: qkv is as the projection left it, and the new key and value are stored here; else rope_and_store ran before.
     table_width: a device number, elements between rows of tables. A slot of -1 marks an entry that is padding.
-    parts: float32 [entries, kv_heads, splits, GP, DP + 2]; counters: zeros [entries, kv_heads], zeros again afterwards.
+    parts: float32 [entries, kv_heads, splits, GQ, DP + 2], GQ the group's heads rounded up to a power of two; counters: zeros [entries, kv_heads], zeros again afterwards.
     """
     entry, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     T: tl.constexpr = qkv.dtype.element_ty
     dims, group, keys = tl.arange(0, DP), tl.arange(0, GP), tl.arange(0, BN)
-    if PDL:
-        gdc_launch_dependents()
+    # The step's inputs and older keys and values were there before: only what rope_and_store writes must be waited for.
+    if PDL and not FUSED:
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.load(rows + entry) if INDIRECT else entry
     sequence = tl.load(sequences + entry) if INDIRECT else entry
     position, slot = tl.load(positions + token), tl.load(slots + token).to(tl.int64)
@@ -155,7 +156,20 @@ def decode(
     share = tl.cdiv(tl.cdiv(last - first, splits), BN) * BN
     active = tl.maximum(1, tl.cdiv(last - first, tl.maximum(share, 1)))
     if slot < 0 or split >= active:
+        if PDL and FUSED:
+            gdc_wait()
+            gdc_launch_dependents()
         return
+    start = first + split * share
+    stop = tl.minimum(start + share, last)
+    inside = start + keys < stop
+    safe = tl.where(inside, start + keys, first)
+    mask = inside[:, None] & (dims < D)[None, :]
+    k = _cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
+    v = _cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
+    if PDL and FUSED:
+        gdc_wait()
+        gdc_launch_dependents()
     row = qkv + token.to(tl.int64) * ldq
     valid = (group < GROUP)[:, None] & (dims < D)[None, :]
     heads = ((kv_head * GROUP + group) * D)[:, None]
@@ -166,58 +180,78 @@ def decode(
     else:
         q = tl.load(row + heads + dims[None, :], mask=valid, other=0)
     m = tl.full([GP], float("-inf"), tl.float32)
-    l = tl.zeros([GP], tl.float32)  # noqa: E741
+    total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
-    start = first + split * share
-    stop = tl.minimum(start + share, last)
-    for at in tl.range(start, stop, BN, num_stages=STAGES):
+    m, total, acc = _fold(q, k, v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
+    for at in tl.range(start + BN, stop, BN, num_stages=STAGES):
         inside = at + keys < stop
         safe = tl.where(inside, at + keys, first)
         mask = inside[:, None] & (dims < D)[None, :]
         k = _cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
         v = _cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        m, l, acc = _fold(q, k, v, inside[None, :], m, l, acc, scale, softcap, CAPPED, True)
+        m, total, acc = _fold(q, k, v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
     if FUSED and split == 0:
         one = tl.zeros([1, 1], tl.int32)
         there = (dims < D)[None, :]
-        k = rotated(row + (HEADS + kv_head) * D, one, k_norm, angles, dims, there, eps, D, ROT, NORM, T)
-        v = tl.load(row + (HEADS + KV_HEADS + kv_head) * D + dims[None, :], mask=there, other=0)
-        kept_k, kept_v = k.to(k_cache.dtype.element_ty), v.to(v_cache.dtype.element_ty)
+        new_k = rotated(row + (HEADS + kv_head) * D, one, k_norm, angles, dims, there, eps, D, ROT, NORM, T)
+        new_v = tl.load(row + (HEADS + KV_HEADS + kv_head) * D + dims[None, :], mask=there, other=0)
+        kept_k, kept_v = new_k.to(k_cache.dtype.element_ty), new_v.to(v_cache.dtype.element_ty)
         place = (((slot // BLOCK) * KV_HEADS + kv_head) * BLOCK + slot % BLOCK) * D + dims[None, :]
         tl.store(k_cache + place, kept_k, mask=there)
         tl.store(v_cache + place, kept_v, mask=there)
         s = _scores(tl.sum(q.to(tl.float32) * kept_k.to(tl.float32), 1), scale, softcap, CAPPED)
         top = tl.maximum(m, s)
         shrink, p = tl.exp2(m - top), tl.exp2(s - top)
-        l = l * shrink + p  # noqa: E741
+        total = total * shrink + p
         acc = acc * shrink[:, None] + p[:, None] * kept_v.to(tl.float32)
         m = top
-    to = out + token.to(tl.int64) * (HEADS * D) + heads + dims[None, :]
+    to = out + token.to(tl.int64) * (HEADS * D)
     if SPLIT:
         WIDTH: tl.constexpr = DP + 2
         pair = entry * KV_HEADS + kv_head
-        base = parts + ((pair * splits + split) * GP + group) * WIDTH
-        tl.store(base[:, None] + dims[None, :], acc)
-        tl.store(base + DP, m)
-        tl.store(base + DP + 1, l)
+        base = parts + ((pair * splits + split) * GQ + group) * WIDTH
+        real = group < GROUP
+        tl.store(base[:, None] + dims[None, :], acc, mask=real[:, None])
+        tl.store(base + DP, m, mask=real)
+        tl.store(base + DP + 1, total, mask=real)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
         if arrived != active - 1:
             return
         tl.store(counters + pair, 0)
-        m = tl.full([GP], float("-inf"), tl.float32)
-        l = tl.zeros([GP], tl.float32)  # noqa: E741
-        acc = tl.zeros([GP, DP], tl.float32)
-        for part in tl.range(0, active, num_stages=1):
-            base = parts + ((pair * splits + part) * GP + group) * WIDTH
-            its_m = tl.load(base + DP, cache_modifier=".cg")
-            top = tl.maximum(m, its_m)
-            shrink, grow = tl.exp2(m - top), tl.exp2(its_m - top)
-            l = l * shrink + tl.load(base + DP + 1, cache_modifier=".cg") * grow  # noqa: E741
-            its_acc = tl.load(base[:, None] + dims[None, :], cache_modifier=".cg")
-            acc = acc * shrink[:, None] + its_acc * grow[:, None]
-            m = top
-    tl.store(to, (acc / l[:, None]).to(T), mask=valid)
+        _merge(parts + pair * splits * GQ * WIDTH, to, kv_head, active, GROUP, GQ, D, DP, 8)
+    else:
+        tl.store(to + heads + dims[None, :], (acc / total[:, None]).to(T), mask=valid)
+
+
+@triton.jit
+def _merge(
+    parts, to, kv_head, active, GROUP: tl.constexpr, GQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The attention of one KV head's queries from `active` partial results, in their order, AT_ONCE at a time."""
+    WIDTH: tl.constexpr = DP + 2
+    heads, dims, ahead = tl.arange(0, GQ), tl.arange(0, DP), tl.arange(0, AT_ONCE)
+    m = tl.full([GQ], float("-inf"), tl.float32)
+    total = tl.zeros([GQ], tl.float32)
+    acc = tl.zeros([GQ, DP], tl.float32)
+    for first in tl.range(0, active, AT_ONCE, num_stages=1):
+        there = ((first + ahead) < active)[:, None] & (heads < GROUP)[None, :]
+        base = parts + ((first + ahead)[:, None] * GQ + heads[None, :]) * WIDTH
+        its_m = tl.load(base + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
+        its_total = tl.load(base + DP + 1, mask=there, other=0.0, cache_modifier=".cg")
+        its_acc = tl.load(
+            base[:, :, None] + dims[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        top = tl.maximum(m, tl.max(its_m, 0))
+        base_m = tl.where(top == float("-inf"), 0.0, top)
+        shrink, grow = tl.exp2(m - base_m), tl.exp2(its_m - base_m[None, :])
+        total = total * shrink + tl.sum(its_total * grow, 0)
+        acc = acc * shrink[:, None] + tl.sum(its_acc * grow[:, :, None], 0)
+        m = top
+    valid = (heads < GROUP)[:, None] & (dims < D)[None, :]
+    where = to + ((kv_head * GROUP + heads) * D)[:, None] + dims[None, :]
+    tl.store(where, (acc / total[:, None]).to(to.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -238,8 +272,8 @@ def prefill(
     T: tl.constexpr = qkv.dtype.element_ty
     dims, rows, keys = tl.arange(0, DP), tl.arange(0, BM), tl.arange(0, BN)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token, count = tl.load(tile_tokens + tile), tl.load(tile_counts + tile)
     table = tables + tl.load(tile_sequences + tile).to(tl.int64) * tl.load(table_width)
     position = tl.load(positions + token)
@@ -250,7 +284,7 @@ def prefill(
     q = tl.load(qkv + (where * ldq + head)[:, None] + dims[None, :], mask=valid, other=0)
     at_row = position + tl.minimum(rows // GP, count - 1)  # each row's position
     m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)  # noqa: E741
+    total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     stop = position + count
     first = 0
@@ -264,7 +298,7 @@ def prefill(
         mask = (keys >= 0)[:, None] & (dims < D)[None, :]
         k = _cached(k_cache, table, at + keys, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, D != DP)
         v = _cached(v_cache, table, at + keys, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, D != DP)
-        m, l, acc = _fold(q, k, v, keys, m, l, acc, scale, softcap, CAPPED, False)
+        m, total, acc = _fold(q, k, v, keys, m, total, acc, scale, softcap, CAPPED, False)
     for at in tl.range(full, stop, BN, num_stages=STAGES):
         inside = at + keys < stop
         safe = tl.where(inside, at + keys, position)
@@ -274,6 +308,6 @@ def prefill(
         mask = inside[:, None] & (dims < D)[None, :]
         k = _cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
         v = _cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        m, l, acc = _fold(q, k, v, keep, m, l, acc, scale, softcap, CAPPED, True)
+        m, total, acc = _fold(q, k, v, keep, m, total, acc, scale, softcap, CAPPED, True)
     to = out + (where * (HEADS * D) + head)[:, None] + dims[None, :]
-    tl.store(to, (acc / l[:, None]).to(T), mask=valid)
+    tl.store(to, (acc / total[:, None]).to(T), mask=valid)

@@ -98,8 +98,8 @@ def gemv(
     if GATED:
         first_up = tl.load(pointers + gap, mask=None if EVEN else inside[None, :], cache_modifier=".cg")
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     xs = tl.load(x + cols, mask=None if EVEN else inside, other=None if EVEN else 0.0).to(tl.float32)
     squares = xs * xs
     if NORM:
@@ -137,118 +137,6 @@ def gemv(
         out *= tl.load(scales + rows)
         if GATED:
             up_sum *= tl.load(scales + N + rows)
-    out = _finish(out, up_sum, rows, bias, N, out_scale, BIAS, GATED, ACT)
-    if RESIDUAL:
-        out += tl.load(residual + rows).to(tl.float32)
-    tl.store(y + out_rows, out.to(y.dtype.element_ty), mask=out_rows < N)
-
-
-# A word of eight nibbles, each times its column of x (pairs of float16), as two sums: of the first and of the second four
-# columns. A nibble n under the exponent of 1024 reads 1024 + n, or 1024 + 16 n where it is the second.
-_DOT_INT4 = tl.constexpr("""
-{
-.reg .b32 t0, t1, t2, t3, s, sixteenth, one, sixteen;
-.reg .b16 a, b;
-.reg .f32 fa, fb;
-mov.b32 sixteenth, 0x2C002C00;
-mov.b32 one, 0xE408E408;
-mov.b32 sixteen, 0xD480D480;
-shr.b32 s, $2, 8;
-lop3.b32 t0, $2, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 t1, $2, 0x00F000F0, 0x64006400, 0xEA;
-lop3.b32 t2, s, 0x000F000F, 0x64006400, 0xEA;
-lop3.b32 t3, s, 0x00F000F0, 0x64006400, 0xEA;
-add.rn.f16x2 t0, t0, one;
-add.rn.f16x2 t2, t2, one;
-fma.rn.f16x2 t1, t1, sixteenth, sixteen;
-fma.rn.f16x2 t3, t3, sixteenth, sixteen;
-mul.rn.f16x2 t0, t0, $3;
-mul.rn.f16x2 t2, t2, $5;
-fma.rn.f16x2 t0, t1, $4, t0;
-fma.rn.f16x2 t2, t3, $6, t2;
-mov.b32 {a, b}, t0;
-cvt.f32.f16 fa, a;
-cvt.f32.f16 fb, b;
-add.f32 $0, fa, fb;
-mov.b32 {a, b}, t2;
-cvt.f32.f16 fa, a;
-cvt.f32.f16 fb, b;
-add.f32 $1, fa, fb;
-}
-""")
-
-# A pair of bfloat16 -> the pair divided by 64 as float16: sums of four products stay finite up to |x| = 100,000.
-_HALVES = tl.constexpr("""
-{
-.reg .b32 low, high;
-shl.b32 low, $1, 16;
-and.b32 high, $1, 0xFFFF0000;
-mul.f32 low, low, 0f3C800000;
-mul.f32 high, high, 0f3C800000;
-cvt.rn.f16x2.f32 $0, high, low;
-}
-""")
-
-
-@triton.jit
-def _int4_words(acc, q, x0, x1, x2, x3, scales, at, rows, width, GROUPED: tl.constexpr):
-    """acc + scale * (products of words of eight nibbles)."""
-    first, second = tl.inline_asm_elementwise(
-        _DOT_INT4, "=&f,=&f,r,r,r,r,r", [q, x0, x1, x2, x3], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
-    )
-    if GROUPED:
-        pair = tl.load(scales + rows[:, None] * (width // 32) + (at // 32)[None, :])
-        acc += first * (pair << 16).to(tl.float32, bitcast=True)
-        return acc + second * (pair & -65536).to(tl.float32, bitcast=True)
-    return acc + (first + second)
-
-
-@triton.jit
-def _x_words(x, at, part: tl.constexpr):
-    """Pairs of columns of x that nibbles `part` of words `at` multiply, as float16 over 64."""
-    pairs = tl.load(x + at // 32 * 128 + part * 32 + at % 32)
-    return tl.inline_asm_elementwise(_HALVES, "=r,r", [pairs], dtype=tl.int32, is_pure=True, pack=1)[None, :]
-
-
-@triton.jit
-def gemv_int4(
-    x, w, scales, bias, residual, y, N, K, out_scale,
-    GROUPED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """`gemv` for symmetric int4 in groups of 128 (GROUPED) or whole rows, bfloat16 x and K a multiple of 256.
-
-    x: int32 [K / 2] pairs; w: int32 [N or 2N, K / 8], `skinny`'s layout. scales: GROUPED int32 [N or 2N, K / 256],
-    pairs of bfloat16; else any float [N or 2N]. Products of four columns are summed in float16,
-    the rest in float32.
-    """
-    words = tl.arange(0, BW)
-    out_rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.minimum(out_rows, N - 1)
-    width = K // 8
-    pointers = w + rows[:, None].to(tl.int64) * width + words[None, :]
-    gap = N.to(tl.int64) * width
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    acc = tl.zeros([BN, BW], tl.float32)
-    up = tl.zeros([BN, BW], tl.float32) if GATED else acc
-    for start in tl.range(0, width, BW, num_stages=STAGES):
-        at = start + words
-        q = tl.load(pointers + start, cache_modifier=".cg")
-        x0, x1, x2, x3 = _x_words(x, at, 0), _x_words(x, at, 1), _x_words(x, at, 2), _x_words(x, at, 3)
-        acc = _int4_words(acc, q, x0, x1, x2, x3, scales, at, rows, width, GROUPED)
-        if GATED:
-            q = tl.load(pointers + gap + start, cache_modifier=".cg")
-            up = _int4_words(up, q, x0, x1, x2, x3, scales, at, N + rows, width, GROUPED)
-    out = tl.sum(acc, 1) * 64
-    up_sum = out
-    if GATED:
-        up_sum = tl.sum(up, 1) * 64
-    if not GROUPED:
-        out *= tl.load(scales + rows).to(tl.float32)
-        if GATED:
-            up_sum *= tl.load(scales + N + rows).to(tl.float32)
     out = _finish(out, up_sum, rows, bias, N, out_scale, BIAS, GATED, ACT)
     if RESIDUAL:
         out += tl.load(residual + rows).to(tl.float32)
@@ -355,8 +243,8 @@ def skinny(
     pointers = w + rows[:, None].to(tl.int64) * ldw + cols[None, :]
     gap = N.to(tl.int64) * ldw
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     acc = tl.zeros([BN, BM], tl.float32)
     up = tl.zeros([BN, BM], tl.float32) if GATED else acc
     for step in tl.range(split * share, tl.minimum(split * share + share, steps), num_stages=STAGES):
@@ -429,8 +317,8 @@ def expand(
     cols = tl.arange(0, BK)
     step = tl.program_id(1)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     PARTS: tl.constexpr = 4 if KIND == INT4 else 1
     at = rows[:, None].to(tl.int64) * ldw + step * BK + cols[None, :]
     q = tl.load(w + at, mask=(step * BK + cols < ldw)[None, :], other=0)

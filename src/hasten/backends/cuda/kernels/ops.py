@@ -19,8 +19,8 @@ def embed(
     row = tl.program_id(0)
     cols = tl.program_id(1) * B + tl.arange(0, B)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     source = tl.load(sources + row)
     token = tl.load(tokens + row)
     if source >= 0:
@@ -59,8 +59,8 @@ def add_norm(
     cols = tl.arange(0, B)
     mask = cols < H
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     v = tl.load(x + row * ldx + cols, mask=mask, other=0).to(tl.float32)
     if ADD:
         d = tl.load(delta + row * H + cols, mask=mask, other=0).to(tl.float32)
@@ -91,8 +91,8 @@ def activate_rows(
     cols = tl.program_id(1) * B + tl.arange(0, B)
     mask = cols < N
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     at = x + row * (2 * N if GATED else N) + cols
     v = activate(tl.load(at, mask=mask, other=0).to(tl.float32), ACT)
     if GATED:
@@ -115,8 +115,8 @@ def argmax(
     """
     row, piece = tl.program_id(0), tl.program_id(1)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     top = float("-inf")
     top_id = V
     for i in tl.range(0, ROUNDS):
@@ -148,8 +148,8 @@ def exponentials(seeds, counters, out, G, B: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     blocks = tl.program_id(1) * B + tl.arange(0, B)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     counter = tl.load(counters + row)
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
