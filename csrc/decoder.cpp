@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
@@ -63,6 +64,8 @@ size_t Decoder::block_bytes(int block_size, KvKind kind) const {
 void Decoder::allocate(int num_blocks, int block_size, KvKind kind) {
   if (num_blocks < 1) fail("num_blocks is " + std::to_string(num_blocks) + ", expected at least 1");
   const size_t stride = block_bytes(block_size, kind);
+  if ((int64_t)num_blocks * block_size > INT32_MAX)
+    fail(std::to_string(num_blocks) + " blocks of " + std::to_string(block_size) + " are more slots than 32 bits can number");
   num_blocks_ = 0;
   cache_.reset(0);  // first, so that there are never two
   cache_.reset(num_blocks * stride);

@@ -258,8 +258,8 @@ int most_threads() { return 4 * std::max(1, static_cast<int>(allowed_cpus().size
 
 Pool::Pool(int num_threads, int spin_microseconds) {
   if (num_threads > most_threads())
-    throw std::invalid_argument(std::to_string(num_threads) + " threads were asked for, expected at most " +
-                                std::to_string(most_threads()) + ": four for each CPU that this process may run on");
+    throw std::invalid_argument("threads is " + std::to_string(num_threads) + ", expected 0 (all cores) to " +
+                                std::to_string(most_threads()) + ", four for each CPU that this process may run on");
   const std::vector<std::vector<int>> nodes = numa_nodes();
   if (num_threads <= 0) num_threads = available_cores();
   state_ = std::make_unique<State>(num_threads, spin_microseconds);
@@ -287,6 +287,7 @@ void Pool::run_erased(int num_chunks, void* context, void (*call)(void*, int, in
     for (int chunk = 0; chunk < num_chunks; chunk++) call(context, chunk, 0);
     return;
   }
+  if (num_chunks >= 1 << kCountBits) throw std::invalid_argument("a phase has " + std::to_string(num_chunks) + " chunks");
   s.context = context;
   s.call = call;
   s.undone.store(static_cast<uint32_t>(num_chunks), std::memory_order_relaxed);

@@ -27,11 +27,13 @@ struct Available {
 #if defined(__x86_64__)
     __builtin_cpu_init();  // its answers include what the system saves on a context switch
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifndef HASTEN_QUICK
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) add(kernels_avx512bf16);
     if (avx512) add(kernels_avx512);
+#endif
     if (avx2) add(kernels_avx2);
 #elif defined(__aarch64__)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) add(kernels_neon);

@@ -108,8 +108,8 @@ HASTEN_INLINE int32_t ireduce_add(I a) {
 HASTEN_INLINE F select_lt(I a, I b, F yes, F no) { HASTEN_LANES(F, a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
 HASTEN_INLINE F to_float(I a) { HASTEN_LANES(F, (float)a.v[i]); }
 HASTEN_INLINE I to_int(F a) {
-  const F b = round(a);
-  HASTEN_LANES(I, (int32_t)b.v[i]);
+  const F b = round(a);  // NaN and what does not fit become 0: a conversion of them is not defined
+  HASTEN_LANES(I, b.v[i] >= -0x1p31f && b.v[i] < 0x1p31f ? (int32_t)b.v[i] : 0);
 }
 
 // What the products are made of; see simd_avx512.h.

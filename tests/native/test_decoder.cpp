@@ -52,18 +52,49 @@ DecoderSpec make_spec(int variant) {
   return s;
 }
 
+// A matrix as a checkpoint stores it, of random numbers about 1 / sqrt(k) large; memory exactly as long as it must be.
+struct Stored {
+  std::vector<uint8_t> data, zeros;
+  std::vector<float> scales;
+  Source source{};
+};
+
+Stored store(Kind kind, int group, int n, int k) {
+  Stored s;
+  const std::vector<float> values = numbers(n * k, 2.0f / std::sqrt((float)k));
+  s.data.resize(n * source_row_bytes(kind, k));
+  if (kind == Kind::F32) memcpy(s.data.data(), values.data(), s.data.size());
+  if (kind == Kind::BF16)
+    for (size_t i = 0; i < values.size(); i++) memcpy(&s.data[2 * i], (const uint8_t*)&values[i] + 2, 2);
+  if (kind == Kind::I8 || kind == Kind::I4) {
+    for (uint8_t& byte : s.data) byte = (uint8_t)random_bits();
+    const int groups = group ? (k + group - 1) / group : 1;
+    s.scales.assign((size_t)n * groups, (kind == Kind::I8 ? 0.02f : 0.25f) / std::sqrt((float)k));
+    if (kind == Kind::I4 && group) s.zeros.assign((size_t)n * groups, 7);
+  }
+  s.source = {kind, n, k, group, s.data.data(), s.scales.empty() ? nullptr : s.scales.data(),
+              s.zeros.empty() ? nullptr : s.zeros.data()};
+  return s;
+}
+
 void add(Decoder& d, const std::string& role, int layer, const std::vector<std::pair<int, int>>& shapes, bool bias) {
   const char* names[][3] = {{"q", "k", "v"}, {"gate", "up", ""}};
   const std::string prefix = "layers." + std::to_string(layer) + ".";
-  std::vector<std::vector<float>> data;
+  // From layer 1 on parts of one stack differ: other kinds, groups and zeros side by side.
+  const std::pair<Kind, int> formats[] = {{Kind::F32, 0}, {Kind::I4, 32}, {Kind::I8, 0}, {Kind::BF16, 0},
+                                          {Kind::I8, 64}, {Kind::I4, 0}};
+  std::vector<Stored> data;
   std::vector<SourceMatrix> sources;
-  for (auto [n, k] : shapes) data.push_back(numbers(n * k, 2.0f / std::sqrt((float)k)));
+  for (size_t i = 0; i < shapes.size(); i++) {
+    const auto [kind, group] = formats[layer < 1 ? 0 : (5 * layer + role.size() + i) % 6];
+    data.push_back(store(kind, group, shapes[i].first, shapes[i].second));
+  }
   for (size_t i = 0; i < shapes.size(); i++) {
     std::string name = role;
     if (role == "qkv") name = prefix + names[0][i];
     else if (role == "gate_up") name = prefix + (shapes.size() == 1 ? "up" : names[1][i]);
     else if (layer >= 0) name = prefix + role;
-    sources.push_back({name, {Kind::F32, shapes[i].first, shapes[i].second, 0, data[i].data(), nullptr, nullptr}, nullptr});
+    sources.push_back({name, data[i].source, nullptr});
     if (bias) d.add_vector(name + ".bias", numbers(shapes[i].first, 0.1f));
   }
   d.add_matrices(role, layer, sources);
@@ -151,10 +182,50 @@ void check_sampler(Pool& pool, const Kernels& k, std::vector<float> logits) {
   for (int r = 0; r < rows; r++) require(tokens[r] == top_ids[(size_t)r * 3], "greedy does not take the best");
 }
 
+// Logits that masks and broken models leave, of small and large vocabularies, under every cut.
+void check_hostile_logits(Pool& pool, const Kernels& k) {
+  Sampler sampler(pool, k.ops);
+  const float infinity = INFINITY;
+  for (int vocab : {5, 512, 43001}) {
+    const int rows = 6;
+    std::vector<float> logits((size_t)rows * vocab, -infinity);
+    const auto row = [&](int r) { return logits.data() + (size_t)r * vocab; };
+    for (int i = 0; i < vocab; i++) {
+      if (i % 50 == 3) row(0)[i] = (float)(i % 7);         // few that are not -inf
+      row(2)[i] = i % 2 ? 0.0f : -1e-38f;                  // hardly different
+      row(3)[i] = i % 3 ? 3e38f : -3e38f;                  // as different as can be
+      row(4)[i] = row(5)[i] = (float)(i % 11);
+    }
+    row(4)[vocab - 1] = std::nanf("");
+    row(5)[vocab / 2] = infinity;
+    for (int top_k : {0, 1, 50, vocab / 128 + 1, vocab, vocab + 7})
+      for (float top : {0.0f, 0.3f, 0.9f, 1.0f})
+        for (float least : {0.0f, 0.2f}) {
+          const std::vector<float> before = logits, one(rows, 1.0f), zero(rows, 0.0f), top_p(rows, top), min_p(rows, least);
+          const std::vector<int32_t> cut(rows, top_k), num(rows, 4), targets(rows, vocab - 1), none(rows + 1, 0);
+          const std::vector<uint64_t> seeds(rows, 5), counters(rows, 6);
+          std::vector<int32_t> tokens(rows), top_ids(rows * 4);
+          std::vector<float> logprobs(rows), target_logprobs(rows), top_logprobs(rows * 4);
+          sampler.sample(logits.data(), rows, vocab,
+                         {one.data(), cut.data(), top_p.data(), min_p.data(), one.data(), zero.data(), zero.data(),
+                          seeds.data(), counters.data(), num.data(), targets.data(), none.data(), none.data(),
+                          none.data(), none.data(), none.data(), zero.data()},
+                         {tokens.data(), logprobs.data(), target_logprobs.data(), 4, top_ids.data(), top_logprobs.data()});
+          require(memcmp(logits.data(), before.data(), 4 * logits.size()) == 0, "the sampler left logits changed");
+          for (int r : {0, 2, 3}) {
+            require(tokens[r] >= 0 && tokens[r] < vocab, "a token outside the vocabulary");
+            require(std::isfinite(row(r)[tokens[r]]), "a token that is cut off");
+          }
+          require(tokens[3] % 3 != 0 && tokens[4] == -1 && tokens[5] == vocab / 2, "not the token that is left");
+        }
+  }
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
+  for (const char* const* isa = available_isas(); *isa; isa++) check_hostile_logits(pool, *select_kernels(*isa));
   for (int variant = 0; variant < 3; variant++)
     for (const char* const* isa = available_isas(); *isa; isa++) {
       const Kernels& k = *select_kernels(*isa);
