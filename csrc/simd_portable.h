@@ -98,8 +98,9 @@ HASTEN_INLINE void store_i8(int8_t* p, I a) {
   for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i];
 }
 HASTEN_INLINE I iload_u8(const uint8_t* p) { HASTEN_LANES(I, p[i]); }
-HASTEN_INLINE I iadd(I a, I b) { HASTEN_LANES(I, a.v[i] + b.v[i]); }
-HASTEN_INLINE I imul(I a, I b) { HASTEN_LANES(I, a.v[i] * b.v[i]); }
+// Unsigned: lanes whose results nobody reads may overflow.
+HASTEN_INLINE I iadd(I a, I b) { HASTEN_LANES(I, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+HASTEN_INLINE I imul(I a, I b) { HASTEN_LANES(I, (int32_t)((uint32_t)a.v[i] * (uint32_t)b.v[i])); }
 HASTEN_INLINE int32_t ireduce_add(I a) {
   int32_t s = 0;
   for (int i = 0; i < 16; i++) s += a.v[i];
