@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from hasten import Recipe, compress, evaluate
+from hasten.engine.llm import LLM
+from hasten.engine.request import SamplingParams
 from hasten.errors import HastenError, ModelError
-from hasten.measure.memory import peak_memory
+from hasten.measure.memory import peak_memory, run_fresh
 from hasten.measure.speed import Timing, Workload, interleave, make_engine, prompts_from, time_workload
 from hasten.measure.transformers_worker import TransformersWorker
 from hasten.model.checkpoint import open_checkpoint
@@ -67,6 +69,9 @@ def test_transformers_runs_in_its_own_process(model: Path, tmp_path: Path) -> No
 def test_peak_memory_is_of_a_fresh_process(model: Path, tmp_path: Path) -> None:
     peak = peak_memory(model, [1, 403], 1)
     assert 10 << 20 < peak < 400 << 20
+    tokens = run_fresh(model, [1, 403], 1).tokens
+    found = LLM(model).generate([[1, 403]], SamplingParams(max_tokens=64, temperature=0.0))[0].outputs[0]
+    assert tokens == list(found.token_ids)
     with pytest.raises(HastenError, match="does not run in a fresh process"):
         peak_memory(tmp_path, [1], 1)
 

@@ -46,8 +46,7 @@ def losses(random: np.random.Generator, blocks: int, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kind", "blocks"),
-    # Fewer than 16 blocks are not neighbours: they are taken far apart, or written one by one by the model.
-    [(kind, n) for kind in ("independent", "skewed", "alike") for n in (8, 24, 96) if (kind, n) != ("alike", 8)],
+    [(kind, n) for kind in ("independent", "skewed", "alike") for n in (8, 24, 96)],
 )
 def test_what_loses_more_than_the_limit_is_seldom_let_through(kind: str, blocks: int) -> None:
     """With a true loss of exactly the limit, its interval ends below the limit in 2.5 % of trials, each block's loss
@@ -58,8 +57,10 @@ def test_what_loses_more_than_the_limit_is_seldom_let_through(kind: str, blocks:
         found = ratio_interval(base * losses(random, blocks, kind), base, "share")
         below += found.high < LIMIT
         above += found.low > LIMIT
-    assert 0.005 < below / trials < 0.045
-    assert 0.02 < (below + above) / trials < 0.075
+    # Eight neighbours that resemble each other are four runs of two, which resemble each other a little: 7.8 %.
+    few = 0.01 if (kind, blocks) == ("alike", 8) else 0.0
+    assert 0.005 < below / trials < 0.045 + few
+    assert 0.02 < (below + above) / trials < 0.075 + few
 
 
 def test_neighbours_that_resemble_each_other_widen_the_interval() -> None:
@@ -91,6 +92,24 @@ def test_share_interval_stays_within_and_is_open_where_nothing_varied() -> None:
     assert 0.995 < perfect.low < 1
     some = share_interval(totals - np.arange(10) % 2, totals, "share")
     assert 0 <= some.low < some.median < some.high <= 1
+
+
+@pytest.mark.parametrize(("rounds", "confidence", "ends"), [(5, 0.95, (0, 4)), (8, 0.95, (0, 7)), (9, 0.95, (1, 7)),
+    (12, 0.95, (2, 9)), (9, 0.98, (0, 8))])  # fmt: skip
+def test_a_disturbed_round_is_no_end_of_nine(rounds: int, confidence: float, ends: tuple[int, int]) -> None:
+    """Order statistics of the binomial with one half (Conover 1999, table A3)."""
+    found = spread([float(number) for number in np.random.default_rng(1).permutation(rounds)], "x", confidence)
+    assert (found.low, found.high) == ends
+    paused = [0.001, *[2.0] * (rounds - 1)]
+    assert (spread(paused, "times", confidence).low == 2) == (ends[0] > 0)
+
+
+def test_the_interval_of_nine_rounds_holds_the_median() -> None:
+    random, missed = np.random.default_rng(2), 0
+    for _ in range(4000):
+        found = spread(list(np.exp(random.standard_cauchy(9).clip(-20, 20))), "x")
+        missed += not found.low <= 1 <= found.high
+    assert 0.03 < missed / 4000 < 0.05  # 3.9 %
 
 
 def test_rounds_are_compared_round_by_round() -> None:

@@ -24,8 +24,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The median of n rounds with the lowest and highest of them (a speed, a time), or an estimate with the ends of its
-    95 % interval over n blocks of text (a loss, a divergence). `unit` says of what."""
+    """The median of n rounds with the ends of its interval, the lowest and highest of few (a speed, a time), or an
+    estimate with the ends of its interval over n blocks of text (a loss, a divergence). `unit` says of what."""
 
     median: float
     low: float
@@ -40,6 +40,7 @@ class Quality:
 
     loss: relative rise of bits per byte over the original's. divergence: KL(original || model), nats a token.
     top1_agreement: share of positions where both have the same likeliest token. These three need an original.
+    confidence: of the intervals. In a proof, 0.95 for what is tried first, more for each that is tried after it.
     """
 
     bits_per_byte: Measurement
@@ -50,6 +51,7 @@ class Quality:
     loss: Measurement | None = None
     divergence: Measurement | None = None
     top1_agreement: Measurement | None = None
+    confidence: float = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class Candidate:
     the goal), or "reference" (what others are compared with). reason says why, in a sentence.
 
     decode: tokens/s by number of streams. ratio: to the original in the same rounds, by "1", "8", "prefill" and
-    "memory"; "gain ..." is to the same weights run plainly.
+    "memory"; "gain ..." is to the same weights run plainly. Where there is a `final` quality and the loss was allowed,
+    speeds are of new rounds after that proof, from the folder as it is written; those of the search are not in it.
     prefill tokens/s; ttft seconds; memory: bytes of weights and KV cache, and peak resident set where measured.
     bandwidth_fraction: bytes a token times tokens/s over the read bandwidth measured in the same run.
     search: quality on the text the search used. final: on text that it did not use.

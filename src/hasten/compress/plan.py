@@ -26,9 +26,14 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for every matrix that fell back."""
+        """A line for matrices of one kind that fell back alike, such as "layers.*.down (5)"."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, wanted in self.asked.items():
+            change = f"{describe(self.formats[name])} instead of {describe(wanted)}"
+            alike.setdefault((re.sub(r"\.\d+\.", ".*.", name), change), []).append(name)
         return tuple(
-            f"{name}: {describe(self.formats[name])} instead of {describe(f)}" for name, f in self.asked.items()
+            f"{names[0] if len(names) == 1 else f'{kind} ({len(names)})'}: {change}"
+            for (kind, change), names in alike.items()
         )
 
 

@@ -5,12 +5,11 @@ import time
 from pathlib import Path
 
 from hasten.backends import choose_device, open_backend
-from hasten.backends.base import Backend
 from hasten.compress.folder import ProgressCallback, hashes
 from hasten.errors import ModelError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.measure.quality import Model, score, summarize
-from hasten.measure.text import BUNDLED, first_token, make_windows, read_text
+from hasten.measure.text import BUNDLED, Window, first_token, make_windows, read_text
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
 from hasten.model.settings import default_kv_cache, stated_run
@@ -38,21 +37,15 @@ def evaluate(
     folder's own setting, else as LLM does. device: as LLM's, by name.
     Raises ModelError where the two models do not share a vocabulary.
     """
-    checkpoint = open_checkpoint(resolve(str(model)))
-    original = open_checkpoint(resolve(str(against))) if against is not None else None
-    if original is not None and original.spec.vocab_size != checkpoint.spec.vocab_size:
-        sizes = f"{checkpoint.spec.vocab_size} and {original.spec.vocab_size}"
-        raise ModelError(f"the models have vocabularies of {sizes} tokens: only models that share one can be compared")
+    checkpoint, original = _open_both(model, against)
     text = read_text(data if data is not None else BUNDLED)
-    tokenizer = Tokenizer(checkpoint.path)
     longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
-    windows = make_windows(text, tokenizer.encode_plain, first_token(tokenizer), longest, max_windows)
+    windows = _windows(checkpoint, text, longest, max_windows)
     threads = threads or stated_run(checkpoint).threads or usable_threads()
     device = choose_device(device)
-    models: dict[str, Model] = {}  # the one compared with comes first
-    for name, opened, kv in (("against", original, None), ("model", checkpoint, kv_cache)):
-        if opened is not None:
-            models[name] = _load(opened, device, threads), kv or _stated_kv_cache(opened)
+    # The one compared with comes first.
+    models = {} if original is None else {"against": _load(original, device, threads, None)}
+    models["model"] = _load(checkpoint, device, threads, kv_cache)
     scores = score(models, windows, checkpoint.spec.vocab_size, progress, threads)
     return Receipt(
         what="evaluate",
@@ -67,12 +60,26 @@ def evaluate(
     )
 
 
-def _load(checkpoint: Checkpoint, device: str, threads: int) -> Backend:
+def _open_both(model: str | Path, against: str | Path | None) -> tuple[Checkpoint, Checkpoint | None]:
+    """The checkpoints of both; ModelError where they cannot be compared."""
+    checkpoint = open_checkpoint(resolve(str(model)))
+    if against is None:
+        return checkpoint, None
+    original = open_checkpoint(resolve(str(against)))
+    if original.spec.vocab_size != checkpoint.spec.vocab_size:
+        sizes = f"{checkpoint.spec.vocab_size} and {original.spec.vocab_size}"
+        raise ModelError(f"the models have vocabularies of {sizes} tokens: only models that share one can be compared")
+    return checkpoint, original
+
+
+def _windows(checkpoint: Checkpoint, text: str, length: int, most: int | None) -> tuple[Window, ...]:
+    tokenizer = Tokenizer(checkpoint.path)
+    return make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, most)
+
+
+def _load(checkpoint: Checkpoint, device: str, threads: int, kv_cache: str | None) -> Model:
+    """Loaded, with the KV cache asked for, else what the folder says (tune writes it), else LLM's default."""
     backend = open_backend(device, threads=threads)
+    kv_cache = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, backend.kv_dtypes)
     backend.load(checkpoint.spec, checkpoint.weights())
-    return backend
-
-
-def _stated_kv_cache(checkpoint: Checkpoint) -> str:
-    """What the folder says of its KV cache (tune writes it), else LLM's default."""
-    return stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec)
+    return backend, kv_cache

@@ -1,8 +1,9 @@
-"""Peak memory of a model in use, in a fresh process: nothing that was loaded before counts, nothing is shared."""
+"""A model in use in a fresh process, where nothing that was loaded before counts: its peak memory, and what it says."""
 
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.errors import HastenError, ResourceError
@@ -10,16 +11,31 @@ from hasten.errors import HastenError, ResourceError
 NUM_TOKENS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class FreshRun:
+    """Peak resident bytes, and the tokens that continue the prompt greedily. The weights' file is mapped; its pages
+    count while they are resident."""
+
+    peak: int
+    tokens: list[int]
+
+
 def peak_memory(folder: str | Path, prompt: list[int], threads: int | None = None, kv_cache: str | None = None) -> int:
-    """Peak resident bytes of a process that loads `folder` and continues `prompt` by up to 64 tokens. The weights' file
-    is mapped; its pages count while they are resident. threads, kv_cache: as of LLM. HastenError where the process
-    fails."""
+    """The peak of run_fresh."""
+    return run_fresh(folder, prompt, threads, kv_cache).peak
+
+
+def run_fresh(
+    folder: str | Path, prompt: list[int], threads: int | None = None, kv_cache: str | None = None
+) -> FreshRun:
+    """A process loads `folder` and continues `prompt` by up to 64 tokens. threads, kv_cache: as of LLM. HastenError
+    where the process fails."""
     request = json.dumps({"folder": str(folder), "prompt": prompt, "threads": threads, "kv_cache": kv_cache})
     done = subprocess.run([sys.executable, "-m", __name__], input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise HastenError(f"{folder} does not run in a fresh process: {lines[-1] if lines else done.returncode}")
-    return int(json.loads(done.stdout)["peak"])
+    return FreshRun(**json.loads(done.stdout))
 
 
 def _serve() -> None:
@@ -27,10 +43,10 @@ def _serve() -> None:
     from hasten.engine.request import SamplingParams
 
     request = json.load(sys.stdin)
-    llm = LLM(request["folder"], threads=request["threads"], kv_cache=request["kv_cache"])
+    llm = LLM(request["folder"], device="cpu", threads=request["threads"], kv_cache=request["kv_cache"])
     room = llm.max_len - len(request["prompt"])
-    llm.generate([request["prompt"]], SamplingParams(max_tokens=min(NUM_TOKENS, room), temperature=0.0))
-    print(json.dumps({"peak": resident_peak()}))
+    found = llm.generate([request["prompt"]], SamplingParams(max_tokens=min(NUM_TOKENS, room), temperature=0.0))
+    print(json.dumps({"peak": resident_peak(), "tokens": list(found[0].outputs[0].token_ids)}))
 
 
 def resident_peak() -> int:

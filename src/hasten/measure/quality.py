@@ -102,10 +102,10 @@ def _compare(original: Float32 | None, other: Float32, targets: NDArray[np.int32
     return np.concatenate(list(pool.map(work, range(0, len(other), step))), axis=1)
 
 
-def summarize(scores: Scores, original: Scores | None = None) -> Quality:
-    """Totals with 95 % intervals over blocks; relative to `original`, on the same windows, where it is given."""
-    bits = ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte")
-    nll = ratio_interval(scores.nll, scores.num_tokens, "nats/token")
+def summarize(scores: Scores, original: Scores | None = None, confidence: float = 0.95) -> Quality:
+    """Totals with intervals over blocks; relative to `original`, on the same windows, where it is given."""
+    bits = ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte", confidence)
+    nll = ratio_interval(scores.nll, scores.num_tokens, "nats/token", confidence)
     middle, low, high = (float(np.exp(min(value, 700))) for value in (nll.median, nll.low, nll.high))
     quality = Quality(
         bits_per_byte=bits,
@@ -113,14 +113,15 @@ def summarize(scores: Scores, original: Scores | None = None) -> Quality:
         num_tokens=int(scores.num_tokens.sum()),
         num_bytes=int(scores.num_bytes.sum()),
         num_blocks=len(scores.nll),
+        confidence=confidence,
     )
     if original is None:
         return quality
     return replace(
         quality,
-        loss=ratio_interval(scores.nll - original.nll, original.nll, "relative"),
-        divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token"),
-        top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share"),
+        loss=ratio_interval(scores.nll - original.nll, original.nll, "relative", confidence),
+        divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token", confidence),
+        top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share", confidence),
     )
 
 

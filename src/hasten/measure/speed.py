@@ -16,6 +16,7 @@ from hasten.engine.config import EngineConfig
 from hasten.engine.engine import Engine
 from hasten.engine.request import RequestOutput, SamplingParams
 from hasten.engine.speculate import Speculator
+from hasten.measure.energy import Meter
 from hasten.model.settings import default_kv_cache
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Run
@@ -45,13 +46,33 @@ class Workload:
     temperature: float = 0.0
     min_seconds: float = 0.0
 
+    @property
+    def num_counted(self) -> int:
+        """Tokens that a run is for: those written, or of a run that writes one a stream, those read."""
+        if self.num_tokens == 1:
+            return sum(len(prompt) for prompt in self.prompts)
+        return len(self.prompts) * self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Joules a token and watts on average, of a device with all that runs on it."""
+
+    joules_per_token: float
+    watts: float
+
 
 def make_engine(spec: ModelSpec, backend: Backend, run: Run, streams: int, max_len: int) -> Engine:
     """An engine over a loaded backend, with KV cache for `streams` sequences of max_len tokens."""
     num_blocks = streams * -(-max_len // BLOCK_SIZE) + streams
     backend.allocate(num_blocks, BLOCK_SIZE, run.kv_cache or default_kv_cache(spec, backend.kv_dtypes))
     config = EngineConfig(
-        vocab_size=spec.vocab_size, num_blocks=num_blocks, block_size=BLOCK_SIZE, max_len=max_len, max_sequences=streams
+        vocab_size=spec.vocab_size,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        max_len=max_len,
+        max_sequences=streams,
+        max_step_tokens=backend.usual.max_tokens,
     )
     return Engine(backend, config, speculator=Speculator() if run.speculation == "ngram" else None)
 
@@ -67,6 +88,19 @@ def time_workload(engine: Engine, work: Workload) -> Timing:
         median(timing.prefill for timing in timings),
         median(timing.ttft for timing in timings),
     )
+
+
+def energy_of(engine: Engine, work: Workload, meter: Meter, seconds: float) -> Energy:
+    """A workload repeated for at least `seconds`, its prompts read each time."""
+    num_runs = 0
+    meter.start()
+    start = time.perf_counter()
+    while num_runs == 0 or time.perf_counter() - start < seconds:
+        _run_once(engine, work)
+        num_runs += 1
+    elapsed = time.perf_counter() - start
+    joules = meter.stop()
+    return Energy(joules / (num_runs * work.num_counted), joules / elapsed)
 
 
 def _run_once(engine: Engine, work: Workload) -> Timing:

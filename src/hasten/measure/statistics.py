@@ -12,17 +12,34 @@ from hasten.receipt import Measurement
 
 Float64 = NDArray[np.float64]
 
-_LEAST_RUNS = 8  # with fewer, a t interval is mostly its own uncertainty
+_RUNS = 8  # at least, where there are blocks enough for it: with fewer, an interval is mostly its own uncertainty
+_RUN_BLOCKS = 3  # in a run at least, before there are _RUNS of them: what neighbours share has faded over three
+_FEW_RUNS = 4  # so many where that leaves fewer: the interval is wide, as it should be
 
 
-def spread(values: Sequence[float], unit: str) -> Measurement:
-    """Median of rounds, with the lowest and the highest."""
-    return Measurement(float(median(values)), float(min(values)), float(max(values)), len(values), unit)
+def spread(values: Sequence[float], unit: str, confidence: float = 0.95) -> Measurement:
+    """Median of rounds with the ends of its interval, for which no distribution is assumed (order statistics; Conover,
+    Practical Nonparametric Statistics, 1999, ch. 3): from nine rounds on, a disturbed one is not an end. Too few rounds
+    for the confidence, fewer than six for 95 %: the lowest and the highest.
+    """
+    ordered = sorted(values)
+    outside = 0  # rounds beyond either end
+    while _binomial(len(ordered), outside) <= (1 - confidence) / 2:
+        outside += 1
+    outside = max(0, outside - 1)
+    return Measurement(
+        float(median(ordered)), float(ordered[outside]), float(ordered[-1 - outside]), len(ordered), unit
+    )
 
 
-def ratio_of_rounds(values: Sequence[float], reference: Sequence[float]) -> Measurement:
+def _binomial(count: int, most: int) -> float:
+    """The chance that at most so many of `count` fall below the median."""
+    return float(sum(math.comb(count, index) for index in range(most + 1)) / 2**count)
+
+
+def ratio_of_rounds(values: Sequence[float], reference: Sequence[float], confidence: float = 0.95) -> Measurement:
     """Median of value / reference, each pair from the same round, so that what slows both cancels."""
-    return spread([value / base for value, base in zip(values, reference, strict=True)], "times")
+    return spread([value / base for value, base in zip(values, reference, strict=True)], "times", confidence)
 
 
 def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confidence: float = 0.95) -> Measurement:
@@ -30,15 +47,16 @@ def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confiden
 
     The classical ratio estimator (Cochran, Sampling Techniques, 1977, ch. 6): its error is that of the sum of
     numerator - ratio * denominator, part by part. Neighbouring blocks of a text resemble each other, so the parts that
-    are taken as independent are runs of blocks (batch means; Law & Kelton, Simulation Modeling and Analysis, ch. 9). One
-    block: the ends are infinitely far.
+    are taken as independent are runs of blocks (batch means; Law & Kelton, Simulation Modeling and Analysis, ch. 9):
+    few runs where there are few blocks. One block: the ends are infinitely far.
     """
     count, total = len(numerator), float(denominator.sum())
     estimate = float(numerator.sum()) / total
     if count < 2:
         return Measurement(estimate, -math.inf, math.inf, count, unit)
     residual = numerator - estimate * denominator
-    runs = min(count, max(_LEAST_RUNS, round(math.sqrt(count))))
+    fewest = min(_RUNS, max(_FEW_RUNS, count // _RUN_BLOCKS))
+    runs = min(count, max(fewest, round(math.sqrt(count))))
     sums = np.array([part.sum() for part in np.array_split(residual, runs)])
     error = math.sqrt(runs / (runs - 1) * float(sums @ sums)) / total
     half = t_quantile(0.5 + confidence / 2, runs - 1) * error

@@ -28,18 +28,23 @@ class Window:
 
 
 def make_windows(
-    text: str, encode: Encode, bos: int | None, length: int, most: int | None = None
+    text: str, encode: Encode, bos: int | None, length: int, most: int | None = None, least: int = _MIN_WINDOWS
 ) -> tuple[Window, ...]:
     """Cut `text` into pieces of at most `length` tokens, at white space where there is some, each tokenised on its own.
 
     encode: text -> tokens without special ones. bos: starts each window where the model has one; else a window's first
     token is only given, and its bytes are not counted. most: as many windows at most, evenly spread over the text.
-    HastenError where the text gives fewer than four, RequestError where such a window has no room for two tokens.
+    HastenError where the whole text gives fewer than `least`, RequestError where such a window has no room for two
+    tokens.
     """
     room = length - (bos is not None)
     if length < 2:
         raise RequestError(f"windows are to have {length} tokens, expected at least 2: one is given, one predicted")
-    pieces = _pieces(text, encode, room)
+    pieces = [piece for piece in _pieces(text, encode, room) if len(piece[1]) + (bos is not None) > 1]
+    if len(pieces) < least:
+        raise HastenError(
+            f"the text gives {len(pieces)} windows of {length} tokens, at least {least} are needed: give more"
+        )
     if most is not None and len(pieces) > most:
         pieces = [pieces[index * len(pieces) // most] for index in range(most)]
     windows = []
@@ -48,12 +53,7 @@ def make_windows(
             ids, skipped = [bos, *tokens], 0
         else:
             ids, skipped = list(tokens), _bytes_of_first(piece, tokens, encode)
-        if len(ids) > 1:
-            windows.append(Window(np.array(ids, np.int32), len(piece.encode()) - skipped))
-    if len(windows) < _MIN_WINDOWS:
-        raise HastenError(
-            f"the text gives {len(windows)} windows of {length} tokens, at least {_MIN_WINDOWS} are needed: give more"
-        )
+        windows.append(Window(np.array(ids, np.int32), len(piece.encode()) - skipped))
     return tuple(windows)
 
 

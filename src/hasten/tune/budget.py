@@ -33,13 +33,14 @@ class Budget:
 
 
 class Progress:
-    """Tells a callback progress(done, total, what) of work in seconds: done so far, and in all as far as is
-    known, which is the time allowed at first."""
+    """Tells a callback progress(done, 100, what): done in percent of the time that the work is expected to take. It
+    never goes back, whatever is found out on the way."""
 
     def __init__(self, callback: Callable[[int, int, str], None] | None, budget: Budget) -> None:
         self._callback = callback
         self._budget = budget
         self._end = budget.seconds
+        self._done = 0
 
     def expect(self, seconds: float) -> None:
         """From now on, so many are still to come."""
@@ -49,4 +50,10 @@ class Progress:
         """A piece is done."""
         if self._callback is not None:
             spent = self._budget.spent
-            self._callback(round(spent), round(max(spent, self._end)), what)
+            self._done = max(self._done, min(99, int(100 * spent / max(spent, self._end, 1e-9))))
+            self._callback(self._done, 100, what)
+
+    def finished(self) -> None:
+        """All is done."""
+        if self._callback is not None:
+            self._callback(100, 100, "done")

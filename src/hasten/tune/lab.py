@@ -1,4 +1,4 @@
-"""Measures candidates beside the original: everything in memory, nothing written.
+"""Measures candidates beside the original: weights are made in memory, or read from where they were written.
 
 Knows how to load a recipe's weights, and what to measure; not what to try (candidates.py), what to prefer (choose.py).
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hasten.backends.base import Backend
@@ -23,7 +24,7 @@ from hasten.measure.speed import Timing, Workload, interleave, make_engine, time
 from hasten.measure.statistics import ratio_of_rounds, spread
 from hasten.measure.text import Window
 from hasten.measure.transformers_worker import TransformersWorker
-from hasten.model.checkpoint import Checkpoint
+from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Format
 from hasten.model.settings import default_kv_cache
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
@@ -66,6 +67,7 @@ class Lab:
         self.pace = Pace()
         self._make_backend = make_backend
         self._loaded: dict[Loaded, Backend] = {}
+        self._written: dict[tuple[Step, ...], Checkpoint] = {}
         self.found: dict[str, Format] = {name: fmt for name, _, fmt in checkpoint.matrices()}
         self.original = self.load({ORIGINAL: Recipe()})[ORIGINAL]
 
@@ -76,6 +78,10 @@ class Lab:
     def kv_cache(self, recipe: Recipe) -> str:
         """How keys and values are stored under a recipe."""
         return recipe.run.kv_cache or default_kv_cache(self.spec)
+
+    def explicit(self, recipe: Recipe) -> Recipe:
+        """The recipe with the KV cache that it is measured with spelt out; threads stay the machine's to choose."""
+        return replace(recipe, run=replace(recipe.run, kv_cache=self.kv_cache(recipe)))
 
     def weight_bytes(self, recipe: Recipe) -> int:
         """Bytes of all matrices under a recipe."""
@@ -139,9 +145,11 @@ class Lab:
         rounds: int,
         known: Mapping[str, Quality] | None = None,
         base: str = ORIGINAL,
+        confidence: float = 0.95,
     ) -> dict[str, Candidate]:
         """The original and each recipe, no verdicts: quality on `windows` where it is not `known`, speed in interleaved
-        rounds. Ratios are to the original; to another `base` as well, under "gain 1" and so on."""
+        rounds. Ratios, with intervals of this confidence, are to the original; to another `base` as well, under
+        "gain 1" and so on."""
         every = {ORIGINAL: Recipe(), **recipes}
         quality = dict(known or {})
         unknown = {name: recipe for name, recipe in every.items() if name not in quality}
@@ -151,7 +159,8 @@ class Lab:
         timings = self.time(every, workloads, rounds)
         gains = None if base == ORIGINAL else (base, every[base])
         return {
-            name: self._candidate(name, recipe, timings, gains, search=quality[name]) for name, recipe in every.items()
+            name: self._candidate(name, recipe, timings, gains, confidence, search=quality[name])
+            for name, recipe in every.items()
         }
 
     def time(self, recipes: Mapping[str, Recipe], workloads: Mapping[str, Workload], rounds: int) -> Timings:
@@ -204,9 +213,11 @@ class Lab:
                 self.tick(f"{name}: loaded")
         return {name: self._loaded[key] for name, key in keys.items()}
 
-    def is_loaded(self, recipe: Recipe) -> bool:
-        """Whether the recipe's weights are in memory."""
-        return self._key(recipe) in self._loaded
+    def read_from(self, recipe: Recipe, folder: Path) -> None:
+        """From now on the recipe's weights are those of a folder that they were written to. One folder at a time."""
+        self._written = {recipe.steps: open_checkpoint(folder)}
+        for key in [key for key in self._loaded if key[0] == recipe.steps and recipe.steps]:
+            del self._loaded[key]
 
     def engine(self, backend: Backend, recipe: Recipe, workloads: Mapping[str, Workload]) -> Engine:
         """An engine with room for the workloads, on a backend that is loaded."""
@@ -216,6 +227,9 @@ class Lab:
 
     def _load(self, recipe: Recipe) -> Backend:
         backend = self._make_backend(recipe.run.threads or self.threads)
+        if (written := self._written.get(recipe.steps)) is not None:
+            backend.load(written.spec, written.weights())
+            return backend
         plan = resolve(recipe, self.spec)
         with ThreadPoolExecutor(self.threads) as pool:
             backend.load(self.spec, carry_out(plan, self.checkpoint.weights(), pool))
@@ -233,14 +247,20 @@ class Lab:
         return self.weight_bytes(Recipe(key[0]))
 
     def _candidate(
-        self, name: str, recipe: Recipe, timings: Timings, base: tuple[str, Recipe] | None = None, **more: Any
+        self,
+        name: str,
+        recipe: Recipe,
+        timings: Timings,
+        base: tuple[str, Recipe] | None = None,
+        confidence: float = 0.95,
+        **more: Any,
     ) -> Candidate:
         """Figures of one model out of interleaved timings, which hold the original's."""
         memory = self.memory(recipe)
         decode: dict[str, Measurement] = {}
-        ratio = self._ratios("", name, memory, timings, (ORIGINAL, Recipe()))
+        ratio = self._ratios("", name, memory, timings, (ORIGINAL, Recipe()), confidence)
         if base is not None:
-            ratio |= self._ratios("gain ", name, memory, timings, base)
+            ratio |= self._ratios("gain ", name, memory, timings, base, confidence)
         for model, key in timings:
             if model == name:
                 decode[key] = spread(_rates(timings, name, key), "tokens/s")
@@ -262,11 +282,17 @@ class Lab:
         )
 
     def _ratios(
-        self, prefix: str, name: str, memory: Mapping[str, int], timings: Timings, base: tuple[str, Recipe]
+        self,
+        prefix: str,
+        name: str,
+        memory: Mapping[str, int],
+        timings: Timings,
+        base: tuple[str, Recipe],
+        confidence: float,
     ) -> dict[str, Measurement]:
         """Speed over the base's in the same round, and the base's memory over this one's."""
         found = {
-            prefix + key: ratio_of_rounds(_rates(timings, name, key), _rates(timings, base[0], key))
+            prefix + key: ratio_of_rounds(_rates(timings, name, key), _rates(timings, base[0], key), confidence)
             for model, key in timings
             if model == name
         }

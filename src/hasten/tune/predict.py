@@ -8,19 +8,19 @@ for models small enough to stay in the processor's caches.
 from collections.abc import Mapping
 
 from hasten.compress.plan import Plan, matrix_shapes
-from hasten.hardware import Hardware
+from hasten.hardware import Limits
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.receipt import Prediction
 
-KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}  # of one number; int8's scales are a few percent more
+KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0}  # of one number; int8's scales are a few percent more
 PREFILL = 512
 
 
 def predict(
     spec: ModelSpec,
     formats: Mapping[str, Format],
-    hardware: Hardware,
+    limits: Limits,
     kv_cache: str = "bf16",
     context: int = 256,
     streams: tuple[int, ...] = (1, 8),
@@ -36,22 +36,13 @@ def predict(
 
     def seconds(num_tokens: int, num_rows: int, num_bytes: float) -> float:
         operations = sum(
-            2 * shape[0] * shape[1] * (num_rows if name == head else num_tokens) / peak(hardware, formats[name])
+            2 * shape[0] * shape[1] * (num_rows if name == head else num_tokens) / limits.peak(formats[name].kind)
             for name, shape in read.items()
         )
-        return max(num_bytes / hardware.bandwidth, operations)
+        return max(num_bytes / limits.bandwidth, operations)
 
     decode = {str(n): n / seconds(n, n, token_bytes + n * kv_read) for n in streams}
     return Prediction(decode, PREFILL / seconds(PREFILL, 1, token_bytes), weight_bytes, int(token_bytes + kv_read))
-
-
-def peak(hardware: Hardware, fmt: Format) -> float:
-    """Operations/s of products with this format: integer formats multiply int8, bf16 itself, the rest fp32."""
-    if fmt.kind in ("int8", "int4"):
-        return hardware.peak_ops["int8"]
-    # Where the processor multiplies bf16 pairs, it does twice as many of them as of fp32.
-    halved = fmt.kind != "bf16" and "bf16" in hardware.isa
-    return hardware.peak_ops["bf16"] / (2 if halved else 1)
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> float:

@@ -25,10 +25,10 @@ def report(receipt: Receipt) -> RenderableType:
 
 
 def row(candidate: Candidate) -> tuple[str, ...]:
-    """One line of the table; in brackets, times the original in the same rounds."""
+    """One line of the table; in brackets, times the original in the same rounds; the chosen one with its interval."""
     speeds: list[str] = []
     for size in ("1", "8"):
-        speeds.append(speed(candidate.decode.get(size), candidate.ratio.get(size)))
+        speeds.append(speed(candidate.decode.get(size), candidate.ratio.get(size), candidate.verdict == "chosen"))
         speeds.append("" if candidate.predicted is None else f"{candidate.predicted.decode[size]:,.0f}")
     prefill = speed(candidate.prefill, candidate.ratio.get("prefill"))
     quality = candidate.final or candidate.search
@@ -39,12 +39,13 @@ def row(candidate: Candidate) -> tuple[str, ...]:
     return candidate.name, *speeds, prefill, weights, loss, candidate.verdict
 
 
-def speed(value: Measurement | None, ratio: Measurement | None) -> str:
-    """Tokens/s and how many times the original's that is."""
+def speed(value: Measurement | None, ratio: Measurement | None, interval: bool = False) -> str:
+    """Tokens/s and how many times the original's that is, with the interval's ends."""
     if value is None or ratio is None:
         return ""
     times = f"{ratio.median:.2f}" if ratio.median >= 0.1 else f"{ratio.median:.2g}"
-    return f"{value.median:,.0f} ({times}x)"
+    ends = f", {ratio.low:.2f}-{ratio.high:.2f}" if interval else ""
+    return f"{value.median:,.0f} ({times}x{ends})"
 
 
 def lines(receipt: Receipt) -> list[str]:
@@ -81,7 +82,8 @@ def how(receipt: Receipt) -> str:
     passages = settings["passages"]
     took = f", in {settings['seconds'] / 60:.1f} of {settings['minutes']:g} minutes" if "seconds" in settings else ""
     return (
-        f"Measured here{took}: speed in {settings['rounds']} rounds in turn (in brackets: times the original). "
+        f"Measured here{took}: speed in {settings['rounds']} rounds in turn (in brackets: times the original), "
+        f"what was chosen again in {settings['proof']['rounds']} as it was written. "
         "Predicted is the limit that memory and arithmetic set; a model that fits in the processor's cache exceeds it. "
         f"Loss is of bits per byte on {passages['search']} passages; the choice was proven on {passages['proof']} "
         f"others ({settings['text']})."

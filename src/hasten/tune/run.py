@@ -25,7 +25,10 @@ from hasten.tune import choose
 from hasten.tune.budget import Budget, Progress
 from hasten.tune.finish import finish
 from hasten.tune.lab import ORIGINAL, TRANSFORMERS, Lab
+from hasten.tune.proof import ROUNDS as PROOF_ROUNDS
+from hasten.tune.proof import Proof
 from hasten.tune.search import Search
+from hasten.tune.staged import Staged
 from hasten.tune.state import State
 from hasten.tune.texts import HeldOut, held_out, workload_sizes, workloads
 
@@ -56,8 +59,9 @@ def tune(
     byte on held-out text may rise, relative, at the upper end of a 95 % interval. goal: speed of one stream, of eight,
     or bytes. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is fitted to; a
     model so slow that they do not suffice for the least that says something takes longer. rounds: of interleaved
-    timing, at most. transformers: measure the original through Transformers too, where it is installed. make_backend:
-    for tests. progress(done, total, what) is told of each piece of work, in seconds as expected.
+    timing in the search, at most; the proof has its own. transformers: measure the original through Transformers too,
+    where it is installed. make_backend: for tests. progress(done, 100, what) is told of each piece of work, in percent
+    of the time expected.
 
     An interrupted run leaves `OUT.tune.json`, from which the same call goes on. Raises HastenError's kinds.
     """
@@ -65,30 +69,44 @@ def tune(
     _check(max_loss, goal, minutes, rounds)
     out = Path(out) if out is not None else default_out(model)
     check_out(out)
-    given = None if data is None else read_text(data)
+    given = None if data is None else (Path(data).name, read_text(data))
     checkpoint = open_checkpoint(resolve_name(str(model)))
-    threads = threads or usable_threads()
-    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads}
-    hardware, inputs = probe(threads=threads), hashes(checkpoint)
+    settings: dict[str, Any] = {
+        "max_loss": max_loss,
+        "goal": goal,
+        "rounds": rounds,
+        "threads": threads or usable_threads(),
+    }
+    inputs = hashes(checkpoint)
+    hardware = probe(threads=settings["threads"])
     state = State(out.with_name(out.name + ".tune.json"), _key(inputs, settings, hardware, given))
     budget = Budget(60 * minutes, state.seconds_before + time.monotonic() - begin)
     counter = Progress(progress, budget)
-    lab = Lab(checkpoint, hardware, threads, make_backend or _cpu_backend, counter.tick)
+    if state.ignored:
+        counter.tick(state.ignored)
+    lab = Lab(checkpoint, hardware, settings["threads"], make_backend or _cpu_backend, counter.tick)
     tokenizer = Tokenizer(checkpoint.path)
-    text = _text(lab, state, tokenizer, budget, given, "" if data is None else Path(data).name)
+    text = _text(lab, state, tokenizer, budget, given)
     search = _search(lab, state, budget, counter, text, settings)
-    receipt = _measure(str(model), search, text, inputs, {**settings, "minutes": minutes}, transformers)
-    receipt = finish(out, search, receipt, tokenizer, text)
+    with Staged(out, lab) as staged:
+        receipt = _measure(str(model), search, text, staged, inputs, {**settings, "minutes": minutes}, transformers)
+        receipt = finish(staged, search, receipt, tokenizer, text)
     state.remove()
     return receipt
 
 
 def _measure(
-    model: str, search: Search, text: HeldOut, inputs: Mapping[str, str], settings: dict[str, Any], transformers: bool
+    model: str,
+    search: Search,
+    text: HeldOut,
+    staged: Staged,
+    inputs: Mapping[str, str],
+    settings: dict[str, Any],
+    transformers: bool,
 ) -> Receipt:
     """The whole search, and its receipt but for what comes with the folder."""
     reference, notes = _through_transformers(search) if transformers else (None, ())
-    candidates, chosen = search.run(text.final)
+    candidates, chosen = search.run(Proof(search, text.final, staged))
     lab, goal = search.lab, search.goal
     return Receipt(
         what="tune",
@@ -98,25 +116,25 @@ def _measure(
         hardware=plain(lab.hardware),
         conditions=conditions(),
         inputs={**inputs, "text": text.sha256},
-        recipe=_explicit(lab, chosen.recipe if chosen else Recipe()),
+        recipe=lab.explicit(chosen.recipe if chosen else Recipe()),
         settings={**settings, **_measured_on(search, text)},
         original=search.original(),
         reference=reference,
         candidates=tuple(candidates),
         choice=chosen.name if chosen else ORIGINAL,
-        reason=_reason(chosen, goal, search.max_loss),
+        reason=chosen.reason if chosen else _kept(goal, search.max_loss),
         by_batch=choose.by_batch(chosen, ORIGINAL),
         quality=chosen.final if chosen else None,
         sensitivity=search.sensitivity(),
-        notes=(*notes, *search.notes, *_notes(lab, chosen, goal)),
+        notes=(*notes, *search.notes, *_notes(lab, chosen)),
     )
 
 
 def _key(
-    inputs: Mapping[str, str], settings: Mapping[str, Any], hardware: Hardware, text: str | None
+    inputs: Mapping[str, str], settings: Mapping[str, Any], hardware: Hardware, given: tuple[str, str] | None
 ) -> dict[str, object]:
     """What numbers must have in common to be compared: an interrupted run of anything else is not gone on with."""
-    digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+    digest = None if given is None else hashlib.sha256(given[1].encode()).hexdigest()
     return {
         "inputs": inputs,
         "settings": settings,
@@ -127,10 +145,10 @@ def _key(
     }
 
 
-def _text(lab: Lab, state: State, tokenizer: Tokenizer, budget: Budget, given: str | None, name: str) -> HeldOut:
-    """The held-out text, the same one when a run goes on."""
+def _text(lab: Lab, state: State, tokenizer: Tokenizer, budget: Budget, given: tuple[str, str] | None) -> HeldOut:
+    """The held-out text, the same windows when a run goes on. given: name and content."""
     if state.get("plan", "text") is None:
-        state.put("plan", "text", held_out(lab, tokenizer, budget.seconds, given, name).to_dict())
+        state.put("plan", "text", held_out(lab, tokenizer, budget.seconds, *(given or ())).to_dict())
     return HeldOut.from_dict(state.get("plan", "text"))
 
 
@@ -156,6 +174,7 @@ def _search(
         goal=settings["goal"],
         max_loss=settings["max_loss"],
         rounds=state.get("plan", "rounds"),
+        notes=[state.ignored] if state.ignored else [],
     )
 
 
@@ -189,37 +208,27 @@ def _measured_on(search: Search, text: HeldOut) -> dict[str, Any]:
         "passages": {"search": len(text.search), "proof": len(text.final)},
         "passage_tokens": max(len(window.tokens) for window in text.search),
         "rounds": search.rounds,
+        "proof": {
+            "rounds": PROOF_ROUNDS,
+            "tried_on_text": len(search.state.section("final")),
+            "timed_again": len(search.state.section("timed again")),
+        },
         "timed_tokens": {key: len(work.prompts) * work.num_tokens for key, work in search.workloads.items()},
         "prefill_tokens": sizes["prompt"],
     }
 
 
-def _explicit(lab: Lab, recipe: Recipe) -> Recipe:
-    """The recipe with the KV cache that it was measured with spelt out; threads stay the machine's to choose."""
-    return replace(recipe, run=replace(recipe.run, kv_cache=lab.kv_cache(recipe)))
-
-
-def _reason(chosen: Candidate | None, goal: Goal, max_loss: float) -> str:
-    if chosen is None:
-        return f"nothing measured beats the original for {goal} with at most {max_loss:.2%} loss: it is kept as it is"
-    assert chosen.final is not None
-    assert chosen.final.loss is not None
-    loss = chosen.final.loss
+def _kept(goal: Goal, max_loss: float) -> str:
     return (
-        f"{choose.words(chosen, goal)}; loss {loss.median:+.2%} (up to {loss.high:+.2%}, {max_loss:.2%} allowed) "
-        "on text kept for the proof"
+        f"nothing measured surely beats the original for {goal} with at most {max_loss:.2%} loss: it is kept as it is"
     )
 
 
-def _notes(lab: Lab, chosen: Candidate | None, goal: Goal) -> tuple[str, ...]:
+def _notes(lab: Lab, chosen: Candidate | None) -> tuple[str, ...]:
     plan = resolve(chosen.recipe if chosen else Recipe(), lab.spec)
     notes = [*plan.notes, *requantised(plan, lab.found)]
-    if chosen is not None:
-        at = [f"decoding {size} streams ({chosen.ratio[size].median:.2f}x)" for size in choose.slower_at(chosen)]
-        if chosen.ratio["prefill"].median < 1:
-            at.append(f"reading a prompt ({chosen.ratio['prefill'].median:.2f}x)")
-        if at:
-            notes.append(f"the original is faster at {' and '.join(at)}: use it where that matters most")
+    if chosen is not None and (slower := choose.slower_at(chosen)):
+        notes.append(f"{chosen.name} reaches {choose.in_words(chosen, slower)}: use the original where that matters")
     return tuple(notes)
 
 

@@ -1,8 +1,8 @@
-"""The search: measure uniform formats, then formats layer by layer where a limit is missed, then ways of running; prove
-the best on text that the search has not seen.
+"""The search: measure uniform formats, then formats layer by layer where a limit is missed; prove the best; then try
+ways of running what was proven.
 
 Every finished part is kept in a State, and taken from there when a run goes on. Decisions are choose.py's; layers.py is
-the search layer by layer.
+the search layer by layer, proof.py the proof.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,8 @@ from hasten.tune import candidates as made
 from hasten.tune import choose, layers
 from hasten.tune.budget import Budget, Progress
 from hasten.tune.lab import ORIGINAL, Lab
+from hasten.tune.proof import ROUNDS as PROOF_ROUNDS
+from hasten.tune.proof import Proof
 from hasten.tune.state import State
 
 UNTRIED = "not tried"
@@ -43,16 +45,18 @@ class Search:
     rounds: int
     notes: list[str] = field(default_factory=list)
 
-    def run(self, final: Sequence[Window]) -> tuple[list[Candidate], Candidate | None]:
+    def run(self, proof: Proof) -> tuple[list[Candidate], Candidate | None]:
         """The whole search: every candidate with its verdict, and the chosen one, None where the original stays."""
         tried = self.uniform()
         tried += self.by_layer(tried)
-        ranked = choose.rank(tried, self.goal)
-        ways = self.ways_to_run(ranked[0] if ranked else self.original())
-        order = choose.rank(ways, self.goal) + ranked
-        proven = {candidate.name: candidate for candidate in self.prove(order, final)}
-        every = [proven.get(candidate.name, candidate) for candidate in (*tried, *ways)]
-        return every, next((candidate for candidate in every if candidate.verdict == "chosen"), None)
+        tried = _updated(tried, proof.walk(choose.rank(tried, self.goal)))
+        weights = _chosen(tried)
+        ways = self.ways_to_run(weights or self.original())
+        ways = _updated(ways, proof.walk(choose.rank(ways, self.goal), weights or self.original()))
+        way = _chosen(ways)
+        if way is not None and weights is not None:
+            tried = _updated(tried, [replace(weights, verdict="accepted")])
+        return [*tried, *ways], way or weights
 
     def original(self) -> Candidate:
         """The original as it was measured beside the first candidates."""
@@ -102,26 +106,13 @@ class Search:
         kv_cache = self.lab.kv_cache(base.recipe)
         known = {name: base.search for name, way in ways.items() if self.lab.kv_cache(way) == kv_cache}
         plain = f"{base.name} sampled"
-        self.progress.expect(self.cost_of_rest())
-        if self._known(ways).keys() != ways.keys() and self.budget.left < self.cost_of_rest():
+        rest = self.cost_of_ways() + self.cost_of_proof() + self.cost_of_end()
+        self.progress.expect(rest)
+        if self._known(ways).keys() != ways.keys() and self.budget.left < rest:
             return [self._untried(name, way, "no time was left for it") for name, way in ways.items()]
         known |= {ORIGINAL: self._quality_of_original(), plain: base.search}
         found = self.measured(ways, self.sampled, known, (plain, base.recipe))
         return [self._worthwhile(way, base.name) for way in found.values()]
-
-    def prove(self, ranked: Sequence[Candidate], final: Sequence[Window]) -> list[Candidate]:
-        """Walk down the ranking until one keeps the limit on text the search has not seen. All that were tried, the
-        last of them chosen if it did."""
-        tried: list[Candidate] = []
-        for candidate in ranked:
-            self.progress.expect(self.cost_of_proof() + self.cost_of_end())
-            found = self.quality("final", candidate.name, candidate.recipe, final)
-            if choose.within(found, self.max_loss):
-                return [*tried, replace(candidate, verdict="chosen", final=found)]
-            assert found.loss is not None
-            reason = f"loss up to {found.loss.high:+.2%} on the text kept for the proof, {self.max_loss:.2%} allowed"
-            tried.append(replace(candidate, verdict="rejected", reason=reason, final=found))
-        return tried
 
     def measured(
         self,
@@ -145,11 +136,13 @@ class Search:
                 self.state.put("candidates", name, choose.judge(found[name], self.goal, self.max_loss))
         return self._known(recipes)
 
-    def quality(self, section: str, name: str, recipe: Recipe, windows: Sequence[Window]) -> Quality:
+    def quality(
+        self, section: str, name: str, recipe: Recipe, windows: Sequence[Window], confidence: float = 0.95
+    ) -> Quality:
         """Quality of one recipe against the original."""
         if self.state.get(section, name) is None:
             scores = self.lab.quality({name: recipe}, windows)
-            self.state.put(section, name, summarize(scores[name], scores[ORIGINAL]))
+            self.state.put(section, name, summarize(scores[name], scores[ORIGINAL], confidence))
         return build(Quality, self.state.get(section, name))
 
     def sensitivity(self) -> dict[str, Measurement]:
@@ -170,16 +163,20 @@ class Search:
         return max(costs[0], min(sum(costs), self.budget.left - self.cost_of_rest())) if costs else 0.0
 
     def cost_of_rest(self) -> float:
-        """Seconds of what follows the uniform formats: ways of running, proof, writing."""
-        ways = 4 * (self.rounds + 1) * self.lab.pace.timing
-        return ways + 2 * self.cost_of_proof() + self.cost_of_end()
+        """Seconds of what follows the uniform formats: proof, ways of running, the end."""
+        return self.cost_of_ways() + self.cost_of_proof() + self.cost_of_end()
+
+    def cost_of_ways(self) -> float:
+        return 4 * (self.rounds + 1) * self.lab.pace.timing
 
     def cost_of_proof(self) -> float:
-        return 2 * len(self.windows) * self.lab.pace.window
+        """Seconds of writing one candidate and reading it back, of its quality, of timing it beside the original."""
+        pace = self.lab.pace
+        return 2 * pace.load + 2 * len(self.windows) * pace.window + 2 * (PROOF_ROUNDS + 1) * pace.timing
 
     def cost_of_end(self) -> float:
-        """Seconds of the samples, of writing the folder, and of two fresh processes."""
-        return 4 * self.lab.pace.load + 2 * self.lab.pace.timing + 2
+        """Seconds of energy and of two fresh processes."""
+        return 2 * self.lab.pace.load + 2 * self.lab.pace.timing + 2
 
     def _known(self, recipes: Mapping[str, Recipe]) -> dict[str, Candidate]:
         found = {name: self.state.get("candidates", name) for name in recipes}
@@ -232,6 +229,15 @@ class Search:
         goal; else the original's."""
         room = [candidate for candidate in choose.rank(tried, self.goal) if _upper_loss(candidate) <= self.max_loss / 2]
         return room[0].recipe if room else Recipe()
+
+
+def _updated(every: Sequence[Candidate], changed: Sequence[Candidate]) -> list[Candidate]:
+    found = {candidate.name: candidate for candidate in changed}
+    return [found.get(candidate.name, candidate) for candidate in every]
+
+
+def _chosen(candidates: Sequence[Candidate]) -> Candidate | None:
+    return next((candidate for candidate in candidates if candidate.verdict == "chosen"), None)
 
 
 def _upper_loss(candidate: Candidate) -> float:

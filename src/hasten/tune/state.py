@@ -11,7 +11,8 @@ from hasten.receipt import plain, write_text
 
 
 class State:
-    """Finished parts by section and name, saved whole after each. A file of other inputs or machine is not used.
+    """Finished parts by section and name, saved whole after each. A file of other inputs or machine is not used, which
+    `ignored` says.
 
     Values are plain data or receipt dataclasses; what comes back is plain data. seconds_before: that were spent on what
     was found.
@@ -21,6 +22,7 @@ class State:
         self.path = path
         self._key = hashlib.sha256(json.dumps(plain(inputs), sort_keys=True).encode()).hexdigest()
         self._start = time.monotonic()
+        self.ignored = ""
         self.seconds_before, self._parts = self._read()
 
     def get(self, section: str, name: str) -> Any:
@@ -53,8 +55,13 @@ class State:
     def _read(self) -> tuple[float, dict[str, dict[str, Any]]]:
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        except FileNotFoundError:
             return 0.0, {}
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+            data = None
         if not isinstance(data, dict) or data.get("key") != self._key or not isinstance(data.get("parts"), dict):
+            self.ignored = (
+                f"{self.path.name} was not gone on with: it is of another model, text, machine, version or setting"
+            )
             return 0.0, {}
         return float(data.get("seconds", 0.0)), data["parts"]

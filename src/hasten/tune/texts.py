@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hasten.engine.request import RequestOutput, SamplingParams
+from hasten.errors import HastenError
 from hasten.measure.quality import summarize
 from hasten.measure.speed import Workload, make_engine, prompts_from
 from hasten.measure.text import BUNDLED, Window, first_token, make_windows, read_text, split
@@ -62,13 +63,17 @@ class HeldOut:
         return HeldOut(search, final, data["source"], data["sha256"])
 
 
-def held_out(lab: Lab, tokenizer: Tokenizer, seconds: float, given: str | None = None, name: str = "") -> HeldOut:
+def held_out(lab: Lab, tokenizer: Tokenizer, seconds: float, name: str = "", given: str | None = None) -> HeldOut:
     """The text for a model, as much of it as it reads in its share of `seconds`: the one `given`, called `name`, or one
     that suits it. HastenError where the text is too short."""
     length = min(WINDOW, lab.spec.max_position)
 
     def windows_of(text: str, most: int) -> tuple[Window, ...]:
-        return make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, most)
+        least = 2 * _WINDOWS[0]  # half to search on, half to prove on
+        try:
+            return make_windows(text, tokenizer.encode_plain, first_token(tokenizer), length, most, least)
+        except HastenError as error:
+            raise type(error)(f"{name}: {error}" if name else str(error)) from None
 
     text = read_text(BUNDLED) if given is None else given
     bits = bits_per_byte(lab, windows_of(text, _LOOK))
