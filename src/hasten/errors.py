@@ -4,8 +4,7 @@
     ├── ModelError      a checkpoint, configuration or tokenizer is missing, damaged or unsupported
     ├── RecipeError     a recipe or a step of one is not valid, or matched nothing
     ├── RequestError    a prompt or a sampling parameter cannot be served
-    ├── ResourceError   memory, disk space, permission or a device is not there
-    └── MissingExtra    an optional dependency is not installed
+    └── ResourceError   memory, disk space, permission, a device or an optional package is not there
 
 The command line prints the message and exits 2; anything else that reaches a user is our bug.
 """
@@ -28,8 +27,4 @@ class RequestError(HastenError):
 
 
 class ResourceError(HastenError):
-    """Memory, disk space, permission or a device is not there."""
-
-
-class MissingExtra(HastenError):  # noqa: N818 - it is named after what is missing
-    """An optional dependency is not installed."""
+    """Memory, disk space, permission, a device or an optional package is not there."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hasten.errors import ResourceError
 
@@ -19,7 +19,21 @@ _CPU = Path("/sys/devices/system/cpu")
 _POWERCAP = Path("/sys/class/powercap")
 _CGROUP = Path("/sys/fs/cgroup")
 # Packages whose version changes a number in a receipt.
-_PACKAGES = ("hasten", "numpy", "safetensors", "tokenizers", "torch", "transformers", "compressed-tensors")
+_PACKAGES = ("hasten", "numpy", "safetensors", "tokenizers", "torch", "triton", "transformers", "compressed-tensors")
+
+
+class Limits(Protocol):
+    """What bounds a model's speed on some device, as measured there. memory_available: bytes."""
+
+    @property
+    def memory_available(self) -> int: ...
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s."""
+
+    def peak(self, kind: str) -> float:
+        """Operations/s of products with weights of this kind of format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +70,40 @@ class Hardware:
         """The best read bandwidth measured, bytes/s."""
         return max(self.read_bandwidth.values())
 
+    def peak(self, kind: str) -> float:
+        """Operations/s of products with weights of this kind: integers multiply int8, bf16 itself, the rest fp32."""
+        if kind in ("int8", "int4"):
+            return self.peak_ops["int8"]
+        # Where the processor multiplies bf16 pairs, it does twice as many of them as of fp32.
+        halved = kind != "bf16" and "bf16" in self.isa
+        return self.peak_ops["bf16"] / (2 if halved else 1)
+
     @property
     def key(self) -> str:
         """What makes numbers comparable: the processor, its instructions, its cores. Not what changes by the minute."""
         return f"{self.cpu} {self.isa} {self.cores} {self.cpu_quota}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """An NVIDIA GPU. Sizes in bytes.
+
+    bandwidth: bytes/s of a large copy on the device, read and written. peak_ops: operations/s of large products by
+    kind ("bf16", "fp32").
+    """
+
+    name: str
+    capability: str
+    processors: int
+    cuda: str | None
+    memory_total: int
+    memory_available: int
+    bandwidth: float
+    peak_ops: dict[str, float]
+
+    def peak(self, kind: str) -> float:
+        """Operations/s of products with weights of this kind: fp32 itself, the rest in 16 bits, integers widened."""
+        return self.peak_ops["fp32" if kind == "fp32" else "bf16"]
 
 
 def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:

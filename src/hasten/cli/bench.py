@@ -8,14 +8,16 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.terminal import bytes_in_words, note, write_facts, write_json, write_table
-from hasten.errors import RequestError
+from hasten.errors import RequestError, ResourceError
 
 if TYPE_CHECKING:
+    from hasten.engine.engine import Engine
     from hasten.engine.llm import LLM
-    from hasten.hardware import Hardware
-    from hasten.measure.speed import Timing, Workload
+    from hasten.hardware import Limits
+    from hasten.measure.speed import Energy, Timing, Workload
 
 START = 16  # tokens of prompt before decoding
+_ENERGY_SECONDS = 2.0  # a workload at least: a GPU's counter moves some ten times a second
 
 
 def bench(
@@ -28,53 +30,103 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each; the median is shown.")] = 3,
     json: options.JsonOption = False,
+    device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     kv_cache: options.KvCacheOption = None,
 ) -> None:
     """Measure speed here.
 
     Reading a prompt, and writing with several streams at once, through the real engine, in interleaved rounds. `of
-    bandwidth` is what decoding reads a second over the read bandwidth measured just before. Peak memory is that of a
-    fresh process which reads the prompt.
+    bandwidth` is what decoding reads a second over the bandwidth measured just before: of reading on a CPU, of a large
+    copy on a GPU. Memory is on a CPU the peak of a fresh process which reads the prompt, on a GPU what is taken at the
+    end. On a GPU, energy is the whole board's (NVML).
     """
+    from hasten.backends import choose_device
     from hasten.engine.llm import LLM
-    from hasten.hardware import probe
-    from hasten.measure.memory import peak_memory
 
-    batches = batch or [1, 8, 32]
+    chosen = choose_device(device)
     start = time.perf_counter()
-    llm = LLM(model, device="cpu", threads=threads, kv_cache=kv_cache)
+    llm = LLM(model, device=device, threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
-    used: int = llm.backend.threads  # type: ignore[attr-defined]
-    works = workloads(llm, prefill, decode, batches)
-    hardware = probe(threads=used)
-    note(f"{len(works)} measurements, {rounds} rounds ...")
-    report = summarize(llm, works, time_all(llm, works, rounds), hardware)
-    report["conditions"] = {
-        "model": str(llm.path),
-        "isa": hardware.isa,
-        "cpu": hardware.cpu,
-        "threads": used,
-        "kv_cache": llm.kv_cache,
-        "rounds": rounds,
-        "read_bandwidth": hardware.bandwidth,
-    }
+    works = workloads(llm, prefill, decode, batch or [1, 8, 32])
+    report = measure(llm, chosen, works, rounds)
     report["load_seconds"] = load_seconds
-    report["peak_memory"] = peak_memory(llm.path, list(works[f"prefill {prefill}"].prompts[0]), used, llm.kv_cache)
+    report |= memory_of(llm, chosen, list(works[f"prefill {prefill}"].prompts[0]))
     if json:
         write_json(report)
     else:
         _write_report(report)
 
 
-def time_all(llm: "LLM", works: dict[str, "Workload"], rounds: int) -> dict[str, list["Timing"]]:
-    """Every workload on the loaded model, in interleaved rounds."""
-    from hasten.measure.speed import interleave, make_engine, time_workload
+def measure(llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int) -> dict[str, Any]:
+    """Speed, and on a GPU energy, of every workload, with the conditions, as plain data."""
+    engine = engine_for(llm, works)
+    limits, machine = probe_device(llm, device)
+    note(f"{len(works)} measurements, {rounds} rounds ...")
+    energy, notes = measure_energy(engine, works) if device == "cuda" else ({}, [])
+    conditions = {
+        "model": str(llm.path),
+        "device": device,
+        **machine,
+        "kv_cache": llm.kv_cache,
+        "rounds": rounds,
+        "read_bandwidth": limits.bandwidth,
+    }
+    results = summarize(llm, works, time_all(engine, works, rounds), energy, limits)
+    return {"results": results, "conditions": conditions, "notes": notes}
+
+
+def engine_for(llm: "LLM", works: dict[str, "Workload"]) -> "Engine":
+    """An engine over the loaded model with room for the largest workload; its KV cache takes the place of LLM's."""
+    from hasten.measure.speed import make_engine
     from hasten.recipe import Run
 
     streams = max(len(work.prompts) for work in works.values())
     longest = max(len(work.prompts[0]) + work.num_tokens for work in works.values())
-    engine = make_engine(llm.spec, llm.backend, Run(kv_cache=llm.kv_cache), streams, longest)
+    return make_engine(llm.spec, llm.backend, Run(kv_cache=llm.kv_cache), streams, longest)
+
+
+def probe_device(llm: "LLM", device: str) -> tuple["Limits", dict[str, Any]]:
+    """What the device can do, measured now, and what it is."""
+    if device == "cuda":
+        from hasten.backends.cuda.probe import probe_gpu
+
+        gpu = probe_gpu()
+        return gpu, {"gpu": gpu.name, "capability": gpu.capability, "cuda": gpu.cuda}
+    from hasten.hardware import probe
+
+    threads: int = llm.backend.threads  # type: ignore[attr-defined]
+    hardware = probe(threads=threads)
+    return hardware, {"isa": hardware.isa, "cpu": hardware.cpu, "threads": threads}
+
+
+def memory_of(llm: "LLM", device: str, prompt: list[int]) -> dict[str, Any]:
+    """Bytes: on a CPU the peak of a fresh process, on a GPU what is taken of it now, by others too."""
+    if device == "cuda":
+        found = llm.backend.memory(llm.backend.usual)
+        return {"device_memory": {"taken": found.total - found.free, "total": found.total}}
+    from hasten.measure.memory import peak_memory
+
+    threads: int = llm.backend.threads  # type: ignore[attr-defined]
+    return {"peak_memory": peak_memory(llm.path, prompt, threads, llm.kv_cache)}
+
+
+def measure_energy(engine: "Engine", works: dict[str, "Workload"]) -> tuple[dict[str, "Energy"], list[str]]:
+    """What each workload takes of the GPU's energy; where that cannot be read, nothing, and a note with the reason."""
+    from hasten.measure.energy import open_meter
+    from hasten.measure.speed import energy_of
+
+    try:
+        meter = open_meter("cuda")
+    except ResourceError as error:
+        return {}, [f"no energy: {error}"]
+    return {name: energy_of(engine, work, meter, _ENERGY_SECONDS) for name, work in works.items()}, []
+
+
+def time_all(engine: "Engine", works: dict[str, "Workload"], rounds: int) -> dict[str, list["Timing"]]:
+    """Every workload on the loaded model, in interleaved rounds."""
+    from hasten.measure.speed import interleave, time_workload
+
     return interleave({name: partial(time_workload, engine, work) for name, work in works.items()}, rounds)
 
 
@@ -100,9 +152,13 @@ def workloads(llm: "LLM", prefill: int, decode: int, batches: list[int]) -> dict
 
 
 def summarize(
-    llm: "LLM", works: dict[str, "Workload"], timings: dict[str, list["Timing"]], hardware: "Hardware"
-) -> dict[str, Any]:
-    """Medians with their spread as plain data; tokens/s, seconds, and shares of the read bandwidth."""
+    llm: "LLM",
+    works: dict[str, "Workload"],
+    timings: dict[str, list["Timing"]],
+    energy: dict[str, "Energy"],
+    limits: "Limits",
+) -> list[dict[str, Any]]:
+    """Medians with their spread as plain data; tokens/s, seconds, shares of the bandwidth, joules a token, watts."""
     from dataclasses import asdict
 
     from hasten.measure.statistics import spread
@@ -116,43 +172,56 @@ def summarize(
             row["ttft"] = asdict(spread([t.ttft for t in timings[name]], "s"))
         else:
             context = START + work.num_tokens // 2
-            row["of_bandwidth"] = (
-                rates.median / streams * step_bytes(llm, hardware, streams, context) / hardware.bandwidth
-            )
+            row["of_bandwidth"] = rates.median / streams * step_bytes(llm, limits, streams, context) / limits.bandwidth
+        if name in energy:
+            row["energy"] = asdict(energy[name])
         results.append(row)
-    return {"results": results}
+    return results
 
 
-def step_bytes(llm: "LLM", hardware: "Hardware", streams: int, context: int) -> int:
+def step_bytes(llm: "LLM", limits: "Limits", streams: int, context: int) -> int:
     """Bytes that one decoding step reads: the weights once, and every stream's keys and values."""
     from hasten.model.checkpoint import open_checkpoint
     from hasten.tune.predict import predict
 
     formats = {name: fmt for name, _, fmt in open_checkpoint(llm.path).matrices()}
-    return predict(llm.spec, formats, hardware, llm.kv_cache, streams * context).token_bytes
+    return predict(llm.spec, formats, limits, llm.kv_cache, streams * context).token_bytes
 
 
 def _write_report(report: dict[str, Any]) -> None:
     conditions = report["conditions"]
-    write_facts(
-        [
-            ("model", conditions["model"]),
-            ("machine", f"{conditions['cpu']}, {conditions['isa']}, {conditions['threads']} threads"),
-            ("reads", f"{conditions['read_bandwidth'] / 1e9:.1f} GB/s, measured just before"),
-            ("loading", f"{report['load_seconds']:.2f} s"),
-            ("peak memory", bytes_in_words(report["peak_memory"])),
+    reads = f"{conditions['read_bandwidth'] / 1e9:,.1f} GB/s, measured just before"
+    if conditions["device"] == "cuda":
+        memory = report["device_memory"]
+        machine = [
+            ("machine", f"{conditions['gpu']}, compute capability {conditions['capability']}"),
+            ("copies", reads),
         ]
-    )
-    rows = []
-    for row in report["results"]:
-        speed = row["speed"]
-        rows.append(
-            [
-                row["test"],
-                f"{speed['median']:,.1f}",
-                f"{speed['low']:,.1f} to {speed['high']:,.1f}",
-                f"{1000 * row['ttft']['median']:,.0f} ms" if "ttft" in row else "",
-                f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "",
-            ]
-        )
-    write_table(["test", "tokens/s", "lowest to highest", "first token", "of bandwidth"], rows)
+        taken = ("GPU memory", f"{bytes_in_words(memory['taken'])} taken of {bytes_in_words(memory['total'])}")
+    else:
+        machine = [
+            ("machine", f"{conditions['cpu']}, {conditions['isa']}, {conditions['threads']} threads"),
+            ("reads", reads),
+        ]
+        taken = ("peak memory", bytes_in_words(report["peak_memory"]))
+    write_facts([("model", conditions["model"]), *machine, ("loading", f"{report['load_seconds']:.2f} s"), taken])
+    with_energy = any("energy" in row for row in report["results"])
+    columns = ["test", "tokens/s", "lowest to highest", "first token", "of bandwidth"]
+    columns += ["W", "J/token"] if with_energy else []
+    write_table(columns, [_cells(row, with_energy) for row in report["results"]])
+    for line in report["notes"]:
+        note(f"note: {line}")
+
+
+def _cells(row: dict[str, Any], with_energy: bool) -> list[str]:
+    speed = row["speed"]
+    cells = [
+        row["test"],
+        f"{speed['median']:,.1f}",
+        f"{speed['low']:,.1f} to {speed['high']:,.1f}",
+        f"{1000 * row['ttft']['median']:,.0f} ms" if "ttft" in row else "",
+        f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "",
+    ]
+    if with_energy:
+        cells += [f"{row['energy']['watts']:,.0f}", f"{row['energy']['joules_per_token']:.3g}"]
+    return cells

@@ -7,10 +7,10 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.terminal import bytes_in_words, note, write_facts, write_json, write_table
-from hasten.errors import RequestError
+from hasten.errors import RequestError, ResourceError
 
 if TYPE_CHECKING:
-    from hasten.hardware import Hardware
+    from hasten.hardware import Gpu, Hardware, Limits
     from hasten.model.checkpoint import Checkpoint
     from hasten.receipt import Prediction
 
@@ -26,46 +26,78 @@ def inspect(
         int, typer.Option(min=1, metavar="N", help="Tokens that each stream has, for memory and speed.")
     ] = 4096,
     kv_cache: options.KvCacheOption = None,
+    device: options.DeviceOption = "auto",
     json: options.JsonOption = False,
 ) -> None:
     """Say what a model is and what to expect of it here.
 
-    The machine's bandwidth and arithmetic are measured, about a second; of the model, the configuration and the
-    headers of its files are read, no weight. Predictions are upper limits: what reading and multiplying alone would
+    The device's bandwidth and arithmetic are measured, about a second; of the model, the configuration and the headers
+    of its files are read, no weight. Predictions are upper limits: what reading and multiplying alone would
     allow.
     """
-    from hasten.hardware import probe
+    from hasten.backends import choose_device
 
+    chosen = choose_device(device)
+    known = kv_dtypes(chosen)
     checkpoint, kv = None, str(kv_cache or "bf16")
-    if kv_cache == "fp8":
-        raise RequestError("--kv-cache is fp8, and what is predicted is the CPU's speed: expected fp32, bf16 or int8")
     if model is not None:
         from hasten.model.checkpoint import open_checkpoint
         from hasten.model.hub import resolve
         from hasten.model.settings import default_kv_cache, stated_run
 
         checkpoint = open_checkpoint(resolve(model))
-        kv = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec)
+        kv = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, known)
+    if kv not in known:
+        raise RequestError(f"kv_cache is {kv}, expected on this device, {chosen}: {' or '.join(known)}")
     note("Measuring this machine ...")
-    hardware = probe()
+    found, facts, notes = look(chosen)
     expected: dict[str, Prediction] = {}
     if checkpoint is not None:
         context = min(context, checkpoint.spec.max_position)
-        expected = predictions(checkpoint, hardware, kv, context)
+        expected = predictions(checkpoint, found, kv, context)
     if json:
-        write_json(_as_data(checkpoint, hardware, expected, kv, context))
+        write_json(_as_data(checkpoint, chosen, found, notes, expected, kv, context))
         return
-    write_facts(machine_facts(hardware))
+    write_facts(facts)
     if checkpoint is not None:
         print()
         write_facts(model_facts(checkpoint))
         print()
-        _write_predictions(checkpoint, hardware, expected, kv, context)
-    for line in hardware.notes:
+        _write_predictions(checkpoint, found, expected, kv, context)
+    for line in notes:
         note(f"note: {line}")
 
 
-def predictions(checkpoint: "Checkpoint", hardware: "Hardware", kv_cache: str, context: int) -> dict[str, "Prediction"]:
+def kv_dtypes(device: str) -> tuple[str, ...]:
+    """How keys and values may be stored there."""
+    if device == "cuda":
+        from hasten.backends.cuda import CudaBackend
+
+        return CudaBackend.kv_dtypes
+    from hasten.backends.cpu import CpuBackend
+
+    return CpuBackend.kv_dtypes
+
+
+def look(device: str) -> "tuple[Hardware | Gpu, list[tuple[str, str]], tuple[str, ...]]":
+    """The device as measured, in names and values, and what is to be noted."""
+    if device == "cuda":
+        from hasten.backends.cuda.probe import probe_gpu
+        from hasten.measure.energy import open_meter
+
+        gpu = probe_gpu()
+        try:
+            open_meter(device)
+        except ResourceError as error:
+            return gpu, gpu_facts(gpu), (f"no energy: {error}",)
+        return gpu, gpu_facts(gpu), ()
+    from hasten.hardware import probe
+
+    hardware = probe()
+    return hardware, machine_facts(hardware), hardware.notes
+
+
+def predictions(checkpoint: "Checkpoint", limits: "Limits", kv_cache: str, context: int) -> dict[str, "Prediction"]:
     """Upper limits by format: as stored, then those that `tune` would try, by their presets' names."""
     from hasten.compress.plan import resolve
     from hasten.tune.candidates import uniform
@@ -76,12 +108,12 @@ def predictions(checkpoint: "Checkpoint", hardware: "Hardware", kv_cache: str, c
     for name, recipe in uniform(checkpoint.spec, found).items():
         ways[name] = {**found, **resolve(recipe, checkpoint.spec).formats}
     return {
-        name: predict(checkpoint.spec, formats, hardware, kv_cache, context, STREAMS) for name, formats in ways.items()
+        name: predict(checkpoint.spec, formats, limits, kv_cache, context, STREAMS) for name, formats in ways.items()
     }
 
 
 def machine_facts(hardware: "Hardware") -> list[tuple[str, str]]:
-    """The machine in names and values."""
+    """The machine in names and values, for what runs on its processor."""
     bandwidth = ", ".join(
         f"{value / 1e9:.1f} GB/s with {count} thread{'s' * (count != '1')}"
         for count, value in hardware.read_bandwidth.items()
@@ -97,6 +129,17 @@ def machine_facts(hardware: "Hardware") -> list[tuple[str, str]]:
         ("huge pages", hardware.huge_pages or "not known"),
         ("reads", bandwidth),
         ("multiplies", ", ".join(f"{kind} {value / 1e12:.2f} TOPS" for kind, value in hardware.peak_ops.items())),
+    ]
+
+
+def gpu_facts(gpu: "Gpu") -> list[tuple[str, str]]:
+    """The GPU in names and values."""
+    return [
+        ("GPU", f"{gpu.name}, {gpu.processors} multiprocessors"),
+        ("capability", f"{gpu.capability}, CUDA {gpu.cuda}"),
+        ("memory", f"{bytes_in_words(gpu.memory_available)} free of {bytes_in_words(gpu.memory_total)}"),
+        ("copies", f"{gpu.bandwidth / 1e9:,.1f} GB/s, read and written"),
+        ("multiplies", ", ".join(f"{kind} {value / 1e12:.1f} TOPS" for kind, value in gpu.peak_ops.items())),
     ]
 
 
@@ -130,7 +173,7 @@ def format_counts(checkpoint: "Checkpoint") -> dict[str, int]:
 
 
 def _write_predictions(
-    checkpoint: "Checkpoint", hardware: "Hardware", expected: dict[str, "Prediction"], kv_cache: str, context: int
+    checkpoint: "Checkpoint", limits: "Limits", expected: dict[str, "Prediction"], kv_cache: str, context: int
 ) -> None:
     from hasten.tune.predict import memory_needed
 
@@ -142,7 +185,7 @@ def _write_predictions(
                 name,
                 bytes_in_words(prediction.weight_bytes),
                 bytes_in_words(needed),
-                "yes" if needed < hardware.memory_available else "no",
+                "yes" if needed < limits.memory_available else "no",
                 *(f"{prediction.decode[str(count)]:,.0f}" for count in STREAMS),
                 f"{prediction.prefill:,.0f}",
             ]
@@ -161,14 +204,16 @@ def _write_predictions(
 
 def _as_data(
     checkpoint: "Checkpoint | None",
-    hardware: "Hardware",
+    device: str,
+    found: "Hardware | Gpu",
+    notes: tuple[str, ...],
     expected: dict[str, "Prediction"],
     kv_cache: str,
     context: int,
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    data: dict[str, Any] = {"machine": asdict(hardware)}
+    data: dict[str, Any] = {"device": device, "machine": {**asdict(found), "notes": notes}}
     if checkpoint is not None:
         from hasten.tune.predict import memory_needed
 
@@ -189,7 +234,7 @@ def _as_data(
             name: {
                 **asdict(prediction),
                 "memory": (needed := memory_needed(spec, prediction, kv_cache, context)),
-                "fits": needed < hardware.memory_available,
+                "fits": needed < found.memory_available,
             }
             for name, prediction in expected.items()
         }

@@ -1,0 +1,77 @@
+"""What a GPU can do, measured in about a second: a large copy and large products. Knows nothing of models."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hasten.backends.cuda.device import open_device
+from hasten.errors import ResourceError
+from hasten.hardware import Gpu
+
+_COPY_BYTES = 4 << 30
+_LEAST_BYTES = 256 << 20  # several times what caches hold
+_ROWS = 8192  # of the matrices that are multiplied
+_LEAST_RUNS = 5
+
+
+def probe_gpu(seconds: float = 0.3) -> Gpu:
+    """Measure the current GPU, `seconds` for each of three measurements, in memory that is free. Raises ResourceError
+    where there is too little of it, or for a GPU that is too old."""
+    handle = open_device("cuda").handle
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(handle)
+    facts = torch.cuda.get_device_properties(handle)
+    gpu = Gpu(
+        name=facts.name,
+        capability=f"{facts.major}.{facts.minor}",
+        processors=facts.multi_processor_count,
+        cuda=torch.version.cuda,
+        memory_total=total,
+        memory_available=free,
+        bandwidth=_copy_bandwidth(handle, free, seconds),
+        peak_ops={
+            kind: _peak(handle, dtype, free, seconds)
+            for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        },
+    )
+    torch.cuda.empty_cache()
+    return gpu
+
+
+def _copy_bandwidth(handle: torch.device, free: int, seconds: float) -> float:
+    size = min(_COPY_BYTES, free // 4)
+    if size < _LEAST_BYTES:
+        raise ResourceError(
+            f"{free / 1e9:.2f} GB of GPU memory are free, expected {4 * _LEAST_BYTES / 1e9:.1f} GB to measure its "
+            "bandwidth: end what else runs there, or use --device cpu"
+        )
+    source = torch.empty(size, dtype=torch.uint8, device=handle).random_()
+    target = torch.empty_like(source)
+    return _best_rate(lambda: target.copy_(source), 2 * size, seconds)
+
+
+def _peak(handle: torch.device, dtype: torch.dtype, free: int, seconds: float) -> float:
+    rows = _ROWS
+    while 3 * rows * rows * dtype.itemsize > free // 2:
+        rows //= 2
+    left, right = (torch.randn(rows, rows, device=handle, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    return _best_rate(lambda: torch.mm(left, right, out=product), 2 * rows**3, seconds)
+
+
+def _best_rate(work: Callable[[], object], amount: int, seconds: float) -> float:
+    """`amount` over the shortest time: a limit is what is reached when nothing else disturbs."""
+    new_event: Any = torch.cuda.Event
+    work()
+    end = time.perf_counter() + seconds
+    times: list[float] = []
+    while len(times) < _LEAST_RUNS or time.perf_counter() < end:
+        start, stop = (new_event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return amount / min(times)
