@@ -10,6 +10,30 @@ from hasten.cli.terminal import note, progress_bar, show
 from hasten.errors import RequestError
 from hasten.goals import Goal
 
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FOLDER", help="A new folder; by default MODEL-tuned, here.", show_default=False
+    ),
+]
+MaxLossOption = Annotated[
+    str, typer.Option(metavar="SHARE", help="Most that bits per byte may rise, at the upper end of the interval.")
+]
+GoalOption = Annotated[Goal, typer.Option(help="What to make best: one stream, eight streams, or bytes.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Held-out text to judge on; by default text that comes with hasten.", show_default=False
+    ),
+]
+MinutesOption = Annotated[
+    float, typer.Option(min=0.1, metavar="N", help="Time to fit the search to; slow models may take longer.")
+]
+RoundsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Most interleaved rounds of timing in the search.")]
+TransformersOption = Annotated[
+    bool, typer.Option(help="Measure the original through Transformers too, where it is installed.")
+]
+
 
 def parse_share(text: str) -> float:
     """1% or 0.01 -> 0.01. Raises RequestError for what is not a share of 0 up to 1."""
@@ -25,46 +49,27 @@ def parse_share(text: str) -> float:
 
 def tune(
     model: options.ModelArgument,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FOLDER", help="A new folder; by default MODEL-tuned, here.", show_default=False
-        ),
-    ] = None,
-    max_loss: Annotated[
-        str, typer.Option(metavar="SHARE", help="Most that bits per byte may rise, at the upper end of the interval.")
-    ] = "1%",
-    goal: Annotated[Goal, typer.Option(help="What to make best: one stream, eight streams, or bytes.")] = "latency",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Held-out text to judge on; by default text that comes with hasten.",
-            show_default=False,
-        ),
-    ] = None,
-    minutes: Annotated[
-        float, typer.Option(min=0.1, metavar="N", help="Time to fit the search to; slow models may take longer.")
-    ] = 5,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Most interleaved rounds of timing.")] = 5,
+    out: OutOption = None,
+    max_loss: MaxLossOption = "1%",
+    goal: GoalOption = "latency",
+    data: DataOption = None,
+    minutes: MinutesOption = 5,
+    rounds: RoundsOption = 5,
     threads: options.ThreadsOption = None,
-    transformers: Annotated[
-        bool, typer.Option(help="Measure the original through Transformers too, where it is installed.")
-    ] = True,
+    transformers: TransformersOption = True,
     json: options.JsonOption = False,
 ) -> None:
     """Make a model faster here, and prove it.
 
     Measures the original, predicts and measures ways to make it faster, rejects what may lose more quality than
-    allowed, and writes the best as a folder with recipe.yaml and receipt.json. Ctrl-C keeps what is finished; the same
-    command goes on from there.
+    allowed, judges and times the best anew as it is written, and leaves a folder with recipe.yaml and receipt.json.
+    Ctrl-C keeps what is finished; the same command goes on from there.
     """
     share = parse_share(max_loss)
     from hasten.tune.run import default_out
     from hasten.tune.run import tune as run
 
     out = out or default_out(model)
-
     try:
         with progress_bar() as progress:
             receipt = run(

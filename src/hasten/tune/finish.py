@@ -15,13 +15,13 @@ from hasten.tune.texts import HeldOut
 _PROMPT_TOKENS = 16
 
 
-def finish(staged: Staged, search: Search, receipt: Receipt, tokenizer: Tokenizer, text: HeldOut) -> Receipt:
+def finish(staged: Staged, search: Search, receipt: Receipt, text: HeldOut) -> Receipt:
     """The receipt with energy, peak memory, samples and time taken; the folder under its name, whole or not at all."""
     assert receipt.recipe is not None
     search.progress.expect(search.cost_of_end())
     staged.write(receipt.recipe)
     receipt = _with_energy(receipt, search)
-    receipt = _with_fresh_runs(receipt, staged, search, tokenizer, text.tokens[:_PROMPT_TOKENS])
+    receipt = _with_fresh_runs(receipt, staged, search, text.tokens[:_PROMPT_TOKENS])
     receipt = replace(receipt, settings={**receipt.settings, "seconds": round(search.budget.spent, 1)})
     staged.publish(receipt)
     search.progress.finished()
@@ -40,11 +40,10 @@ def _with_energy(receipt: Receipt, search: Search) -> Receipt:
     return _changed(receipt, {name: {"energy": energy} for name, energy in found.items()})
 
 
-def _with_fresh_runs(
-    receipt: Receipt, staged: Staged, search: Search, tokenizer: Tokenizer, prompt: list[int]
-) -> Receipt:
+def _with_fresh_runs(receipt: Receipt, staged: Staged, search: Search, prompt: list[int]) -> Receipt:
     """Both models as users run them: peak memory, and how they continue the beginning of the text greedily."""
     lab, samples = search.lab, []
+    tokenizer = Tokenizer(lab.checkpoint.path)
     for name, folder in {ORIGINAL: lab.checkpoint.path, str(receipt.choice): staged.path}.items():
         found = run_fresh(folder, prompt, lab.threads)
         samples.append(Sample(name, tokenizer.decode(prompt), tokenizer.decode(found.tokens)))

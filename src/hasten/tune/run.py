@@ -71,26 +71,20 @@ def tune(
     check_out(out)
     given = None if data is None else (Path(data).name, read_text(data))
     checkpoint = open_checkpoint(resolve_name(str(model)))
-    settings: dict[str, Any] = {
-        "max_loss": max_loss,
-        "goal": goal,
-        "rounds": rounds,
-        "threads": threads or usable_threads(),
-    }
-    inputs = hashes(checkpoint)
-    hardware = probe(threads=settings["threads"])
+    threads = threads or usable_threads()
+    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads}
+    hardware, inputs = probe(threads=threads), hashes(checkpoint)
     state = State(out.with_name(out.name + ".tune.json"), _key(inputs, settings, hardware, given))
     budget = Budget(60 * minutes, state.seconds_before + time.monotonic() - begin)
     counter = Progress(progress, budget)
     if state.ignored:
         counter.tick(state.ignored)
-    lab = Lab(checkpoint, hardware, settings["threads"], make_backend or _cpu_backend, counter.tick)
-    tokenizer = Tokenizer(checkpoint.path)
-    text = _text(lab, state, tokenizer, budget, given)
+    lab = Lab(checkpoint, hardware, threads, make_backend or _cpu_backend, counter.tick)
+    text = _text(lab, state, budget, given)
     search = _search(lab, state, budget, counter, text, settings)
     with Staged(out, lab) as staged:
         receipt = _measure(str(model), search, text, staged, inputs, {**settings, "minutes": minutes}, transformers)
-        receipt = finish(staged, search, receipt, tokenizer, text)
+        receipt = finish(staged, search, receipt, text)
     state.remove()
     return receipt
 
@@ -145,10 +139,12 @@ def _key(
     }
 
 
-def _text(lab: Lab, state: State, tokenizer: Tokenizer, budget: Budget, given: tuple[str, str] | None) -> HeldOut:
+def _text(lab: Lab, state: State, budget: Budget, given: tuple[str, str] | None) -> HeldOut:
     """The held-out text, the same windows when a run goes on. given: name and content."""
     if state.get("plan", "text") is None:
-        state.put("plan", "text", held_out(lab, tokenizer, budget.seconds, *(given or ())).to_dict())
+        state.put(
+            "plan", "text", held_out(lab, Tokenizer(lab.checkpoint.path), budget.seconds, *(given or ())).to_dict()
+        )
     return HeldOut.from_dict(state.get("plan", "text"))
 
 
