@@ -8,12 +8,13 @@ import triton
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.inputs import Inputs
 from hasten.backends.cuda.kernels import attention as kernels
+from hasten.backends.cuda.tuning import decode_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 MAX_SPLITS = 32
-_DECODE_KEYS = (32, 64)  # of a tile, for few and for more sequences
+_FILL = 4  # programs of decode attention for each processor, if keys are cut finely enough
 _PREFILL_ROWS = 64
 _PREFILL_KEYS = 64
 
@@ -61,9 +62,9 @@ class Attention:
             )
             for layer in spec.layers
         ]
-        # _splits() keeps sequences * KV heads * splits below twice the processors, wherever there are splits.
+        # _splits() keeps sequences * KV heads * splits below _FILL times the processors, wherever there are splits.
         largest = max(_Shape(layer).gq * (_Shape(layer).dp + 2) for layer in spec.layers)
-        self._parts = torch.empty(2 * device.num_processors * largest, dtype=torch.float32, device=device.handle)
+        self._parts = torch.empty(_FILL * device.num_processors * largest, dtype=torch.float32, device=device.handle)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, destination in pairs:
@@ -101,9 +102,9 @@ class Attention:
         )  # fmt: skip
 
     def _splits(self, num_decodes: int, layer: Layer) -> int:
-        """Parts of the keys: enough programs to fill the device twice over. A function of shapes, so that a captured
+        """Parts of the keys: enough programs that the last to run are few. A function of shapes, so that a captured
         graph serves every length."""
-        wanted = 2 * self._device.num_processors // max(1, num_decodes * layer.num_kv_heads)
+        wanted = _FILL * self._device.num_processors // max(1, num_decodes * layer.num_kv_heads)
         return max(1, min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
 
     def _decode(
@@ -119,6 +120,7 @@ class Attention:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing = self._device.workspace
         splits = self._splits(inputs.num_decodes, layer)
+        tile = decode_tile(inputs.num_decodes)
         kernels.decode[(inputs.num_decodes, layer.num_kv_heads, splits)](
             qkv, cache[0], cache[1], out, rope.table if rope else nothing, norms.q if norms else nothing,
             norms.k if norms else nothing, self._parts, self._device.counters,
@@ -129,9 +131,9 @@ class Attention:
             self._spec.attention_softcap, layer.window, splits, self._spec.norm_eps, HEADS=layer.num_heads,
             KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp, GQ=shape.gq,
             ROT=rope.rotary_dim if rope else 0, LONG=bool(rope and rope.is_long), NORM=norms is not None,
-            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=_DECODE_KEYS[inputs.num_decodes > 4], SPLIT=splits > 1,
-            FUSED=fused, INDIRECT=inputs.decode_rows is not None, STAGES=2, PDL=self._device.pdl, num_warps=4,
-            **self._device.launch,
+            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=tile.keys, SPLIT=splits > 1,
+            FUSED=fused, EARLY=fused and tile.early, AT_ONCE=tile.at_once, INDIRECT=inputs.decode_rows is not None,
+            STAGES=tile.stages, PDL=self._device.pdl, num_warps=tile.warps, **self._device.launch,
         )  # fmt: skip
 
     def _prefill(self, layer: Layer, index: int, qkv: torch.Tensor, out: torch.Tensor, inputs: Inputs) -> None:
@@ -154,14 +156,14 @@ class _Shape:
     """Sizes padded to powers of two, dp >= head_dim, gq >= query heads of a KV head; gp: what the tensor cores take."""
 
     def __init__(self, layer: Layer) -> None:
-        self.dp = max(16, triton.next_power_of_2(layer.head_dim))
-        self.gq = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
-        self.gp = max(16, self.gq)
+        self.dp: int = max(16, triton.next_power_of_2(layer.head_dim))
+        self.gq: int = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
+        self.gp: int = max(16, self.gq)
 
 
 def tile_tokens(spec: ModelSpec) -> int:
     """Tokens of an attention tile: its rows are tokens times the query heads of a KV head."""
-    group = max(triton.next_power_of_2(layer.num_heads // layer.num_kv_heads) for layer in spec.layers)
+    group: int = max(_Shape(layer).gq for layer in spec.layers)
     return max(1, _PREFILL_ROWS // group)
 
 

@@ -38,7 +38,7 @@ def open_device(name: str) -> Device:
     handle = torch.device(name)
     if handle.type != "cuda":
         return _device(handle, 4, (0, 0))
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     handle = torch.device("cuda", torch.cuda.current_device() if handle.index is None else handle.index)
     capability = torch.cuda.get_device_capability(handle)
     if capability < _MIN_CAPABILITY:

@@ -180,8 +180,9 @@ class Linear:
         kernels.gemv[(-(-n // tile.rows),)](
             x, matrix.data, x if matrix.scales is None else matrix.scales, norm.weight if norm else x,
             x if bias is None else bias, x if residual is None else residual, out, n, matrix.k,
-            norm.eps if norm else 0.0, scale, SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
-            BN=tile.rows, BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
+            norm.eps if norm else 0.0, scale, SCALED=matrix.scales is not None, NORM=norm is not None,
+            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows,
+            BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
             num_warps=tile.warps, **self.device.launch,
         )  # fmt: skip
 
@@ -208,9 +209,10 @@ class Linear:
         step = tile.columns * (4 if matrix.kind == INT4 else 1)
         nothing = device.counters
         kernels.skinny[(-(-n // tile.rows), splits, -(-rows // width))](
-            x, nothing if x_scales is None else x_scales, matrix.data, nothing if matrix.scales is None else matrix.scales, nothing if matrix.zeros is None else matrix.zeros,
-            nothing if bias is None else bias,
-            nothing if residual is None else residual, out, device.workspace, device.counters, rows, n, matrix.k,
+            x, nothing if x_scales is None else x_scales, matrix.data,
+            nothing if matrix.scales is None else matrix.scales, nothing if matrix.zeros is None else matrix.zeros,
+            nothing if bias is None else bias, nothing if residual is None else residual, out, device.workspace,
+            device.counters, rows, n, matrix.k,
             matrix.data.stride(0), out.stride(0), 0 if matrix.scales is None else len(matrix.scales) - 1, splits, scale,
             KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, SCALED=matrix.scales is not None,
             BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BM=width, BN=tile.rows,

@@ -64,8 +64,8 @@ class Sampler:
         self._choose(logits, params, tokens)
         results["tokens"] = tokens
         if logprobs is not None and wants_top:
-            chosen = tokens.clamp_min(0).long()[:, None]
-            results["logprobs"] = logprobs.gather(1, chosen)[:, 0].float()
+            taken = tokens.clamp_min(0).long()[:, None]
+            results["logprobs"] = logprobs.gather(1, taken)[:, 0].float()
             results["top_ids"], results["top_logprobs"] = _top(logprobs, params.num_logprobs)
         if logprobs is not None and wants_targets:
             results["target_logprobs"] = _targets(logprobs, params.targets)

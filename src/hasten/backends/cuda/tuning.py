@@ -21,18 +21,30 @@ _SHARED = 164 << 10  # bytes of shared memory that tiles in flight may take, of 
 
 def gemv_tile(itemsize: int, n: int, k: int, gated: bool) -> Tile:
     """One row. itemsize: bytes of a weight."""
-    if itemsize == 1:
-        if gated:
-            return Tile(8, min(512, _power_of_two(k)), 1, 2, 4)
-        if k <= 4096 and n > 4096:
-            return Tile(16, min(512, _power_of_two(k)), 1, 4, 3)
-        return Tile(8 if k > 4096 else 4, min(1024, _power_of_two(k)), 1, 4 if k > 4096 else 2, 3)
-    if k < 2048:
-        return Tile(4 if gated else 8, min(512, _power_of_two(k)), 1, 1 if gated else 4, 3)
-    rows = 8 if n * (2 if gated else 1) > 6144 or k > 8192 else 4
+    rows, columns, warps, stages = _fp8_gemv(n, k, gated) if itemsize == 1 else _dense_gemv(n, k, gated)
+    return Tile(rows, min(columns, _power_of_two(k)), 1, warps, stages)
+
+
+def _fp8_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
     if gated:
-        return Tile(4, 1024 if k >= 4096 else 512, 1, 4 if k >= 4096 else 1, 4)
-    return Tile(rows, 1024, 1, 4 if rows == 8 else 2, 3)
+        return 16, 256, 2, 4
+    if k > 4096:
+        return 8, 1024, 4, 3
+    return (16, 512, 4, 3) if n > 4096 else (4, 1024, 2, 4)
+
+
+def _dense_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
+    if n > 32768:  # the head
+        return (8, 1024, 4, 3) if k >= 2048 else (8, 512, 4, 3)
+    if gated:
+        return (4, 1024, 4, 4) if k >= 2048 else (2, 512, 1, 4)
+    if k < 2048:
+        return 4, 512, 1, 4
+    if k < 4096:
+        return (4, 2048, 8, 3) if k % 2048 == 0 else (2, 512, 1, 5)
+    if k > 8192:
+        return 8, 1024, 4, 3
+    return (8, 512, 4, 3) if n > 4096 else (4, 2048, 4, 3)
 
 
 def skinny_tile(
@@ -46,18 +58,36 @@ def skinny_tile(
     else:
         columns, parts = (128 if gated or m > 16 else 256), 1
         columns = min(columns, group) if group else columns
-    wide = kind == INT4.value and gated and m <= 16
-    rows, warps, stages = (128, 8, 4) if wide else (64, 4, 4)
+    rows, stages = 64, 4
     weights = columns * rows * itemsize * (2 if gated else 1)
     while stages > 2 and stages * (weights + columns * parts * m * x_itemsize) > _SHARED:
         stages -= 1
     steps = -(-k // (columns * parts))
-    tiles = -(-n // 64) * (2 if gated else 1)
-    target = processors if kind != INT4.value else 4 * processors
+    tiles = -(-n // rows) * (2 if gated else 1)
+    target = processors
+    if kind == INT4.value:  # unpacking wants more programs at work
+        target *= 4 if steps > 16 else 3
     splits = 1
     while splits < 16 and 2 * splits * tiles <= target and steps // (2 * splits) >= 2:
         splits *= 2
-    return Tile(rows, columns, splits, warps, stages)
+    return Tile(rows, columns, splits, 4, stages)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """Decode attention: keys of a tile; whether the first is fetched before the query is there; partial results that are
+    merged at once."""
+
+    keys: int
+    early: bool
+    at_once: int
+    warps: int = 4
+    stages: int = 2
+
+
+def decode_tile(sequences: int) -> DecodeTile:
+    """Early keys pay where latency is all; they take the registers of a second program."""
+    return DecodeTile(64, True, 8) if sequences <= 8 else DecodeTile(64, False, 4, warps=2, stages=3)
 
 
 def _power_of_two(n: int) -> int:

@@ -129,22 +129,25 @@ def decode(
     tables, table_width, ldq, original_max, num_positions, scale, softcap, window, splits, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, GQ: tl.constexpr,
     ROT: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, INDIRECT: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, EARLY: tl.constexpr,
+    AT_ONCE: tl.constexpr, INDIRECT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, heads * D]: attention of single tokens; program (entry, kv_head, split).
 
     rows, sequences: the token, and the row of `tables`, of each entry (INDIRECT; else both are the entry itself).
-    FUSED: qkv is as the projection left it, and the new key and value are stored here; else rope_and_store ran before.
+    FUSED (needed for EARLY): qkv is as the projection left it, and the new key and value are stored here; else
+    rope_and_store ran before.
     table_width: a device number, elements between rows of tables. A slot of -1 marks an entry that is padding.
-    parts: float32 [entries, kv_heads, splits, GQ, DP + 2], GQ the group's heads rounded up to a power of two; counters: zeros [entries, kv_heads], zeros again afterwards.
+    parts: float32 [entries, kv_heads, splits, GQ, DP + 2], GQ the
+    group's heads rounded up to a power of two. counters: zeros [entries, kv_heads], zeros again afterwards.
     """
     entry, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     T: tl.constexpr = qkv.dtype.element_ty
     dims, group, keys = tl.arange(0, DP), tl.arange(0, GP), tl.arange(0, BN)
-    # The step's inputs and older keys and values were there before: only what rope_and_store writes must be waited for.
-    if PDL and not FUSED:
+    # EARLY: the step's inputs and older keys and values are there before the kernel that makes qkv is done.
+    if PDL and not EARLY:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.load(rows + entry) if INDIRECT else entry
@@ -156,18 +159,19 @@ def decode(
     share = tl.cdiv(tl.cdiv(last - first, splits), BN) * BN
     active = tl.maximum(1, tl.cdiv(last - first, tl.maximum(share, 1)))
     if slot < 0 or split >= active:
-        if PDL and FUSED:
+        if PDL and EARLY:
             gdc_wait()
             gdc_launch_dependents()
         return
     start = first + split * share
     stop = tl.minimum(start + share, last)
-    inside = start + keys < stop
-    safe = tl.where(inside, start + keys, first)
-    mask = inside[:, None] & (dims < D)[None, :]
-    k = _cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-    v = _cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-    if PDL and FUSED:
+    if EARLY:
+        inside = start + keys < stop
+        safe = tl.where(inside, start + keys, first)
+        mask = inside[:, None] & (dims < D)[None, :]
+        early_k = _cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
+        early_v = _cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
+    if PDL and EARLY:
         gdc_wait()
         gdc_launch_dependents()
     row = qkv + token.to(tl.int64) * ldq
@@ -182,8 +186,10 @@ def decode(
     m = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
-    m, total, acc = _fold(q, k, v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
-    for at in tl.range(start + BN, stop, BN, num_stages=STAGES):
+    if EARLY:
+        m, total, acc = _fold(q, early_k, early_v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
+        start += BN
+    for at in tl.range(start, stop, BN, num_stages=STAGES):
         inside = at + keys < stop
         safe = tl.where(inside, at + keys, first)
         mask = inside[:, None] & (dims < D)[None, :]
@@ -219,7 +225,7 @@ def decode(
         if arrived != active - 1:
             return
         tl.store(counters + pair, 0)
-        _merge(parts + pair * splits * GQ * WIDTH, to, kv_head, active, GROUP, GQ, D, DP, 8)
+        _merge(parts + pair * splits * GQ * WIDTH, to, kv_head, active, GROUP, GQ, D, DP, AT_ONCE)
     else:
         tl.store(to + heads + dims[None, :], (acc / total[:, None]).to(T), mask=valid)
 

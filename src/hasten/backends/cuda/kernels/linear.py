@@ -80,12 +80,12 @@ def _finish(out, up, rows, bias, N, out_scale, BIAS: tl.constexpr, GATED: tl.con
 @triton.jit
 def gemv(
     x, w, scales, norm, bias, residual, y, N, K, eps, out_scale,
-    SCALED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    SCALED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    ACT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = activation(out_scale * (W [N, K] (rms-normed) x [K] + bias)) (* up) + residual.
 
-    W is dense, or fp8 with scales float32 [N] (SCALED). GATED: W is [2N, K], the gate's rows before the up projection's.
+    W is dense, or fp8 with scales float32 [N] (SCALED). GATED: W is [2N, K], the gate's rows first.
     """
     cols = tl.arange(0, BK)
     out_rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -223,12 +223,14 @@ def skinny(
     BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = activation(out_scale * (x [M, K] W.T + bias)) (* up) + residual, program (rows of W, part of K, BM rows of x).
+    """y [M, N] = activation(out_scale * (x [M, K] W.T + bias)) (* up) + residual.
 
+    Program (rows of W, part of K, BM rows of x).
     w [N or 2N, ldw]: dense, fp8 or int8 [.., K]; int4 as int16 [.., K / 4] of which column j of the chunk c of BK holds
-    columns (4c + i) * BK + j, i = 0 .. 3, from the lowest nibble up. scales [groups, N or 2N] (SCALED without GROUP: one
-    a row); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M]. parts: float32 [M / BM, splits, N or 2N, BM] where SPLIT; counters: zeros, and zeros
-    again afterwards. ldy: elements between rows of y and of residual.
+    columns (4c + i) * BK + j, i = 0 .. 3, from the lowest nibble up. scales [groups, N or 2N] (SCALED, and one a
+    row where GROUP is 0); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M]. parts: where SPLIT, float32
+    [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again afterwards. ldy: elements between rows of y and of
+    residual.
     """
     split = tl.program_id(1)
     ms = tl.program_id(2) * BM + tl.arange(0, BM)
