@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from command_line import COMMAND, hasten
 
+from hasten.backends import missing_for_cuda
+
 START = "Once upon a time"
 GREEDY = ", there was a little girl named Lily. She loved to play outside in the park."
 
@@ -259,7 +261,8 @@ class Screen:
 
 
 def test_inspect_tells_the_machine_the_model_and_what_to_expect(stories):
-    data = json.loads(hasten("inspect", stories, "--json").good.stdout)
+    data = json.loads(hasten("inspect", stories, "--device", "cpu", "--json").good.stdout)
+    assert data["device"] == "cpu"
     assert data["model"]["family"] == "llama"
     assert data["model"]["parameters"] == 260032 - (2 * 5 + 1) * 64
     assert data["machine"]["isa"]
@@ -267,19 +270,26 @@ def test_inspect_tells_the_machine_the_model_and_what_to_expect(stories):
     stored, int8 = data["predictions"]["as stored"], data["predictions"]["int8"]
     assert int8["weight_bytes"] < stored["weight_bytes"]
     assert int8["decode"]["1"] > stored["decode"]["1"] > 0
-    text = hasten("inspect", stories).good.stdout
+    text = hasten("inspect", stories, "--device", "cpu").good.stdout
     assert "as stored" in text
     assert "260" in text
 
 
 def test_inspect_without_a_model_tells_the_machine():
-    forced = hasten("inspect", "--json", env={"HASTEN_ISA": "portable"}).good
+    forced = hasten("inspect", "--device", "cpu", "--json", env={"HASTEN_ISA": "portable"}).good
     assert json.loads(forced.stdout)["machine"]["isa"] == "portable"
-    assert "processor" in hasten("inspect").good.stdout
+    assert "processor" in hasten("inspect", "--device", "cpu").good.stdout
+
+
+@pytest.mark.parametrize("verb", ["bench", "inspect"])
+def test_a_gpu_that_is_not_there_is_one_line(verb, stories):
+    if missing_for_cuda() is None:
+        pytest.skip("there is a GPU")
+    assert "device cuda cannot be used" in hasten(verb, stories, "--device", "cuda").complaint
 
 
 def test_bench_reports_speed_and_its_conditions(stories):
-    flags = ["--prefill", 64, "--decode", 16, "--batch", 1, "--batch", 3, "--rounds", 2]
+    flags = ["--device", "cpu", "--prefill", 64, "--decode", 16, "--batch", 1, "--batch", 3, "--rounds", 2]
     data = json.loads(hasten("bench", stories, *flags, "--json").good.stdout)
     assert [row["streams"] for row in data["results"]] == [1, 1, 3]
     for row in data["results"]:
@@ -288,12 +298,14 @@ def test_bench_reports_speed_and_its_conditions(stories):
     assert data["results"][1]["of_bandwidth"] > 0  # above 1 for a model that stays in cache
     assert data["peak_memory"] > 1 << 20
     assert data["conditions"]["threads"] >= 1
+    assert data["notes"] == []
+    assert not any("energy" in row for row in data["results"])
     table = hasten("bench", stories, *flags).good.stdout
     assert "decode 16, 3 streams" in table
 
 
 def test_bench_says_how_many_threads_it_used(stories, tmp_path):
-    quick = ["--prefill", 8, "--decode", 2, "--batch", 1, "--rounds", 1, "--json"]
+    quick = ["--device", "cpu", "--prefill", 8, "--decode", 2, "--batch", 1, "--rounds", 1, "--json"]
     data = json.loads(hasten("bench", stories, *quick, env={"HASTEN_THREADS": "1"}).good.stdout)
     assert data["conditions"]["threads"] == 1
     folder = with_settings(stories, tmp_path, threads=3)
@@ -316,12 +328,14 @@ def with_settings(model: str, parent: Path, **run: object) -> Path:
 
 def test_inspect_predicts_with_the_kv_cache_of_the_folder(stories, tmp_path):
     def kv_cache(*arguments: object) -> str:
-        return json.loads(hasten("inspect", *arguments, "--json").good.stdout)["conditions"]["kv_cache"]
+        return json.loads(hasten("inspect", *arguments, "--device", "cpu", "--json").good.stdout)["conditions"][
+            "kv_cache"
+        ]
 
     assert kv_cache(stories) == "fp32"
     assert kv_cache(stories, "--kv-cache", "bf16") == "bf16"
     assert kv_cache(with_settings(stories, tmp_path, kv_cache="int8")) == "int8"
-    assert "fp8" in hasten("inspect", stories, "--kv-cache", "fp8").complaint
+    assert "kv_cache is fp8, expected" in hasten("inspect", stories, "--kv-cache", "fp8", "--device", "cpu").complaint
 
 
 def test_bench_that_does_not_fit_says_what_does(stories):

@@ -38,17 +38,13 @@ def inspect(
     from hasten.backends import choose_device
 
     chosen = choose_device(device)
-    known = kv_dtypes(chosen)
-    checkpoint, kv = None, str(kv_cache or "bf16")
+    checkpoint = None
     if model is not None:
         from hasten.model.checkpoint import open_checkpoint
         from hasten.model.hub import resolve
-        from hasten.model.settings import default_kv_cache, stated_run
 
         checkpoint = open_checkpoint(resolve(model))
-        kv = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, known)
-    if kv not in known:
-        raise RequestError(f"kv_cache is {kv}, expected on this device, {chosen}: {' or '.join(known)}")
+    kv = choose_kv_cache(checkpoint, chosen, kv_cache)
     note("Measuring this machine ...")
     found, facts, notes = look(chosen)
     expected: dict[str, Prediction] = {}
@@ -68,15 +64,24 @@ def inspect(
         note(f"note: {line}")
 
 
-def kv_dtypes(device: str) -> tuple[str, ...]:
-    """How keys and values may be stored there."""
+def choose_kv_cache(checkpoint: "Checkpoint | None", device: str, asked: str | None) -> str:
+    """How keys and values are stored: as asked, as the folder says, as usual. RequestError where there is no such."""
+    from hasten.model.settings import default_kv_cache, stated_run
+
     if device == "cuda":
         from hasten.backends.cuda import CudaBackend
 
-        return CudaBackend.kv_dtypes
-    from hasten.backends.cpu import CpuBackend
+        known = CudaBackend.kv_dtypes
+    else:
+        from hasten.backends.cpu import CpuBackend
 
-    return CpuBackend.kv_dtypes
+        known = CpuBackend.kv_dtypes
+    if asked is None and checkpoint is not None:
+        asked = stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, known)
+    asked = asked or "bf16"
+    if asked not in known:
+        raise RequestError(f"kv_cache is {asked}, expected, on device {device}, {' or '.join(known)}")
+    return asked
 
 
 def look(device: str) -> "tuple[Hardware | Gpu, list[tuple[str, str]], tuple[str, ...]]":

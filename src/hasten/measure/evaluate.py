@@ -43,9 +43,8 @@ def evaluate(
     windows = _windows(checkpoint, text, longest, max_windows)
     threads = threads or stated_run(checkpoint).threads or usable_threads()
     device = choose_device(device)
-    # The one compared with comes first.
     models = {} if original is None else {"against": _load(original, device, threads, None)}
-    models["model"] = _load(checkpoint, device, threads, kv_cache)
+    models["model"] = _load(checkpoint, device, threads, kv_cache)  # after the one compared with
     scores = score(models, windows, checkpoint.spec.vocab_size, progress, threads)
     return Receipt(
         what="evaluate",
