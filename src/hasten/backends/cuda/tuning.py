@@ -37,11 +37,12 @@ def _dense_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
     if n > 32768:  # the head
         return (8, 1024, 4, 3) if k >= 2048 else (8, 512, 4, 3)
     if gated:
-        return (4, 1024, 4, 4) if k >= 2048 else (2, 512, 1, 4)
+        return (4, 1024, 4, 4) if k >= 2048 else (4, 512, 1, 3)
+    # Smaller programs are faster alone, but crowd out the kernel that is launched beside them.
     if k < 2048:
-        return 4, 512, 1, 4
+        return 8, 512, 4, 3
     if k < 4096:
-        return (4, 2048, 8, 3) if k % 2048 == 0 else (2, 512, 1, 5)
+        return 4, 1024, 2, 3
     if k > 8192:
         return 8, 1024, 4, 3
     return (8, 512, 4, 3) if n > 4096 else (4, 2048, 4, 3)
