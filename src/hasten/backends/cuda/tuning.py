@@ -76,8 +76,8 @@ def skinny_tile(
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """Decode attention: keys of a tile; whether the first is fetched before the query is there; partial results that are
-    merged at once."""
+    """Decode attention: keys of a tile; whether the first tile is fetched before the query is there; partial results
+    that are merged at once."""
 
     keys: int
     early: bool

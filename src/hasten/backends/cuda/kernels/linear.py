@@ -228,9 +228,9 @@ def skinny(
     Program (rows of W, part of K, BM rows of x).
     w [N or 2N, ldw]: dense, fp8 or int8 [.., K]; int4 as int16 [.., K / 4] of which column j of the chunk c of BK holds
     columns (4c + i) * BK + j, i = 0 .. 3, from the lowest nibble up. scales [groups, N or 2N] (SCALED, and one a
-    row where GROUP is 0); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M]. parts: where SPLIT, float32
-    [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again afterwards. ldy: elements between rows of y and of
-    residual.
+    row where GROUP is 0); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M].
+    parts: where SPLIT, float32 [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again after. ldy: elements
+    between rows of y and of residual.
     """
     split = tl.program_id(1)
     ms = tl.program_id(2) * BM + tl.arange(0, BM)
