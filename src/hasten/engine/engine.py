@@ -231,9 +231,7 @@ class Engine:
             raise RequestError("max_tokens is 0, expected at least 1 (or prompt_logprobs, to score the prompt only)")
         room = most - num_prompt
         if room < (params.max_tokens != 0):
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but {self._room()}"
-            )
+            raise RequestError(f"the prompt has {num_prompt} tokens, but {self._room()}")
         return num_prompt + min(room, room if params.max_tokens is None else params.max_tokens)
 
     def _room(self) -> str:
