@@ -73,3 +73,5 @@ def test_the_default_is_what_the_device_has(folder: Path) -> None:
     assert spec.dtype == "fp32"
     assert default_kv_cache(spec) == "fp32"
     assert default_kv_cache(spec, ("bf16", "fp8")) == "bf16"
+    assert default_kv_cache(spec, stated="int8") == "int8"
+    assert default_kv_cache(spec, ("bf16", "fp8"), stated="int8") == "bf16"  # tuned on a CPU, run on a GPU

@@ -77,7 +77,7 @@ def choose_kv_cache(checkpoint: "Checkpoint | None", device: str, asked: str | N
 
         known = CpuBackend.kv_dtypes
     if asked is None and checkpoint is not None:
-        asked = stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, known)
+        asked = default_kv_cache(checkpoint.spec, known, stated_run(checkpoint).kv_cache)
     asked = asked or "bf16"
     if asked not in known:
         raise RequestError(f"kv_cache is {asked}, expected, on device {device}, {' or '.join(known)}")

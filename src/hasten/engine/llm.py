@@ -95,8 +95,7 @@ class LLM:
         self.spec = _with_one_rope(checkpoint.spec, max_len)
         self.tokenizer = Tokenizer(checkpoint.path)
         self.backend = _make_backend(device, threads or stated.threads or 0, format, deterministic)
-        asked = kv_cache if kv_cache not in (None, "auto") else stated.kv_cache
-        self.kv_cache = _kv_dtype(asked, self.spec, self.backend)
+        self.kv_cache = _kv_dtype(kv_cache, stated.kv_cache, self.spec, self.backend)
         self.backend.load(self.spec, checkpoint.weights())
         drafting = None if drafter is None else _load_drafter(drafter, self.backend, self.spec, max_len)
         limits = _limits(self.backend.usual, max_sequences, max_step_tokens)
@@ -370,9 +369,9 @@ def _with_one_rope(spec: ModelSpec, max_len: int | None) -> ModelSpec:
     return replace(spec, ropes=ropes, max_position=spec.max_position if is_long else original)
 
 
-def _kv_dtype(asked: object, spec: ModelSpec, backend: Backend) -> str:
-    if asked is None:
-        return default_kv_cache(spec, backend.kv_dtypes)
+def _kv_dtype(asked: object, stated: str | None, spec: ModelSpec, backend: Backend) -> str:
+    if asked is None or asked == "auto":
+        return default_kv_cache(spec, backend.kv_dtypes, stated)
     if asked not in backend.kv_dtypes:
         raise RequestError(f"kv_cache is {asked!r}, expected auto or, on this device, {' or '.join(backend.kv_dtypes)}")
     return str(asked)

@@ -79,6 +79,6 @@ def _windows(checkpoint: Checkpoint, text: str, length: int, most: int | None) -
 def _load(checkpoint: Checkpoint, device: str, threads: int, kv_cache: str | None) -> Model:
     """Loaded, with the KV cache asked for, else what the folder says (tune writes it), else LLM's default."""
     backend = open_backend(device, threads=threads)
-    kv_cache = kv_cache or stated_run(checkpoint).kv_cache or default_kv_cache(checkpoint.spec, backend.kv_dtypes)
+    kv_cache = kv_cache or default_kv_cache(checkpoint.spec, backend.kv_dtypes, stated_run(checkpoint).kv_cache)
     backend.load(checkpoint.spec, checkpoint.weights())
     return backend, kv_cache

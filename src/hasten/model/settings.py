@@ -21,7 +21,9 @@ def stated_run(checkpoint: Checkpoint) -> Run:
         raise ModelError(f"{file}: hasten.run: {error}") from None
 
 
-def default_kv_cache(spec: ModelSpec, known: Sequence[str] = KV_CACHES) -> str:
-    """How keys and values are stored where nothing is said: fp32 for an fp32 checkpoint on a device that has it, else
-    bf16."""
+def default_kv_cache(spec: ModelSpec, known: Sequence[str] = KV_CACHES, stated: str | None = None) -> str:
+    """How keys and values are stored where the user says nothing: as the folder states, if this device knows it (one
+    tuned on a CPU may state what a GPU does not); fp32 for an fp32 checkpoint on a device that has it, else bf16."""
+    if stated in known:
+        return str(stated)
     return "fp32" if spec.dtype == "fp32" and "fp32" in known else "bf16"

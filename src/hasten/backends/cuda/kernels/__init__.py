@@ -2,7 +2,6 @@
 
 Every kernel takes PDL: with it (compute capability 9.0 and newer) it is launched while the kernel before still runs,
 may fetch weights at once, and calls gdc_wait() before it touches anything that another kernel writes. Only then does it
-let the next one launch: with three kernels under way at once results were wrong now and then, as if the third found
-lines in its multiprocessor's cache that the first had read and the second overwritten. All also run in Triton's
-interpreter on a CPU, without PDL and ASM.
+let the next one launch: with three kernels under way at once results were wrong now and then (docs/log.md; the cause
+was not isolated), and the times are the same. All also run in Triton's interpreter on a CPU, without PDL and ASM.
 """
