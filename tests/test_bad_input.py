@@ -349,7 +349,8 @@ def test_ctrl_c_during_tune_keeps_what_is_finished_and_a_rerun_goes_on(stories, 
     receipt = json.loads(hasten(*command).good.stdout)
     again = {candidate["name"]: candidate for candidate in (receipt["original"], *receipt["candidates"])}
     for name, candidate in finished.items():
-        assert again[name]["decode"] == candidate["decode"], "measured again"
+        proven = again[name]["decode"]["1"]["n"] > 1  # the proof times what it judges anew, in rounds of its own
+        assert proven or again[name]["decode"] == candidate["decode"], "measured again"
     assert not state.exists()
     assert json.loads((out / "receipt.json").read_text()) == receipt
     assert hasten("generate", out, TEXT, "--max-tokens", 8).good.stdout.strip()
