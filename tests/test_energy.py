@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hasten.errors import ResourceError
-from hasten.measure.energy import measure_energy, open_meter
+from hasten.measure import energy
+from hasten.recipe import Recipe
+from hasten.tune.lab import Lab
 
 UUID = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 
@@ -99,9 +102,8 @@ def test_without_nvidia_ml_py_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_work_whose_energy_cannot_be_read_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.measure import energy
-
     monkeypatch.setattr(energy, "energy_counters", list)
     with pytest.raises(ResourceError, match="RAPL"):
-        open_meter()
-    assert measure_energy(lambda: pytest.fail("it was run")) is None
+        energy.open_meter()
+    idle = SimpleNamespace(load=lambda recipes: pytest.fail("it was run"))
+    assert Lab.energy(idle, Recipe(), {}) is None  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 
 from hasten import hardware
 from hasten.errors import ResourceError
-from hasten.measure.energy import measure_energy
+from hasten.measure.energy import open_meter
 
 
 def test_probe_measures_and_keeps_within_limits() -> None:
@@ -73,7 +73,8 @@ def test_cpu_quota_of_both_versions(sysfs: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_energy_is_read_across_a_wrap_or_not_at_all(sysfs: Path) -> None:
     assert hardware.energy_counters() == []
-    assert measure_energy(lambda: None) is None
+    with pytest.raises(ResourceError, match="RAPL"):
+        open_meter()
     package = sysfs / "_POWERCAP" / "intel-rapl:0"
     part = sysfs / "_POWERCAP" / "intel-rapl:0:0"
     for folder in (package, part):
@@ -81,9 +82,10 @@ def test_energy_is_read_across_a_wrap_or_not_at_all(sysfs: Path) -> None:
         (folder / "energy_uj").write_text("900000\n")
         (folder / "max_energy_range_uj").write_text("1000000\n")
     assert hardware.energy_counters() == [package / "energy_uj"]
-    found = measure_energy(lambda: (package / "energy_uj").write_text("400000\n"))
-    assert found is not None
-    assert found["joules"] == pytest.approx(0.5)
+    meter = open_meter()
+    meter.start()
+    (package / "energy_uj").write_text("400000\n")
+    assert meter.stop() == pytest.approx(0.5)
 
 
 def test_caches_are_those_of_data(sysfs: Path) -> None:

@@ -1,7 +1,6 @@
 """Energy of a stretch of work, from counters that the hardware keeps: RAPL's of the processor packages, NVML's of an
 NVIDIA GPU. Nothing is estimated; whatever else runs there meanwhile counts too."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -75,19 +74,6 @@ def open_meter(device: str = "cpu") -> Meter:
 
     # NVML counts every GPU of the machine, torch only those that CUDA_VISIBLE_DEVICES leaves: the UUID is the same.
     return Nvml(f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}")
-
-
-def measure_energy(work: Callable[[], object], device: str = "cpu") -> dict[str, float] | None:
-    """Joules and seconds that `work` took on a device. None, and `work` is not run, where its energy cannot be read."""
-    try:
-        meter = open_meter(device)
-    except ResourceError:
-        return None
-    meter.start()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    return {"joules": meter.stop(), "seconds": seconds}
 
 
 def _microjoules(path: Path) -> int:

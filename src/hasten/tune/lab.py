@@ -18,9 +18,9 @@ from hasten.compress.plan import resolve, total_bytes
 from hasten.engine.engine import Engine
 from hasten.errors import ResourceError
 from hasten.hardware import Hardware, memory_available
-from hasten.measure.energy import measure_energy
+from hasten.measure.energy import open_meter
 from hasten.measure.quality import Scores, score, summarize
-from hasten.measure.speed import Timing, Workload, interleave, make_engine, time_workload
+from hasten.measure.speed import Timing, Workload, energy_of, interleave, make_engine, time_workload
 from hasten.measure.statistics import ratio_of_rounds, spread
 from hasten.measure.text import Window
 from hasten.measure.transformers_worker import TransformersWorker
@@ -194,10 +194,16 @@ class Lab:
     def energy(self, recipe: Recipe, workloads: Mapping[str, Workload]) -> dict[str, float] | None:
         """Joules a token of decoding by number of streams, all processor packages together with whatever else runs;
         None where they cannot be read here."""
-        if self.hardware.energy is None:
+        try:
+            meter = open_meter()
+        except ResourceError:
             return None
         engine = self.engine(self.load({"": recipe})[""], recipe, workloads)
-        return {key: _joules_per_token(engine, work) for key, work in workloads.items() if key != "prefill"}
+        return {
+            key: energy_of(engine, work, meter, _ENERGY_SECONDS).joules_per_token
+            for key, work in workloads.items()
+            if key != "prefill"
+        }
 
     def load(self, recipes: Mapping[str, Recipe]) -> dict[str, Backend]:
         """A backend with each recipe's weights, made from the checkpoint on the way. What was loaded for others is
@@ -311,19 +317,6 @@ def now_and_then(tell: Callable[[int, int], None], seconds: float = 0.5) -> Prog
             tell(done, total)
 
     return told
-
-
-def _joules_per_token(engine: Engine, work: Workload) -> float:
-    runs: list[Timing] = []
-    end = time.perf_counter() + _ENERGY_SECONDS
-
-    def repeat() -> None:
-        while not runs or time.perf_counter() < end:
-            runs.append(time_workload(engine, work))
-
-    found = measure_energy(repeat)
-    assert found is not None  # the counters were there when the machine was probed
-    return found["joules"] / (len(runs) * len(work.prompts) * work.num_tokens)
 
 
 def _total(memory: Mapping[str, int]) -> int:
