@@ -4,6 +4,7 @@ token."""
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from slot_model import SlotModel
 
 from hasten.backends.base import Backend
@@ -120,3 +121,17 @@ def results(output: RequestOutput) -> list[tuple[Any, ...]]:
         )
         for c in output.outputs
     ] + [output.prompt_logprobs]
+
+
+def assert_interrupt_changes_nothing(model: Backend, prompts: Sequence[list[int]]) -> None:
+    """`model` interrupts one step of three requests. One is cancelled then; the others get what they get alone."""
+    engine = make_engine(model=model, num_blocks=12, max_step_tokens=24)
+    params = SamplingParams(max_tokens=30, n=2, temperature=0.5, seed=4, ignore_eos=True)
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    assert engine.cancel(ids[1]) is not None
+    engine.scheduler.check()
+    done = drain(engine)
+    for i in (0, 2):
+        assert results(done[ids[i]]) == results(alone(prompts[i], params))

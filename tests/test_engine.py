@@ -7,7 +7,17 @@ import math
 
 import numpy as np
 import pytest
-from engine_tools import EOS, VOCAB, alone, assert_idle, drain, make_engine, results, run
+from engine_tools import (
+    EOS,
+    VOCAB,
+    alone,
+    assert_idle,
+    assert_interrupt_changes_nothing,
+    drain,
+    make_engine,
+    results,
+    run,
+)
 from slot_model import SlotModel
 
 from hasten.engine.request import SamplingParams, derive_seed
@@ -276,17 +286,8 @@ class Interrupted(SlotModel):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("countdown", [1, 3, 9])
 def test_an_interrupted_forward_changes_nothing(countdown: int, late: bool) -> None:
-    engine = make_engine(model=Interrupted(countdown, late), num_blocks=12, max_step_tokens=24)
-    params = SamplingParams(max_tokens=30, n=2, temperature=0.5, seed=4, ignore_eos=True)
     prompts = [LONG[i : i + 25] for i in range(3)]
-    ids = [engine.add(prompt, params) for prompt in prompts]
-    with pytest.raises(KeyboardInterrupt):
-        drain(engine)
-    assert engine.cancel(ids[1]) is not None
-    engine.scheduler.check()
-    done = drain(engine)
-    for i in (0, 2):
-        assert results(done[ids[i]]) == results(alone(prompts[i], params))
+    assert_interrupt_changes_nothing(Interrupted(countdown, late), prompts)
 
 
 def test_an_exception_in_the_books_ends_every_request(monkeypatch: pytest.MonkeyPatch) -> None:

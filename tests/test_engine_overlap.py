@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import EOS, VOCAB, alone, assert_idle, drain, eager_speculator, make_engine, results, run
+from engine_tools import (
+    EOS,
+    VOCAB,
+    alone,
+    assert_idle,
+    assert_interrupt_changes_nothing,
+    drain,
+    eager_speculator,
+    make_engine,
+    results,
+    run,
+)
 from overlapped import Overlapped
 from slot_model import SlotModel
 
@@ -124,17 +135,8 @@ class Interrupts(Overlapped):
 @pytest.mark.parametrize("where", ["before forward", "after forward", "after sample", "result"])
 @pytest.mark.parametrize("countdown", [1, 2, 3, 9])
 def test_an_interrupt_changes_nothing(where: str, countdown: int) -> None:
-    engine = make_engine(model=Interrupts(where, countdown), num_blocks=12, max_step_tokens=24)
-    params = SamplingParams(max_tokens=30, n=2, temperature=0.5, seed=4, ignore_eos=True)
     prompts = [[(3 * i + k) % VOCAB for i in range(25)] for k in range(3)]
-    ids = [engine.add(prompt, params) for prompt in prompts]
-    with pytest.raises(KeyboardInterrupt):
-        drain(engine)
-    assert engine.cancel(ids[1]) is not None
-    engine.scheduler.check()
-    done = drain(engine)
-    for i in (0, 2):
-        assert results(done[ids[i]]) == results(alone(prompts[i], params))
+    assert_interrupt_changes_nothing(Interrupts(where, countdown), prompts)
 
 
 def test_nan_names_no_innocent() -> None:
