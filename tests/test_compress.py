@@ -11,7 +11,8 @@ from hasten.errors import RecipeError, ResourceError
 from hasten.model import formats
 from hasten.model.checkpoint import open_checkpoint
 from hasten.receipt import Receipt, sha256
-from hasten.recipe import Quantize, Recipe, Run
+from hasten.recipe import Recipe, Run
+from hasten.steps import Quantize
 
 
 @pytest.fixture(scope="module")

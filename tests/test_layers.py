@@ -13,14 +13,17 @@ SOURCE = Path(__file__).parents[1] / "src" / "hasten"
 
 # A package may import those of a lower number only; within one number, only itself.
 LEVELS = {
-    "cli": 7,
-    "tune": 6,
-    "measure": 5,
+    "cli": 8,
+    "tune": 7,
+    "measure": 6,
+    "train": 5,
     "compress": 4,
     "engine": 3,
     "backends": 2,
     "model": 1,
     "recipe": 0,
+    "steps": 0,
+    "checks": 0,
     "receipt": 0,
     "hardware": 0,
     "config": 0,
@@ -30,11 +33,13 @@ LEVELS = {
 }
 # What each heavy or foreign package is allowed in. Elsewhere not at all.
 FOREIGN = {
-    "torch": {"backends", "compress", "measure"},
+    "torch": {"backends", "compress", "train", "measure"},
     "triton": {"backends"},
     "pynvml": {"measure"},
-    "transformers": {"compress", "measure"},
+    "transformers": {"backends", "compress", "train", "measure"},
     "compressed_tensors": {"compress"},
+    "accelerate": {"train"},
+    "datasets": {"compress", "train"},
     "typer": {"cli"},
     "rich": {"cli", "tune"},
     "click": set(),
@@ -42,9 +47,16 @@ FOREIGN = {
     "ray": set(),
     "fastapi": set(),
 }
-LATE_ONLY = ("torch", "triton", "transformers", "compressed_tensors", "huggingface_hub", "pynvml")
+LATE_ONLY = (
+    "torch", "triton", "transformers", "compressed_tensors", "accelerate", "datasets", "huggingface_hub", "pynvml"
+)  # fmt: skip
 # What is itself imported only when it is used: may import what it needs as it loads.
-LATE_PACKAGE = ("backends", "cuda")
+LATE_PACKAGES = (("backends", "cuda"), ("backends", "torch"), ("train",), ("compress",))
+# Of these packages, what is imported early all the same: rounding to nearest needs no torch.
+EARLY = {
+    ("compress", "__init__"), ("compress", "apply"), ("compress", "folder"), ("compress", "plan"),
+    ("compress", "rtn"), ("train", "__init__"), ("train", "run"),
+}  # fmt: skip
 
 
 def modules() -> list[Path]:
@@ -71,6 +83,12 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield from walk(child, inside)
 
     yield from walk(tree, True)
+
+
+def is_late(*parts: str) -> bool:
+    """Whether a module of hasten, by the parts of its name below it, is imported only when it is used."""
+    early = (*parts[:1], *(parts[1:2] or ("__init__",))) in EARLY
+    return not early and any(parts[: len(package)] == package for package in LATE_PACKAGES)
 
 
 def layer_of(path: Path) -> str:
@@ -107,9 +125,9 @@ def test_foreign_packages_stay_where_they_belong(path):
         top = name.split(".")[0]
         if top in FOREIGN:
             assert layer in FOREIGN[top], f"{path.relative_to(SOURCE)} imports {name}"
-        if path.relative_to(SOURCE).parts[:2] != LATE_PACKAGE:
+        if not is_late(*path.relative_to(SOURCE).with_suffix("").parts):
             assert not (at_load and top in LATE_ONLY), f"{path.relative_to(SOURCE)} imports {name} as it loads"
-            late = name.startswith(".".join(("hasten", *LATE_PACKAGE)))
+            late = top == "hasten" and is_late(*name.split(".")[1:])
             assert not (at_load and late), f"{path.relative_to(SOURCE)} imports {name} as it loads"
 
 

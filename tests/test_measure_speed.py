@@ -12,7 +12,8 @@ from hasten.measure.memory import peak_memory, run_fresh
 from hasten.measure.speed import Timing, Workload, interleave, make_engine, prompts_from, time_workload
 from hasten.measure.transformers_worker import TransformersWorker
 from hasten.model.checkpoint import open_checkpoint
-from hasten.recipe import Quantize, Run
+from hasten.recipe import Run
+from hasten.steps import Quantize
 
 
 @pytest.fixture(scope="module")

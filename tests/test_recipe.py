@@ -11,7 +11,23 @@ from hasten.compress.plan import describe, matrix_shapes, resolve
 from hasten.errors import RecipeError
 from hasten.model.formats import Format
 from hasten.model.spec import Layer, ModelSpec
-from hasten.recipe import KINDS, KV_CACHES, SPECULATIONS, Quantize, Recipe, Run, presets
+from hasten.recipe import KV_CACHES, SPECULATIONS, Calibration, Recipe, Run, presets
+from hasten.steps import (
+    KINDS,
+    STEPS,
+    Distill,
+    Factorize,
+    Finetune,
+    Gradual,
+    Prune,
+    Quantize,
+    QuantizeKv,
+    Recover,
+    Rotate,
+    Shrink,
+    Smooth,
+    SplitExperts,
+)
 
 
 def spec(tied: bool = True, gated: bool = True, intermediate: int = 256, hidden: int = 128) -> ModelSpec:
@@ -47,6 +63,20 @@ def test_yaml_and_back(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_every_step_round_trips() -> None:
+    schedule = Gradual(final_sparsity=0.5, begin_step=10, end_step=100)
+    steps = (
+        Rotate(seed=3), Shrink(heads=0.5, layers=0.1), Finetune(steps=5, sparsity=schedule),
+        Distill(teacher="x", loss="reverse-kl"), Factorize(keep=0.6), SplitExperts(8, 2, "kmeans"),
+        Prune(pattern="2:4", targets=("mlp",)), Recover("lora", rank=4), Smooth(0.7),
+        Quantize("int4", method="gptq", act_order=True, bits=3), QuantizeKv(),
+    )  # fmt: skip
+    assert {type(step) for step in steps} == set(STEPS.values())
+    recipe = Recipe(steps, calibration=Calibration("wiki.txt", 32))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
 @pytest.mark.parametrize("name", presets())
 def test_presets_load_by_name_and_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
@@ -73,6 +103,20 @@ def test_presets_load_by_name_and_round_trip(name: str) -> None:
         ("steps: [{quantize: {targets: 3}}]", "targets is 3, expected a list"),
         ("steps: [{quantize: {targets: []}}]", "targets is empty"),
         ("steps: [{quantize: {}, prune: {}}]", "a step has 2 names"),
+        ("steps: [{quantize: {method: gtpq}}]", r"method is 'gtpq': did you mean 'gptq'\?"),
+        ("steps: [{quantize: {format: fp8, method: gptq}}]", "method gptq is for int8 and int4, found format fp8"),
+        ("steps: [{quantize: {act_order: true}}]", "act_order is for method gptq, found rtn"),
+        ("steps: [{quantize: {format: int4, bits: 2}}]", "bits is 2, expected 3 or 4 with int4"),
+        ("steps: [{quantize: {format: fp8, activations: int8}}]", "activations int8 do not go with format fp8"),
+        ("steps: [{quantize: {threshold: 2}}]", "threshold is 2, expected a number of 0 to 1"),
+        ("steps: [{prune: {pattern: '2:4', sparsity: 0.6}}]", r"sparsity is 0.6, pattern 2:4 means 0.5"),
+        ("steps: [{prune: {sparsity: 1}}]", "sparsity is 1, expected a number above 0 and below 1"),
+        ("steps: [{shrink: {}}]", "shrink removes nothing"),
+        ("steps: [{split_experts: {active: 32}}]", "active is 32, expected at most experts, which is 16"),
+        ("steps: [{finetune: {sparsity: {final_sparsity: 0.5}}}]", "missing 2 required .*'begin_step' and 'end_step'"),
+        ("steps: [{smooth: {strenght: 1}}]", r"unknown key 'strenght' in smooth: did you mean 'strength'\?"),
+        ("calibration: {txt: a}", r"unknown key 'txt' in calibration: did you mean 'text'\?"),
+        ("calibration: {num_sequences: 0}", "num_sequences is 0, expected a whole number of at least 1"),
         ("steps: 3", "steps is int"),
         ("run: {kv_cache: int4}", "kv_cache is 'int4'"),
         ("run: {thread: 2}", r"did you mean 'threads'\?"),

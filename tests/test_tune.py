@@ -23,7 +23,8 @@ from hasten.measure.speed import Timing
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import Candidate, Quality, Receipt, plain
-from hasten.recipe import Quantize, Recipe, Run, presets
+from hasten.recipe import Recipe, Run, presets
+from hasten.steps import Quantize
 from hasten.tune import choose, lab, proof, run, staged, texts, tune
 from hasten.tune.lab import ORIGINAL, Lab, Timings
 from hasten.tune.search import Search

@@ -14,7 +14,8 @@ from hasten.measure.statistics import ratio_of_rounds
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import Layer, ModelSpec
 from hasten.receipt import Candidate, Measurement, Prediction, Quality, Receipt
-from hasten.recipe import Quantize, Recipe, Run, presets
+from hasten.recipe import Recipe, Run, presets
+from hasten.steps import Quantize
 from hasten.tune import candidates, choose
 from hasten.tune.budget import Budget, Progress
 from hasten.tune.predict import kv_bytes_per_token, predict

@@ -16,25 +16,65 @@ if TYPE_CHECKING:
     from hasten.engine.request import SamplingParams
     from hasten.measure.evaluate import evaluate
     from hasten.receipt import Receipt
-    from hasten.recipe import Quantize, Recipe, Run
+    from hasten.recipe import Calibration, Recipe, Run
+    from hasten.steps import (
+        Distill,
+        Factorize,
+        Finetune,
+        Gradual,
+        Prune,
+        Quantize,
+        QuantizeKv,
+        Recover,
+        Rotate,
+        Shrink,
+        Smooth,
+        SplitExperts,
+    )
     from hasten.tune.run import tune
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "Quantize", "Receipt", "Recipe", "Run", "SamplingParams", "__version__", "compress", "errors", "evaluate",
+    "LLM",
+    "Calibration",
+    "Distill",
+    "Factorize",
+    "Finetune",
+    "Gradual",
+    "Prune",
+    "Quantize",
+    "QuantizeKv",
+    "Receipt",
+    "Recipe",
+    "Recover",
+    "Rotate",
+    "Run",
+    "SamplingParams",
+    "Shrink",
+    "Smooth",
+    "SplitExperts",
+    "__version__",
+    "compress",
+    "errors",
+    "evaluate",
     "tune",
 ]  # fmt: skip
 
+_STEPS = (
+    "Distill", "Factorize", "Finetune", "Gradual", "Prune", "Quantize", "QuantizeKv", "Recover", "Rotate", "Shrink",
+    "Smooth", "SplitExperts",
+)  # fmt: skip
 _HOME = {
     "LLM": "hasten.engine.llm",
     "SamplingParams": "hasten.engine.request",
     "Recipe": "hasten.recipe",
-    "Quantize": "hasten.recipe",
     "Run": "hasten.recipe",
+    "Calibration": "hasten.recipe",
     "Receipt": "hasten.receipt",
     "tune": "hasten.tune.run",
     "compress": "hasten.compress.folder",
     "evaluate": "hasten.measure.evaluate",
+    **dict.fromkeys(_STEPS, "hasten.steps"),
 }
 
 

@@ -13,59 +13,19 @@ decoder layer. Where the head is tied, `head` and `embedding` are the one matrix
 earlier one on the matrices that both name, and starts from the original numbers.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
+from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys, mapping
 from hasten.errors import RecipeError
+from hasten.steps import STEPS, Quantize, Step, step_name
 
-KINDS = ("fp32", "fp16", "bf16", "int8", "int4")
 KV_CACHES = ("fp32", "bf16", "int8")
 SPECULATIONS = ("none", "ngram")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Quantize:
-    """Store the targeted matrices in `format`, rounded to nearest with the scale of least squared error.
-
-    group_size: input columns that share a scale; 0 is one scale a row. None means 32 for int4; for int8 32 in narrow
-    models (up to 256 hidden units) and 0 in others.
-    symmetric: False stores a zero point beside each scale; int4 only.
-    fallback: "int8" lets a matrix whose inputs the group does not divide take the nearest format that fits (a smaller
-    group, else int8 with one scale a row); None makes that an error.
-    """
-
-    format: str = "int8"
-    group_size: int | None = None
-    symmetric: bool = True
-    targets: tuple[str, ...] = ("Linear",)
-    ignore: tuple[str, ...] = ()
-    fallback: str | None = None
-
-    def __post_init__(self) -> None:
-        _choose("format", self.format, KINDS)
-        if self.group_size is not None:
-            _check_group(self.format, self.group_size)
-        if not isinstance(self.symmetric, bool):
-            raise RecipeError(f"symmetric is {self.symmetric!r}, expected true or false")
-        if not self.symmetric and self.format != "int4":
-            raise RecipeError(f"symmetric: false is for int4, found it with {self.format}: remove it")
-        if self.fallback is not None:
-            _choose("fallback", self.fallback, ("int8",))
-        for key in ("targets", "ignore"):
-            object.__setattr__(self, key, _names(key, getattr(self, key)))
-        if not self.targets:
-            raise RecipeError("targets is empty: name at least one, such as Linear")
-
-
-Step = Quantize
-_STEPS: Mapping[str, type[Step]] = {"quantize": Quantize}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,40 +41,62 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.kv_cache is not None:
-            _choose("kv_cache", self.kv_cache, KV_CACHES)
+            choose("kv_cache", self.kv_cache, KV_CACHES)
         if self.speculation is not None:
-            _choose("speculation", self.speculation, SPECULATIONS)
-        if self.threads is not None and (not _is_int(self.threads) or self.threads < 1):
+            choose("speculation", self.speculation, SPECULATIONS)
+        if self.threads is not None and (not is_int(self.threads) or self.threads < 1):
             raise RecipeError(f"threads is {self.threads!r}, expected a whole number of at least 1")
 
     @staticmethod
     def from_dict(data: object, name: str = "run") -> "Run":
         """From plain data, called `name` in errors. Raises RecipeError on anything unknown."""
-        return _build(Run, name, data)
+        return build(Run, name, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Text that methods look at. text: a file, a folder of text files, or a data set's name on the Hugging Face hub;
+    None: the model writes it itself. num_sequences of sequence_len tokens each are taken, evenly over the text."""
+
+    text: str | None = None
+    num_sequences: int = 128
+    sequence_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text is not None and not isinstance(self.text, str):
+            raise RecipeError(f"text is {self.text!r}, expected a file, a folder or a data set's name")
+        count("num_sequences", self.num_sequences)
+        count("sequence_len", self.sequence_len, 2)
+        count("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Steps in order, and how to run the result. Empty steps leave the model as it is."""
+    """Steps in order, how to run the result, and the text that methods look at. No steps leave the model as it is."""
 
     steps: tuple[Step, ...] = ()
     run: Run = field(default_factory=Run)
+    calibration: Calibration = field(default_factory=Calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of what differs from the defaults; `from_dict` gives the same recipe back."""
-        steps = [{_step_name(step): _plain(step, keep=("format", "targets"))} for step in self.steps]
-        run = _plain(self.run)
-        return {"steps": steps, **({"run": run} if run else {})}
+        data: dict[str, Any] = {"steps": [{step_name(step): _plain(step)} for step in self.steps]}
+        for key in ("run", "calibration"):
+            if part := _plain(getattr(self, key)):
+                data[key] = part
+        return data
 
     @staticmethod
     def from_dict(data: object) -> "Recipe":
         """A recipe from plain data. Raises RecipeError on anything unknown, with the nearest known name."""
-        top = _mapping("a recipe", data)
-        _known_keys("recipe", top, ("steps", "run"))
+        top = mapping("a recipe", data)
+        known_keys("recipe", top, ("steps", "run", "calibration"))
         raw_steps = top.get("steps") or []
         if not isinstance(raw_steps, list | tuple):
             raise RecipeError(f"steps is {type(raw_steps).__name__}, expected a list of steps")
-        return Recipe(tuple(_step(item) for item in raw_steps), Run.from_dict(top.get("run") or {}))
+        calibration = build(Calibration, "calibration", top.get("calibration") or {})
+        return Recipe(tuple(_step(item) for item in raw_steps), Run.from_dict(top.get("run") or {}), calibration)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
@@ -167,72 +149,21 @@ def presets() -> dict[str, Recipe]:
     return out
 
 
-def _check_group(kind: str, group: object) -> None:
-    if not _is_int(group) or group not in (0, 32, 64, 128):
-        raise RecipeError(f"group_size is {group!r}, expected 0 (one scale a row), 32, 64 or 128")
-    if group and kind not in ("int8", "int4"):
-        raise RecipeError(f"{kind} has no groups, found group_size {group}: remove it")
-
-
-def did_you_mean(found: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
-    """The end of a message on an unknown name: the nearest of `known`, and `listed` (else `known`) to choose from."""
-    close = difflib.get_close_matches(found, list(known), n=1)
-    meant = f": did you mean '{close[0]}'?" if close else ","
-    return f"{meant} expected one of {', '.join(listed or known)}" + ("" if listed is None else ", a name or a glob")
-
-
 def _step(item: object) -> Step:
-    if isinstance(item, Quantize):
-        return item
-    data = _mapping("a step", item)
+    if type(item) in STEPS.values():
+        return item  # type: ignore[return-value]
+    data = mapping("a step", item)
     if len(data) != 1:
         raise RecipeError(f"a step has {len(data)} names, expected one, such as quantize: {{format: int8}}")
     name, body = next(iter(data.items()))
-    if name not in _STEPS:
-        raise RecipeError(f"unknown step '{name}'{did_you_mean(str(name), _STEPS)}")
-    return _build(_STEPS[name], str(name), body or {})
+    if name not in STEPS:
+        raise RecipeError(f"unknown step '{name}'{did_you_mean(str(name), STEPS)}")
+    return build(STEPS[name], str(name), body or {})
 
 
-def _build(kind: type[T], name: str, body: object) -> T:
-    data = _mapping(name, body)
-    _known_keys(name, data, [item.name for item in fields(kind)])  # type: ignore[arg-type]
-    return kind(**data)
-
-
-def _step_name(step: Step) -> str:
-    return next(name for name, kind in _STEPS.items() if type(step) is kind)
-
-
-def _plain(item: Step | Run, keep: tuple[str, ...] = ()) -> dict[str, Any]:
-    default = type(item)()
-    data = {key: value for key, value in asdict(item).items() if key in keep or value != getattr(default, key)}
+def _plain(item: Any) -> dict[str, Any]:
+    """What differs from the defaults; a step's format, method and targets are said all the same."""
+    default = {key.name: key.default for key in fields(item)}
+    named = ("format", "targets") if isinstance(item, Quantize) else ()
+    data = {key: value for key, value in asdict(item).items() if key in named or getattr(item, key) != default[key]}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-
-
-def _mapping(what: str, data: object) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        found = "empty" if data is None else type(data).__name__
-        raise RecipeError(f"{what} is {found}, expected names and values")
-    return dict(data)
-
-
-def _known_keys(what: str, data: Mapping[str, Any], known: Iterable[str]) -> None:
-    for key in data:
-        if key not in known:
-            raise RecipeError(f"unknown key '{key}' in {what}{did_you_mean(str(key), known)}")
-
-
-def _names(key: str, value: object) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-        raise RecipeError(f"{key} is {value!r}, expected a list of names such as [Linear]")
-    return tuple(items)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _choose(key: str, value: object, known: Iterable[str]) -> None:
-    if value not in tuple(known):
-        raise RecipeError(f"{key} is {value!r}{did_you_mean(str(value), known)}")

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
+from hasten.checks import did_you_mean
 from hasten.errors import RecipeError
 from hasten.model.formats import NARROW, Format, bytes_of
 from hasten.model.spec import ModelSpec
-from hasten.recipe import Quantize, Recipe, did_you_mean
+from hasten.recipe import Recipe
+from hasten.steps import Quantize
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")

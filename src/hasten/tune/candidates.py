@@ -6,7 +6,8 @@ from dataclasses import replace
 from hasten.compress.plan import matrix_shapes, resolve, total_bytes
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
-from hasten.recipe import Quantize, Recipe, Run, presets
+from hasten.recipe import Recipe, Run, presets
+from hasten.steps import Quantize
 
 # Presets in the order in which they are measured: where time ends early, those that differ most were tried.
 _TRIED = (
@@ -33,7 +34,11 @@ def uniform(spec: ModelSpec, found: Mapping[str, Format]) -> dict[str, Recipe]:
 
 def with_fallback(recipe: Recipe) -> Recipe:
     """The recipe with fallback int8 in every step that quantises to integers."""
-    steps = [replace(step, fallback="int8") if step.format in ("int8", "int4") else step for step in recipe.steps]
+    integers = ("int8", "int4")
+    steps = [
+        replace(step, fallback="int8") if isinstance(step, Quantize) and step.format in integers else step
+        for step in recipe.steps
+    ]
     return replace(recipe, steps=tuple(steps))
 
 

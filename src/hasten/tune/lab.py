@@ -28,7 +28,8 @@ from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Format
 from hasten.model.settings import default_kv_cache
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
-from hasten.recipe import Recipe, Step
+from hasten.recipe import Recipe
+from hasten.steps import Step
 from hasten.tune.budget import Pace
 from hasten.tune.predict import all_formats, kv_bytes_per_token, predict
 

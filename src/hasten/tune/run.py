@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.backends.base import Backend
+from hasten.checks import did_you_mean
 from hasten.compress.folder import ProgressCallback, check_out, hashes, requantised
 from hasten.compress.plan import resolve
 from hasten.errors import HastenError, RecipeError
@@ -20,7 +21,7 @@ from hasten.model.hub import folder_beside
 from hasten.model.hub import resolve as resolve_name
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import SCHEMA, Candidate, Receipt, build, plain
-from hasten.recipe import Recipe, did_you_mean
+from hasten.recipe import Recipe
 from hasten.tune import choose
 from hasten.tune.budget import Budget, Progress
 from hasten.tune.finish import finish
