@@ -119,3 +119,20 @@ def test_uniform_numbers_are_those_of_the_cpu() -> None:
     seeds, counters = (rng.integers(0, 2**64, 50, dtype=np.uint64) for _ in range(2))
     want = [one_uniform(int(s), int(c)) for s, c in zip(seeds, counters, strict=True)]
     assert uniform(seeds, counters).tolist() == want
+
+
+def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path]) -> None:
+    """What graphs of drafts run: every token a decode of its own, keys stored first, the rest of the buffer padding."""
+    backend = load(tiny_model("qwen3", num_hidden_layers=2), "cpu")
+    tokens = np.random.default_rng(1).integers(3, 300, 40).astype(np.int32)
+    first, second = np.array_split(np.arange(NUM_BLOCKS, dtype=np.int32), 2)
+    fetched(backend, batch([(tokens[:9], 0, first), (tokens[9:11], 0, second)]))
+    step = batch([(tokens[20:25], 9, first), (tokens[30:31], 2, second), (tokens[31:34], 3, second)])
+    want = fetched(backend, step)
+    stager, decoder = backend._stager, backend._decoder
+    assert stager is not None
+    assert decoder is not None
+    buffer, inputs = stager.fixed(16, len(first), runs=True)
+    stager.refill(step, 16, buffer)
+    got = decoder(inputs)[: len(step.tokens)].numpy()
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()

@@ -76,7 +76,7 @@ class Attention:
         may overwrite qkv."""
         layer = self._spec.layers[index]
         out = torch.empty((len(qkv), layer.num_heads * layer.head_dim), dtype=qkv.dtype, device=qkv.device)
-        fused = inputs.decode_rows is None
+        fused = inputs.decode_rows is None and not inputs.runs
         if not fused:
             self._store(layer, index, qkv, inputs, norms)
         if inputs.num_decodes:

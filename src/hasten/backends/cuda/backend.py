@@ -10,7 +10,7 @@ from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, ti
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import Device, open_device
 from hasten.backends.cuda.graphs import DecodeGraphs
-from hasten.backends.cuda.inputs import Stager, is_decode
+from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.cuda.sampling import PendingSample, Sampler
@@ -113,9 +113,13 @@ class CudaBackend:
         if self._decoder is None or self._stager is None:
             raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
         self._chosen = None
-        if self._graphs is not None and is_decode(batch) and self._graphs.fits(batch):
-            self._chosen = self._graphs(batch)
-            return self._chosen
+        if self._graphs is not None and self._graphs.fits(batch):
+            logits = self._graphs(batch)
+            if len(batch.rows) < len(logits):
+                rows = torch.from_numpy(batch.rows.copy()).pin_memory().to(logits.device, non_blocking=True)
+                return logits.index_select(0, rows)
+            self._chosen = logits
+            return logits
         inputs = self._stager.general(batch)
         return self._decoder(inputs)
 

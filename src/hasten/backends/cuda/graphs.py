@@ -1,4 +1,7 @@
-"""Decode steps as CUDA graphs, one for each bucket of batch sizes, captured when a bucket comes a second time.
+"""Steps of few tokens as CUDA graphs, one for each bucket of sizes, captured when a bucket comes a second time.
+
+A decode step has one token of each sequence; others (drafts that are verified, short prompts) have graphs of their own,
+in which keys are stored before attention.
 
 A step of a bucket that has no graph runs kernel by kernel, so the first token never waits for a capture.
 """
@@ -10,7 +13,7 @@ import torch
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.inputs import Inputs, Stager
+from hasten.backends.cuda.inputs import Inputs, Stager, is_short
 from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -26,27 +29,31 @@ class _Bucket:
 
 
 class DecodeGraphs:
-    """Runs decode steps (see inputs.is_decode) of up to BUCKETS[-1] sequences of up to max_blocks blocks."""
+    """Runs steps of up to BUCKETS[-1] tokens, few of each sequence, of up to max_blocks blocks."""
 
     def __init__(self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int) -> None:
         self._decoder = decoder
         self._sampler = sampler
         self._stager = stager
         self._max_blocks = max_blocks
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[tuple[int, bool], _Bucket] = {}
         self._pool: Any = None
 
     def fits(self, batch: Batch) -> bool:
-        return len(batch.tokens) <= BUCKETS[-1] and batch.block_tables.shape[1] <= self._max_blocks
+        """A step without rows does not fit: it must leave what was sampled last where it is."""
+        few = 0 < len(batch.rows) and len(batch.tokens) <= BUCKETS[-1]
+        return few and batch.block_tables.shape[1] <= self._max_blocks and is_short(batch)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 [R, V], overwritten by the next step; their best tokens are where Sampler.greedy puts them."""
+        """Logits float32 [T, V] of all tokens, overwritten by the next step; their best tokens are where Sampler.greedy
+        puts them."""
         count = len(batch.tokens)
         size = next(bucket for bucket in BUCKETS if bucket >= count)
-        bucket = self._buckets.get(size)
+        runs = count > len(batch.query_lens)
+        bucket = self._buckets.get((size, runs))
         if bucket is None:
-            buffer, inputs = self._stager.fixed(size, self._max_blocks)
-            bucket = self._buckets[size] = _Bucket(buffer, inputs)
+            buffer, inputs = self._stager.fixed(size, self._max_blocks, runs)
+            bucket = self._buckets[size, runs] = _Bucket(buffer, inputs)
         self._stager.refill(batch, size, bucket.buffer)
         bucket.uses += 1
         if bucket.graph is None and bucket.uses < 2:

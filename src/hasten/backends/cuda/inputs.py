@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hasten.backends.base import Batch, Int32
 from hasten.backends.cuda.device import Device
 
+MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
 _ALIGN = 4  # numbers: every part begins at a multiple of 16 bytes, which kernels are compiled for
 
 
@@ -19,6 +20,8 @@ class Inputs:
     lengths [T]: of each token's sequence, this step included. tables [B, width], width [1]. num_decodes single tokens:
     decode_rows, decode_sequences [D], or None where that is every token, in order. The rest in tiles [I], see
     kernels.attention.prefill. rows [R]: whose logits are wanted, None for all tokens'. longest: of the lengths.
+    runs: tokens of one sequence may follow each other though each is a decode with a row of `tables` of its own; so all
+    keys are stored before any is read.
     """
 
     tokens: torch.Tensor
@@ -30,6 +33,7 @@ class Inputs:
     width: torch.Tensor
     num_decodes: int
     longest: int
+    runs: bool = False
     decode_rows: torch.Tensor | None = None
     decode_sequences: torch.Tensor | None = None
     tile_tokens: torch.Tensor | None = None
@@ -38,9 +42,9 @@ class Inputs:
     rows: torch.Tensor | None = None
 
 
-def is_decode(batch: Batch) -> bool:
-    """Whether every sequence runs one token, and logits of all are wanted."""
-    return len(batch.tokens) == len(batch.query_lens) == len(batch.rows)
+def is_short(batch: Batch) -> bool:
+    """Whether every sequence runs so few tokens (drafts to be verified, say) that each may run as a decode by itself."""
+    return int(batch.query_lens.max()) <= MAX_RUN
 
 
 class Stager:
@@ -75,22 +79,25 @@ class Stager:
             longest=int(batch.context_lens.max()),
         )  # fmt: skip
 
-    def fixed(self, size: int, max_blocks: int) -> tuple[torch.Tensor, Inputs]:
-        """A buffer for decode steps of `size` sequences, to be filled by `refill`, and its views."""
+    def fixed(self, size: int, max_blocks: int, runs: bool = False) -> tuple[torch.Tensor, Inputs]:
+        """A buffer for decode steps of `size` tokens, to be filled by `refill`, and its views."""
         sizes = [1, size, size, size, size, size, size * max_blocks]
         buffer = torch.zeros(_total(sizes), dtype=torch.int32, device=self._device.handle)
         views = _views(buffer, sizes)
         inputs = Inputs(
             width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
-            tables=views[6], num_decodes=size, longest=max_blocks * self._block_size,
+            tables=views[6], num_decodes=size, longest=max_blocks * self._block_size, runs=runs,
         )  # fmt: skip
         return buffer, inputs
 
     def refill(self, batch: Batch, size: int, buffer: torch.Tensor) -> None:
-        """Fill a buffer of `fixed` with a decode step of up to `size` sequences."""
+        """Fill a buffer of `fixed` with a step of up to `size` tokens, each a decode."""
         missing = size - len(batch.tokens)
         tables, width = self._tables(batch)
-        columns = [batch.tokens, _sources(batch), batch.positions, batch.slots, batch.context_lens]
+        lengths = batch.context_lens
+        if len(lengths) < len(batch.tokens):
+            tables, lengths = (np.repeat(array, batch.query_lens, axis=0) for array in (tables, lengths))
+        columns = [batch.tokens, _sources(batch), batch.positions, batch.slots, lengths]
         if missing:
             columns = [np.concatenate((column, _PADDING[i][:missing])) for i, column in enumerate(columns)]
         self._send([width, *columns, tables], buffer)
