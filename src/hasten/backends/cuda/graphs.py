@@ -41,7 +41,7 @@ class DecodeGraphs:
 
     def fits(self, batch: Batch) -> bool:
         """A step without rows does not fit: it must leave what was sampled last where it is."""
-        few = 0 < len(batch.rows) and len(batch.tokens) <= BUCKETS[-1]
+        few = len(batch.rows) > 0 and len(batch.tokens) <= BUCKETS[-1]
         return few and batch.block_tables.shape[1] <= self._max_blocks and is_short(batch)
 
     def __call__(self, batch: Batch) -> torch.Tensor:

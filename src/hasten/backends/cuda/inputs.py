@@ -43,7 +43,7 @@ class Inputs:
 
 
 def is_short(batch: Batch) -> bool:
-    """Whether every sequence runs so few tokens (drafts to be verified, say) that each may run as a decode by itself."""
+    """Whether every sequence runs so few tokens (drafts to be verified, say) that each may be a decode by itself."""
     return int(batch.query_lens.max()) <= MAX_RUN
 
 
