@@ -39,12 +39,15 @@ class Checkpoint:
     _names: dict[str, str]  # module name + parameter, as names.py spells it -> tensor name in the files
     _quantization: Quantization
 
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Every weight once, in the order of the forward pass. Raises ModelError for numbers that are not finite.
+    def weights(self, prefix: str = "") -> Iterator[tuple[str, Weight]]:
+        """Every weight whose name begins so, once, in the order of the forward pass. Raises ModelError for numbers that
+        are not finite.
 
         A Weight's arrays may be views of the file: copy what is to outlive the checkpoint's files.
         """
         for source in sources(self.spec, self.config):
+            if not source.parts[0].name.startswith(prefix):
+                continue
             yield from self._read(source)
             for name in self._tensor_names(source):
                 self._tensors.release(name)
