@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 
 from hasten.checks import did_you_mean
@@ -11,7 +11,19 @@ from hasten.errors import RecipeError
 from hasten.model.formats import NARROW, Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Recipe
-from hasten.steps import Quantize
+from hasten.steps import (
+    Distill,
+    Factorize,
+    Finetune,
+    Prune,
+    Quantize,
+    QuantizeKv,
+    Recover,
+    Rotate,
+    Smooth,
+    SplitExperts,
+    step_name,
+)
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
@@ -20,11 +32,19 @@ CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a recipe does to a model. formats: of every matrix that a step targets. asked: what the recipe wanted where
-    that did not fit and the step allowed a fallback."""
+    """What a recipe does to a model.
 
-    formats: dict[str, Format]
-    asked: dict[str, Format]
+    spec: the architecture after the steps so far. formats: of every matrix that a step quantises; steps: which one it
+    is.
+    asked: what the recipe wanted where that did not fit and the step allowed a fallback. sparse: matrices that are to
+    hold two zeros in each four successive inputs.
+    """
+
+    spec: ModelSpec
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    steps: Mapping[str, Quantize] = field(default_factory=dict)
+    asked: Mapping[str, Format] = field(default_factory=dict)
+    sparse: frozenset[str] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -41,33 +61,97 @@ class Plan:
 
 def resolve(recipe: Recipe, spec: ModelSpec) -> Plan:
     """Check a recipe against an architecture; nothing is read. RecipeError names the layer and the choices."""
-    plan = Plan({}, {})
+    _check_order(recipe)
+    plan = Plan(spec)
     for step in recipe.steps:
-        plan = plan_step(step, spec, plan)
+        plan = plan_step(step, plan)
     return plan
 
 
 @singledispatch
-def plan_step(step: object, spec: ModelSpec, plan: Plan) -> Plan:
+def plan_step(step: object, plan: Plan) -> Plan:
     """The plan after one more step."""
     raise RecipeError(f"no way to apply a step of type {type(step).__name__}")
 
 
 @plan_step.register
-def _(step: Quantize, spec: ModelSpec, plan: Plan) -> Plan:
+def _(step: Quantize, plan: Plan) -> Plan:
+    shapes = matrix_shapes(plan.spec)
+    formats, steps, asked = dict(plan.formats), dict(plan.steps), dict(plan.asked)
+    for name in targeted(step, plan.spec):
+        asked.pop(name, None)
+        wanted = stored_as(step, plan.spec, shapes[name][1])
+        formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
+        steps[name] = step
+        if formats[name] != wanted:
+            asked[name] = wanted
+    return replace(plan, formats=formats, steps=steps, asked=asked)
+
+
+@plan_step.register
+def _(step: Prune, plan: Plan) -> Plan:
+    names = targeted(step, plan.spec)
+    if step.pattern != "2:4":
+        return plan
+    shapes = matrix_shapes(plan.spec)
+    for name in names:
+        if shapes[name][1] % 4:
+            raise RecipeError(f"{name} has {shapes[name][1]} inputs, 2:4 needs a multiple of 4: ignore it")
+    return replace(plan, sparse=plan.sparse | set(names))
+
+
+@plan_step.register
+def _(step: Smooth, plan: Plan) -> Plan:
+    if not plan.spec.pre_norm:
+        raise RecipeError(f"smooth folds into the norm before a matrix, and {plan.spec.family} has none: remove it")
+    return plan
+
+
+@plan_step.register
+def _(step: Rotate, plan: Plan) -> Plan:
+    spec = plan.spec
+    if spec.norm != "rms" or not spec.pre_norm or spec.post_norm or spec.learned_positions:
+        raise RecipeError(
+            f"rotate needs RMS norms before attention and MLP and nowhere else, and {spec.family} has others: remove it"
+        )
+    return replace(plan, spec=replace(spec, tied_head=False))  # the final norm's weights go into the head alone
+
+
+@plan_step.register(Finetune)
+@plan_step.register(Distill)
+@plan_step.register(Recover)
+@plan_step.register(QuantizeKv)
+def _(step: object, plan: Plan) -> Plan:
+    return plan
+
+
+def targeted(step: Quantize | Prune | Factorize, spec: ModelSpec) -> list[str]:
+    """The matrices that a step names and does not ignore. RecipeError where a name matches none, or none is left."""
     shapes = matrix_shapes(spec)
     chosen = select(shapes, step.targets, spec.tied_head)
     ignored = set(select(shapes, step.ignore, spec.tied_head)) if step.ignore else set()
-    formats, asked = dict(plan.formats), dict(plan.asked)
-    for name in chosen:
-        if name in ignored:
-            continue
-        asked.pop(name, None)
-        wanted = stored_as(step, spec, shapes[name][1])
-        formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
-        if formats[name] != wanted:
-            asked[name] = wanted
-    return Plan(formats, asked)
+    left = [name for name in chosen if name not in ignored]
+    if not left:
+        raise RecipeError(
+            f"{step_name(step)} targets {', '.join(step.targets)} and ignores {', '.join(step.ignore)}: nothing is left"
+        )
+    return left
+
+
+def _check_order(recipe: Recipe) -> None:
+    """What a step made must not be undone by a later one."""
+    done: dict[type, str] = {}
+    for step in recipe.steps:
+        name = step_name(step)
+        if Quantize in done and not isinstance(step, Quantize | QuantizeKv):
+            raise RecipeError(
+                f"{name} comes after quantize, and would work on rounded numbers: move quantize to the end"
+            )
+        if isinstance(step, Rotate):
+            for kind in (Prune, Factorize, SplitExperts):
+                if kind in done:
+                    raise RecipeError(f"rotate comes after {done[kind]}, and would undo it: move rotate to the front")
+        done[type(step)] = name
 
 
 def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
