@@ -44,6 +44,13 @@ class Free(StepCost):
         return 0.0
 
 
+class Unmeasured(StepCost):
+    """Learns nothing from the clock."""
+
+    def record(self, num_tokens: int, seconds: float, expected: float | None = None) -> None:
+        pass
+
+
 class FreeDrafts(ModelDrafter):
     """Likewise for a model that drafts."""
 
@@ -53,7 +60,7 @@ class FreeDrafts(ModelDrafter):
 
 def eager_speculator(depth: int = 5, drafter: Drafter | None = None) -> Speculator:
     speculator = Speculator(drafter, max_depth=depth)
-    speculator.cost = Free()
+    speculator.cost, speculator.waited = Free(), Unmeasured()
     return speculator
 
 

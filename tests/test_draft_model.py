@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import EOS, VOCAB, Free, FreeDrafts, alone, eager_speculator, make_engine, results, run
+from engine_tools import (
+    EOS,
+    VOCAB,
+    Free,
+    FreeDrafts,
+    Unmeasured,
+    alone,
+    eager_speculator,
+    make_engine,
+    results,
+    run,
+)
 from overlapped import Overlapped
 from slot_model import SlotModel
 
@@ -106,7 +117,7 @@ def test_a_drafter_that_rested_catches_up(overlapped: bool, monkeypatch: pytest.
     wrap = Overlapped if overlapped else lambda backend: backend
     engine = make(wrap(slots()), wrap(slots()), max_step_tokens=16, max_sequences=4)
     assert engine.speculator is not None
-    engine.speculator.cost = Dear()
+    engine.speculator.cost, engine.speculator.waited = Dear(), Unmeasured()
     found = run(engine, PROMPTS[:2], SamplingParams(max_tokens=200, ignore_eos=True))
     assert [o.metrics.num_accepted for o in found] == [o.metrics.num_drafted for o in found]
     assert 4 <= sum(o.metrics.num_drafted for o in found) <= 8  # one in 32 steps
@@ -120,10 +131,10 @@ def test_depth_weighs_the_drafters_time() -> None:
     speculator = Speculator(Timed())
     for count in (1, 2, 1, 2) * 40:
         speculator.cost.record(count, 0.010)  # a token more costs nothing
-    assert speculator._relative_cost(1) == pytest.approx(0.1, rel=0.01)
-    assert speculator._relative_cost(8) == pytest.approx(0.8, rel=0.01)
+    assert speculator._costs(1)[1] == pytest.approx(0.1, rel=0.01)
+    assert speculator._costs(8)[1] == pytest.approx(0.8, rel=0.01)
     sequence = type("Decodes", (), {"num_computed": 3, "tokens": [0] * 4})
-    sequence.acceptance = type("Good", (), {"rate": 0.75})
+    sequence.limit, sequence.ngrams = 9, type("Lucky", (), {"luck": 0.75, "extend": lambda self, tokens: None})()
     assert speculator._depths([sequence])[0][1] >= 3  # type: ignore[list-item]
     assert speculator._depths([sequence] * 8)[0][1] == 0  # type: ignore[list-item]
 

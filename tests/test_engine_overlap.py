@@ -9,6 +9,7 @@ import pytest
 from engine_tools import (
     EOS,
     VOCAB,
+    Unmeasured,
     alone,
     assert_idle,
     assert_interrupt_changes_nothing,
@@ -188,7 +189,7 @@ class Dear(StepCost):
 def test_where_drafting_rests_steps_run_ahead(dear: bool) -> None:
     speculator, model = Speculator() if dear else eager_speculator(), device()
     if dear:
-        speculator.cost = Dear()
+        speculator.cost, speculator.waited = Dear(), Unmeasured()
     sampling = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.7, seed=1)
     found = run(make_engine(model=model, speculator=speculator), PROMPTS[:3], sampling)
     assert [results(output) for output in found] == [results(alone(prompt, sampling)) for prompt in PROMPTS[:3]]

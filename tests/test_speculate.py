@@ -90,3 +90,51 @@ def test_depth_falls_to_nothing_where_it_loses() -> None:
     output = run(engine, [PROMPTS[0]], SamplingParams(max_tokens=600, ignore_eos=True))[0]
     assert output.metrics.num_drafted < 600 / 32 + 3
     assert eager_speculator().cost.of_one_more(1) == 0
+
+
+def test_luck_of_lookups_is_known_without_drafting() -> None:
+    """What a lookup would have said is compared with what came, also while tokens are on their way."""
+    index, other = NgramIndex(), NgramIndex()
+    tokens, rng = [1, 2, 3, 4], random.Random(2)
+    for _ in range(10):
+        index.extend([*tokens, -1])  # a promise is not a token
+        tokens += tokens[-4:]
+    assert index.luck > 0.8
+    noise: list[int] = []
+    for _ in range(60):
+        noise.append(rng.randrange(1000))
+        other.extend(noise)
+    assert other.luck < 0.01
+    prompt = NgramIndex()
+    prompt.extend([5, 6] * 40)
+    assert prompt.luck == 0.5
+
+
+def test_first_runs_do_not_count_and_lasting_change_does() -> None:
+    cost = StepCost()
+    cost.record(4, 2.0)  # compiles
+    for _ in range(5):
+        cost.record(4, 0.01)
+    cost.record(4, 0.5)  # captures
+    assert cost.seconds(4) == pytest.approx(0.01)
+    for _ in range(200):
+        cost.record(4, 0.1)
+    assert cost.seconds(4) == pytest.approx(0.1, rel=0.05)
+    other = StepCost()
+    other.record(2, 1.0, expected=0.01)
+    assert other.seconds(2) is None
+
+
+def test_waiting_is_weighed() -> None:
+    """On a device that works by itself: a step with drafts costs what waiting loses, whatever their number."""
+    speculator = Speculator()
+    for _ in range(50):
+        speculator.record(1, 0.001, waited=False)
+    assert speculator._costs(1) == (0.0, pytest.approx(0.1))
+    for count in (2, 5) * 50:
+        speculator.record(count, 0.0018 + 0.0001 * count, waited=True)
+    waiting, more = speculator._costs(1)
+    assert waiting == pytest.approx(0.9, rel=0.05)
+    assert more == pytest.approx(0.1, rel=0.05)
+    assert best_depth(0.4, more, 8, waiting) == 0
+    assert best_depth(0.95, more, 8, waiting) == 8

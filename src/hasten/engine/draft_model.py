@@ -44,8 +44,11 @@ class ModelDrafter:
     def seconds(self, num_sequences: int) -> float | None:
         return self._cost.seconds(num_sequences)
 
-    def is_dry(self, sequence: Sequence) -> bool:
-        return False
+    def rate(self, sequence: Sequence) -> float:
+        return sequence.acceptance.rate
+
+    def learns(self, sequence: Sequence) -> bool:
+        return True
 
     def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
         room = [(sequence, scheduler.make_room(sequence, depth)) for sequence, depth in wanted]

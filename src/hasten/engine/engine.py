@@ -38,6 +38,7 @@ class _Flight:
     pending: Pending | None
     num_tokens: int
     start: float
+    is_ahead: bool = False  # it was launched before the result of the one before was there
 
 
 _ENDS = -1
@@ -147,6 +148,8 @@ class Engine:
             self._inconsistent = self._cut_short = False
         if self._ahead is None and self._may_run_ahead(self._flight):
             self._ahead = self._launch()
+            if self._ahead is not None:
+                self._ahead.is_ahead = True
             self._cut_short = False
         deltas = self._settle(self._flight)
         self._flight, self._ahead = self._ahead, None
@@ -268,7 +271,8 @@ class Engine:
         self._inconsistent = True
         self._cut_short = False
         if self.speculator is not None and flight.num_tokens:
-            self.speculator.cost.record(flight.num_tokens, now - max(flight.start, self._last_settled))
+            taken = now - max(flight.start, self._last_settled)
+            self.speculator.record(flight.num_tokens, taken, self._backend.overlaps and not flight.is_ahead)
         self._last_settled = now
         deltas: list[Delta] = []
         row = 0

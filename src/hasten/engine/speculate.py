@@ -13,46 +13,82 @@ from hasten.engine.request import Sequence
 from hasten.engine.scheduler import Scheduler
 
 _SIZES = (4, 3, 2)  # n-grams tried, longest first
+_FORGET = 0.15  # weight of the last token in an n-gram's luck
+_OUTLIER = 4.0  # times what is expected
 
 
 class NgramIndex:
-    """Where each n-gram of one growing token list was last followed by something."""
+    """Where each n-gram of one growing token list was last followed by something, and how often that would have been
+    right lately, whether or not it was used: `luck`, begun at even odds."""
 
-    __slots__ = ("_last", "_num_indexed", "num_misses")
+    __slots__ = ("_guess", "_last", "_num_indexed", "luck")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
         self._num_indexed = 0
-        self.num_misses = 0  # times in a row that nothing was found
+        self._guess = -1  # the token expected after those indexed; -1 where nothing is, or is asked
+        self.luck = 0.5
+
+    def extend(self, tokens: list[int]) -> None:
+        """Index the tokens that are new and known. What comes first, a prompt, says nothing of luck."""
+        last, is_first = self._last, self._num_indexed == 0
+        end = len(tokens)
+        while end and tokens[end - 1] < 0:
+            end -= 1
+        for at in range(max(self._num_indexed, 1), end):
+            if not is_first:
+                self.luck += _FORGET * ((self._guess == tokens[at]) - self.luck)
+            for size in _SIZES:
+                if at >= size:
+                    last[tuple(tokens[at - size : at])] = at
+            if not is_first or at == end - 1:
+                start = self._match(tokens, at + 1)
+                self._guess = -1 if start is None else tokens[start]
+        self._num_indexed = max(self._num_indexed, end)
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the last earlier occurrence of the longest n-gram that ends `tokens`. Where
         the match overlaps the end, the repetition is continued."""
-        last = self._last
-        for at in range(max(self._num_indexed, 1), len(tokens)):
-            for size in _SIZES:
-                if at >= size:
-                    last[tuple(tokens[at - size : at])] = at
-        self._num_indexed = len(tokens)
+        self.extend(tokens)
+        start = self._match(tokens, len(tokens))
+        if start is None:
+            return []
+        found = tokens[start : start + most]
+        while len(found) < most:
+            found += found[: most - len(found)]
+        return found
+
+    def _match(self, tokens: list[int], end: int) -> int | None:
+        """Where what followed the longest known n-gram that ends tokens[:end] begins."""
         for size in _SIZES:
-            start = last.get(tuple(tokens[-size:])) if len(tokens) >= size else None
+            start = self._last.get(tuple(tokens[end - size : end])) if end >= size else None
             if start is not None:
-                self.num_misses = 0
-                found = tokens[start : start + most]
-                while len(found) < most:
-                    found += found[: most - len(found)]
-                return found
-        self.num_misses += 1
-        return []
+                return start
+        return None
 
 
 class StepCost:
-    """Seconds of a decoding step as a + b * tokens, fitted by least squares over recent steps, old ones fading."""
+    """Seconds of a decoding step as a + b * tokens, fitted by least squares over recent steps, old ones fading.
+
+    A device may compile or record something when a step is the first of its size. So a time far above what is expected
+    counts only where several come in a row, and one far below drops what was seen before."""
 
     def __init__(self) -> None:
+        self._num_outliers = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def record(self, num_tokens: int, seconds: float) -> None:
+    def record(self, num_tokens: int, seconds: float, expected: float | None = None) -> None:
+        """Take one step. expected: its seconds, where none were seen yet."""
+        expected = self.seconds(num_tokens) or expected
+        if expected is not None:
+            if seconds * _OUTLIER < expected:
+                self._forget()
+            self._num_outliers = self._num_outliers + 1 if seconds > _OUTLIER * expected else 0
+            if 0 < self._num_outliers <= _OUTLIER:
+                return
         keep = 0.98
         self._weight = keep * self._weight + 1
         self._x = keep * self._x + num_tokens
@@ -65,16 +101,16 @@ class StepCost:
         if self._weight == 0:
             return None
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        return max(mean_y + (self._slope() or 0.0) * (num_tokens - mean_x), 0.1 * mean_y)
+        return max(mean_y + (self.slope() or 0.0) * (num_tokens - mean_x), 0.1 * mean_y)
 
     def of_one_more(self, num_tokens: int) -> float:
         """Cost of one more token, relative to a step of `num_tokens`. A guess until steps of two sizes were seen."""
-        slope, whole = self._slope(), self.seconds(num_tokens)
+        slope, whole = self.slope(), self.seconds(num_tokens)
         if slope is None or not whole:
             return 0.1 / num_tokens
         return max(slope, 0.0) / whole
 
-    def _slope(self) -> float | None:
+    def slope(self) -> float | None:
         """Seconds a token; None until steps of two sizes were seen."""
         if self._weight == 0:
             return None
@@ -83,15 +119,15 @@ class StepCost:
         return (self._xy / self._weight - mean_x * mean_y) / spread if spread >= 0.01 else None
 
 
-def best_depth(acceptance: float, relative_cost: float, most: int) -> int:
-    """The number k of drafts that gives the most tokens per time: (1 + p + .. + p^k) / (1 + k * cost). 0: do not
-    draft."""
+def best_depth(acceptance: float, relative_cost: float, most: int, waiting: float = 0.0) -> int:
+    """The number k of drafts that gives the most tokens per time: (1 + p + .. + p^k) / (1 + waiting + k * cost). 0: do
+    not draft, nor wait."""
     best, best_rate = 0, 1.0
     expected, chance = 1.0, 1.0
     for depth in range(1, most + 1):
         chance *= acceptance
         expected += chance
-        rate = expected / (1 + depth * relative_cost)
+        rate = expected / (1 + waiting + depth * relative_cost)
         if rate > best_rate:
             best, best_rate = depth, rate
     return best
@@ -106,8 +142,11 @@ class Drafter(Protocol):
     def seconds(self, num_sequences: int) -> float | None:
         """What one draft for each of so many sequences takes; None where it is not known yet."""
 
-    def is_dry(self, sequence: Sequence) -> bool:
-        """Whether nothing is likely to be proposed. Asked where drafting means waiting for tokens."""
+    def rate(self, sequence: Sequence) -> float:
+        """Chance that a draft is right, given that those before it are. Asked at every step."""
+
+    def learns(self, sequence: Sequence) -> bool:
+        """Whether trying a draft where none pays would tell something new."""
 
 
 class NgramDrafter:
@@ -115,30 +154,50 @@ class NgramDrafter:
 
     def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
         for sequence, depth in wanted:
-            if sequence.ngrams is None:
-                sequence.ngrams = NgramIndex()
-            sequence.drafts = sequence.ngrams.propose(sequence.tokens, depth)
+            sequence.drafts = self._index(sequence).propose(sequence.tokens, depth)
 
     def seconds(self, num_sequences: int) -> float | None:
         return 0.0
 
-    def is_dry(self, sequence: Sequence) -> bool:
-        return sequence.ngrams is not None and sequence.ngrams.num_misses >= 8
+    def rate(self, sequence: Sequence) -> float:
+        return self._index(sequence).luck
+
+    def learns(self, sequence: Sequence) -> bool:
+        """Luck is known without drafting; where it is good, what stands against drafting is its cost."""
+        return self._index(sequence).luck > _GOOD
+
+    def _index(self, sequence: Sequence) -> NgramIndex:
+        if sequence.ngrams is None:
+            sequence.ngrams = NgramIndex()
+        sequence.ngrams.extend(sequence.tokens)
+        return sequence.ngrams
 
 
 class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
     to notice when that changes: no more often than every `probe_every` steps, nor than costs a fiftieth of the time;
-    and not where even drafts that are always right would lose."""
+    and not where even drafts that are always right would lose.
+
+    On a device that works by itself a step with drafts is waited for, and the next one launched when it is done. What
+    that costs beside a step that was launched ahead is measured too (`waited`)."""
 
     def __init__(self, drafter: Drafter | None = None, max_depth: int = 8, probe_every: int = 32) -> None:
         self.drafter = drafter or NgramDrafter()
         self.max_depth = max_depth
         self.probe_every = probe_every
         self.cost = StepCost()
+        self.waited = StepCost()
         self._num_steps = 0
         self._next_probe = probe_every
         self._num_probes = 0
+
+    def record(self, num_tokens: int, seconds: float, waited: bool) -> None:
+        """Take the time of a step in which every token was sampled from. waited: it began when the one before was
+        done, on a device where it need not."""
+        if waited:
+            self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
+        else:
+            self.cost.record(num_tokens, seconds)
 
     def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
@@ -146,9 +205,8 @@ class Speculator:
         depths = self._depths(scheduler.running)
         if not depths:
             return
-        probes = self._may_probe(len(depths))
-        resting = [sequence for sequence, depth in depths if depth == 0]
-        probed = resting[self._num_probes % len(resting)] if resting and probes else None
+        resting = self._probed(depths)
+        probed = resting[self._num_probes % len(resting)] if resting else None
         wanted = []
         for sequence, depth in depths:
             sequence.drafts = []
@@ -159,43 +217,51 @@ class Speculator:
         start = time.perf_counter()
         if wanted:
             self.drafter.propose(wanted, scheduler)
-        if probes:
+        if probed is not None:
             self._num_probes += 1
-            step = self.cost.seconds(len(depths))
-            steps = _PROBE_SHARE * (time.perf_counter() - start) / step if step else 0
-            self._next_probe = self._num_steps + max(self.probe_every, int(steps))
+            step, (waiting, relative) = self.cost.seconds(len(depths)), self._costs(len(depths))
+            lost = waiting + relative + ((time.perf_counter() - start) / step if step else 0)
+            self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:
         """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
         depths = self._depths(running)
-        if any(depth and not self.drafter.is_dry(sequence) for sequence, depth in depths):
+        if any(depth for _, depth in depths) or self._probed(depths, ahead=1):
             return False
         self._num_steps += 1
-        return not (depths and self._may_probe(len(depths)))
+        return True
 
-    def _may_probe(self, num_decoding: int) -> bool:
-        if self._num_steps < self._next_probe:
-            return False
-        return self.drafter.seconds(num_decoding) == 0 or best_depth(1.0, self._relative_cost(num_decoding), 1) > 0
+    def _probed(self, depths: list[tuple[Sequence, int]], ahead: int = 0) -> list[Sequence]:
+        """Sequences that rest, one of which should try a draft in this step."""
+        if self._num_steps + ahead < self._next_probe or not depths:
+            return []
+        if self.drafter.seconds(len(depths)) != 0 and best_depth(1.0, self._costs(len(depths))[1], 1) == 0:
+            return []
+        return [sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)]
 
     def _depths(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
         """How deep to draft for each sequence that decodes."""
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
             return []
-        cost = self._relative_cost(len(decoding))
-        return [(s, best_depth(s.acceptance.rate, cost, self.max_depth)) for s in decoding]
+        waiting, cost = self._costs(len(decoding))
+        return [(s, best_depth(self.drafter.rate(s), cost, self.max_depth, waiting)) for s in decoding]
 
-    def _relative_cost(self, num_sequences: int) -> float:
-        """Time that one more draft for each sequence takes, relative to a step without any. A token more in a step of n
-        sequences must bring n times what it would bring alone."""
+    def _costs(self, num_sequences: int) -> tuple[float, float]:
+        """Time lost by waiting, and time of one more draft for each sequence, relative to a step without any. A token
+        more in a step of n sequences must bring n times what it would bring alone."""
         drafting, step = self.drafter.seconds(num_sequences), self.cost.seconds(num_sequences)
         if drafting != 0.0:
             drafting = _GUESS if drafting is None or not step else drafting / step
-        return self.cost.of_one_more(num_sequences) * num_sequences + drafting
+        waited = self.waited.seconds(num_sequences)
+        if waited is None or not step:
+            return 0.0, self.cost.of_one_more(num_sequences) * num_sequences + drafting
+        more = (self.waited.slope() or 0.0) * num_sequences / step
+        return max(waited / step - 1, 0.0), max(more, 0.0) + drafting
 
 
 # Time of a draft relative to a step, until both were measured.
 _GUESS = 0.1
 # Times that a probe's seconds pass before the next.
 _PROBE_SHARE = 50
+_GOOD = 0.5  # luck of an n-gram index at which drafts may come to pay
