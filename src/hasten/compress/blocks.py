@@ -8,7 +8,7 @@ that Transformers fuses or transposes are put apart, so that every matrix is a L
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -157,9 +157,10 @@ class Skeleton:
             _forget(_module_of(self._model, source))
         return Inputs(states, self.device, batch_size)
 
-    def block(self, index: int) -> Block:
-        """The block with the checkpoint's weights, on the device. `inputs` must have been asked for."""
-        weights = dict(self.checkpoint.weights(f"layers.{index}."))
+    def block(self, index: int, weights: Mapping[str, Weight] | None = None) -> Block:
+        """The block on the device, with these weights by canonical name, or the checkpoint's. `inputs` must have been
+        asked for."""
+        weights = weights or dict(self.checkpoint.weights(f"layers.{index}."))
         module = copy.deepcopy(self._layers[index])
         block = Block(index, self.spec.layers[index], self.spec, module, {}, {}, self._calls[index])
         for source in self._sources[index]:
@@ -195,13 +196,13 @@ class Skeleton:
                 weight = dict(self.checkpoint.weights(name))[name]
                 _module_of(self._model, source).weight = self._parameter(weight)
 
-    def _fill_norm(self, norm: nn.Module, source: Source, weights: dict[str, Weight]) -> None:
+    def _fill_norm(self, norm: nn.Module, source: Source, weights: Mapping[str, Weight]) -> None:
         name = source.parts[0].name
         norm.weight = self._parameter(weights[name], -self.spec.norm_offset)
         if source.bias:
             norm.bias = self._parameter(weights[f"{name}.bias"])
 
-    def _linear(self, name: str, weights: dict[str, Weight]) -> nn.Linear:
+    def _linear(self, name: str, weights: Mapping[str, Weight]) -> nn.Linear:
         rows, columns = weights[name].shape
         bias = weights.get(f"{name}.bias")
         linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")

@@ -1,5 +1,6 @@
 """A recipe carried out on a model folder: weights stream through, one at a time, into a new folder with its papers."""
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.compress.apply import carry_out
-from hasten.compress.plan import Plan, matrix_shapes, resolve, total_bytes
+from hasten.compress.plan import Plan, matrix_shapes, needs_text, resolve, total_bytes
 from hasten.errors import ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
@@ -29,13 +30,16 @@ def compress(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
+    device: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> Receipt:
     """Carry out `recipe` (a Recipe, plain data, a preset's name or a YAML file) on `model` and write the folder `out`,
     with recipe.yaml and receipt.json in it.
 
-    progress(done, total, name) is told of each matrix. The recipe is checked before any weight is read. Raises
-    RecipeError, ModelError, and ResourceError where `out` exists or cannot be written; nothing half-written is left.
+    device: "cpu", "cuda" or "auto", of steps that need more than rounding. progress(done, total, name) is told of each
+    matrix, or of each block. The recipe is checked before any weight is read. Raises RecipeError, ModelError, and
+    ResourceError where `out` exists or cannot be written, or torch is missing; nothing half-written is left under that
+    name, and what takes long goes on where it was interrupted.
     """
     check_out(Path(out))
     recipe = Recipe.load(recipe)
@@ -57,8 +61,13 @@ def compress(
         },
         notes=(*plan.notes, *requantised(plan, before)),
     )
-    write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress)
-    return receipt
+    if not needs_text(recipe.steps):
+        write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress)
+        return receipt
+    _check_extra()
+    from hasten.compress import run
+
+    return run.run(recipe, plan, checkpoint, Path(out), receipt, run.device_of(device), progress)
 
 
 def write_folder(
@@ -72,7 +81,7 @@ def write_folder(
     `hasten.run`. It appears whole or not at all."""
     plan = resolve(recipe, checkpoint.spec)
     config = config_of_text(checkpoint.config)
-    config["hasten"] = {"run": {key: value for key, value in plain(recipe.run).items() if value is not None}}
+    config.setdefault("hasten", {})["run"] = run_settings(recipe)
     formats = {**{name: fmt for name, _, fmt in checkpoint.matrices()}, **plan.formats}
     kinds = {formats[name].kind for name in matrix_shapes(checkpoint.spec)}
     if len(kinds) == 1 and (dtype := _DTYPES.get(kinds.pop())) is not None:
@@ -84,6 +93,11 @@ def write_folder(
         write_checkpoint(out, config, weights, checkpoint.path, files)
 
 
+def run_settings(recipe: Recipe) -> dict[str, Any]:
+    """How to run the model, as config.json's `hasten.run` says it."""
+    return {key: value for key, value in plain(recipe.run).items() if value is not None}
+
+
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """sha256 of the configuration, the tokenizer and every file of weights."""
     wanted = [
@@ -92,6 +106,14 @@ def hashes(checkpoint: Checkpoint) -> dict[str, str]:
         checkpoint.path / "tokenizer.json",
     ]
     return {path.name: sha256(path) for path in sorted(wanted) if path.is_file()}
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ResourceError(
+            f"this recipe needs {' and '.join(missing)}, not installed here: pip install 'hasten[compress]'"
+        )
 
 
 def check_out(out: Path) -> None:

@@ -22,6 +22,7 @@ from hasten.steps import (
     Rotate,
     Smooth,
     SplitExperts,
+    Step,
     step_name,
 )
 
@@ -123,6 +124,17 @@ def _(step: Rotate, plan: Plan) -> Plan:
 @plan_step.register(QuantizeKv)
 def _(step: object, plan: Plan) -> Plan:
     return plan
+
+
+def needs_text(steps: Iterable[Step]) -> bool:
+    """Whether a step looks at calibration text, rather than round weights as they stream by."""
+    return not all(
+        isinstance(step, Quantize)
+        and step.method == "rtn"
+        and step.threshold is None
+        and step.activations != "fp8-static"
+        for step in steps
+    )
 
 
 def targeted(step: Quantize | Prune | Factorize, spec: ModelSpec) -> list[str]:

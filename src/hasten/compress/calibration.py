@@ -1,0 +1,144 @@
+"""Calibration text: a file, a folder, a data set of the Hugging Face hub, or what the model itself writes -> tokens.
+
+Knows no method. Sequences start with the model's beginning-of-sequence token where it has one; none spans what lies
+apart in the text.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.errors import HastenError, RecipeError, ResourceError
+from hasten.model.tokenizer import Tokenizer
+from hasten.recipe import Calibration
+
+Int32 = NDArray[np.int32]
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+_PIECE = 1 << 16  # characters that are made into tokens at a time
+_MOST = 1 << 28  # characters that are read at most
+
+
+def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
+    """The sequences [num_sequences, sequence_len] for the model in `folder`. RecipeError where the text is too short,
+    HastenError where it cannot be read."""
+    if calibration.text is None:
+        return generate(calibration, folder, device)
+    tokenizer = Tokenizer(folder)
+    bos = tokenizer.bos_token_id
+    first = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+    length = calibration.sequence_len - len(first)
+    pieces: list[list[int]] = []
+    for text in read(calibration.text):
+        ids = _encode(tokenizer, text)
+        pieces += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    wanted = calibration.num_sequences
+    if len(pieces) < wanted:
+        raise RecipeError(
+            f"calibration text {calibration.text} gives {len(pieces)} sequences of {calibration.sequence_len} tokens, "
+            f"{wanted} are asked for: give more text, or lower num_sequences or sequence_len"
+        )
+    chosen = [first + pieces[index * len(pieces) // wanted] for index in range(wanted)]
+    return np.array(chosen, np.int32)
+
+
+def read(text: str) -> Iterator[str]:
+    """The texts that `text` names: one of a file, one a file of a folder, all of a data set as one."""
+    path = Path(text)
+    if path.is_file():
+        yield _file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        if files:
+            yield from map(_file, files)
+        else:
+            yield _data_set(text)
+    elif "/" in text.removeprefix("./") and (text.startswith((".", "/")) or text.count("/") > 2):
+        raise HastenError(f"no calibration text at {text}: expected a file, a folder or a data set's name")
+    elif path.suffix in TEXT_SUFFIXES:
+        raise HastenError(f"no calibration text at {text}: there is no such file")
+    else:
+        yield _data_set(text)
+
+
+def generate(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
+    """Sequences that the model writes itself at temperature 1, without data as in LLM-QAT (Liu et al. 2023): from its
+    beginning-of-sequence token, or from a random one where it has none."""
+    from hasten.engine.llm import LLM
+    from hasten.engine.request import SamplingParams
+
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    length = calibration.sequence_len
+    random = np.random.default_rng(calibration.seed)
+    with LLM(folder, device=kind, max_len=length) as llm:  # type: ignore[arg-type]
+        bos = llm.spec.bos_token_id
+        first = random.integers(llm.tokenizer.vocab_size, size=calibration.num_sequences).tolist()
+        params = [
+            SamplingParams(
+                max_tokens=length - 1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
+                ignore_eos=True, seed=calibration.seed + index,
+            )
+            for index in range(calibration.num_sequences)
+        ]  # fmt: skip
+        starts = [[token if bos is None else bos] for token in first]
+        outputs = llm.generate(starts, params)
+        return np.array(
+            [[*start, *out.outputs[0].token_ids] for start, out in zip(starts, outputs, strict=True)], np.int32
+        )
+
+
+def digest(tokens: Int32) -> str:
+    """sha256 of the sequences."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a long text, piece by piece, cut at white space."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = min(start + _PIECE, len(text))
+        cut = text.rfind(" ", start + 1, end) if end < len(text) else end
+        end = cut if cut > start else end
+        ids += tokenizer.encode_plain(text[start:end])
+        start = end
+    return ids
+
+
+def _file(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(_MOST)
+    except (OSError, UnicodeDecodeError) as error:
+        raise HastenError(f"cannot read calibration text {path}: {error}") from None
+
+
+def _data_set(name: str) -> str:
+    """The texts of a data set's training part, from its column `text` or else its first of strings. NAME or
+    NAME:CONFIGURATION."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ResourceError(
+            f"calibration text {name} is no file and no folder, and data sets need the package datasets: "
+            "pip install datasets, or give a file"
+        )
+    import datasets
+
+    dataset, _, configuration = name.partition(":")
+    try:
+        found = datasets.load_dataset(dataset, configuration or None, streaming=True)
+        rows = found["train"] if "train" in found else next(iter(found.values()))
+        texts, size = [], 0
+        for row in rows:
+            strings = [value for value in row.values() if isinstance(value, str)]
+            texts.append(row["text"] if isinstance(row.get("text"), str) else strings[0] if strings else "")
+            size += len(texts[-1])
+            if size > _MOST // 8:
+                break
+    except Exception as error:  # the package raises what its many sources raise
+        reason = " ".join(str(error).split())
+        raise HastenError(f"data set {name} cannot be read: {reason:.200}: check its name, or give a file") from None
+    return "\n".join(texts)

@@ -1,0 +1,52 @@
+"""Scales of input channels moved from one side of a product to the other: the model computes the same.
+
+The vector or matrix in front is divided, the matrices that read it are multiplied. What is in front is rounded to the
+model's dtype first, and the matrices take the scale that this leaves, so that rounding loses nothing.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hasten.compress.blocks import Block
+from hasten.compress.tensors import TORCH_DTYPES
+
+# The norm in front of each group of matrices.
+NORM_OF = {"q": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
+
+
+@torch.no_grad()
+def into_norm(block: Block, roles: Sequence[str], scales: Tensor) -> None:
+    """Divide what the norm before `roles` gives by `scales` [K], and multiply their columns."""
+    norm = block.norms[NORM_OF[roles[0]]]
+    offset = block.spec.norm_offset
+    weight = cast(nn.Parameter, norm.weight)
+    before = weight.float() + offset
+    after = _rounded(before / scales - offset, block) + offset
+    left = torch.where((before != 0) & (after != 0), before / after, torch.ones_like(before))
+    weight.data = torch.where(before != 0, after - offset, weight.float()).to(weight.dtype)
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.data = (bias.float() / left).to(bias.dtype)
+    for role in roles:
+        _multiply(block.linears[role], left)
+
+
+@torch.no_grad()
+def into_matrix(block: Block, front: str, role: str, scales: Tensor) -> None:
+    """Divide the outputs of `front` by `scales` [K], and multiply the columns of `role` that reads them."""
+    matrix = block.linears[front]
+    matrix.weight.data = (matrix.weight.float() / scales[:, None]).to(matrix.weight.dtype)
+    if matrix.bias is not None:
+        matrix.bias.data = (matrix.bias.float() / scales).to(matrix.bias.dtype)
+    _multiply(block.linears[role], scales)
+
+
+def _multiply(linear: nn.Linear, scales: Tensor) -> None:
+    linear.weight.data = (linear.weight.float() * scales).to(linear.weight.dtype)
+
+
+def _rounded(values: Tensor, block: Block) -> Tensor:
+    return values.to(TORCH_DTYPES[block.spec.dtype]).float()

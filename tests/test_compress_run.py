@@ -1,0 +1,137 @@
+"""Recipes that look at text: stages, interruptions, what the receipt says, and errors before any weight is read."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from hasten.compress.folder import compress  # noqa: E402
+from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
+from hasten.model.checkpoint import open_checkpoint  # noqa: E402
+from hasten.receipt import Receipt  # noqa: E402
+from hasten.recipe import Calibration, Recipe  # noqa: E402
+from hasten.steps import Prune, Quantize, Rotate, Smooth  # noqa: E402
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT * 40)
+    return str(file)
+
+
+def smooth(text: str | None) -> Recipe:
+    steps = (Smooth(), Quantize("int8", 0, activations="int8"), Quantize("int8", 0, targets=("head",)))
+    return Recipe(steps, calibration=Calibration(text, num_sequences=8, sequence_len=24))
+
+
+def test_the_folder_its_papers_and_nothing_else(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    model = tiny_model("llama")
+    receipt = compress(
+        model, smooth(text), tmp_path / "out", device="cpu", progress=lambda *values: told.append(values)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert Receipt.load(tmp_path / "out") == receipt
+    assert Recipe.load(tmp_path / "out") == smooth(text)
+    assert len(receipt.settings["calibration"]["sha256"]) == 64
+    assert receipt.settings["peak_memory"]["host"] > 0
+    assert told[-1][0] == told[-1][1]
+    formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert {name for name, kind in formats.items() if kind != "int8"} == {"embed"}
+
+
+def test_killed_and_run_again_gives_the_same_folder(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    recipe, model = smooth(text), tiny_model("llama")
+    whole = compress(model, recipe, tmp_path / "whole", device="cpu")
+    code = (
+        "import os, signal, sys; from hasten.compress.folder import compress\n"
+        "def tell(done, total, what):\n"
+        "    if done == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "compress(sys.argv[1], sys.argv[2], sys.argv[3], device='cpu', progress=tell)\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", code, str(model), str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    blocks = sorted((tmp_path / "out.work").rglob("block-*.npz"))
+    assert len(blocks) == 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ResourceError, match="unfinished work of another recipe or model"):
+        compress(model, Recipe((Smooth(0.7), *recipe.steps[1:]), calibration=recipe.calibration), tmp_path / "out")
+    written = [os.stat(block).st_mtime_ns for block in blocks]
+    told: list[str] = []
+
+    def look(done: int, total: int, what: str) -> None:
+        told.append(what)
+        if done == 2:
+            assert [os.stat(block).st_mtime_ns for block in blocks] == written
+
+    resumed = compress(model, recipe, tmp_path / "out", device="cpu", progress=look)
+    assert len(told) == 4
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert resumed.settings["errors"] == whole.settings["errors"]
+
+
+def test_text_that_is_too_short_or_missing(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(RecipeError, match=r"gives 0 sequences of 24 tokens, 8 are asked for: give more text"):
+        compress(tiny_model("llama"), smooth(str(tmp_path / "short.txt")), tmp_path / "out", device="cpu")
+    with pytest.raises(HastenError, match=r"no calibration text at .*missing.txt"):
+        compress(tiny_model("llama"), smooth(str(tmp_path / "missing.txt")), tmp_path / "out2", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "message"),
+    [
+        ("olmo2", Smooth(), "folds into the norm before a matrix, and olmo2 has none"),
+        ("gemma3", Rotate(), "rotate needs RMS norms before attention and MLP and nowhere else"),
+        ("llama", Prune(targets=("layers.9.q",)), "target 'layers.9.q' matches no matrix"),
+        ("llama", Prune(targets=("mlp",), ignore=("mlp",)), "prune targets mlp and ignores mlp: nothing is left"),
+    ],
+)
+def test_a_recipe_is_checked_before_any_weight(
+    family: str, step: object, message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    with pytest.raises(RecipeError, match=message):
+        compress(model, Recipe((step,)), tmp_path / "out", device="cpu")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_that_undo_others_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    for steps, message in (
+        ((Quantize("int8"), Prune()), "prune comes after quantize"),
+        ((Prune(), Rotate()), "rotate comes after prune, and would undo it"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            compress(tiny_model("llama"), Recipe(steps), tmp_path / "out", device="cpu")
+
+
+def test_text_from_a_folder_a_data_set_and_the_model_itself(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    from hasten.compress.calibration import calibration_tokens
+
+    model = tiny_model("llama")
+    settings = Calibration(text, num_sequences=4, sequence_len=16)
+    from_file = calibration_tokens(settings, model)
+    assert from_file.shape == (4, 16)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/one.txt").write_text(TEXT * 40)
+    (tmp_path / "folder/skip.bin").write_bytes(b"\xff\xfe")
+    assert np.array_equal(calibration_tokens(Calibration(str(tmp_path / "folder"), 4, 16), model), from_file)
+    own = calibration_tokens(Calibration(None, 4, 16, seed=3), model)
+    assert own.shape == (4, 16)
+    assert (own[:, 0] == 1).all()
+    assert np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=3), model), own)
+    assert not np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=4), model), own)
