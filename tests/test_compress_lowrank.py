@@ -87,8 +87,7 @@ def test_the_budget_goes_where_it_is_needed() -> None:
     spent = sum(rank * spectra[name].cost for name, rank in ranks.items())
     assert spent <= budget
     legal = (
-        dict(zip(spectra, choice, strict=True))
-        for choice in itertools.product(range(1, 7), range(1, 8), range(1, 11))
+        dict(zip(spectra, choice, strict=True)) for choice in itertools.product(range(1, 7), range(1, 8), range(1, 11))
     )
     best = min(
         energy_left(spectra, choice)

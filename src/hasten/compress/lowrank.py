@@ -8,6 +8,7 @@ loss is exactly the sum of the squared singular values left out. y = b (a x), wi
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def root(hessian: Tensor) -> Tensor:
         damped = moment + share * mean * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return lower
+            return cast(Tensor, lower)
     raise ModelError("the inputs' second moment is not positive definite: more calibration text is needed")
 
 

@@ -92,6 +92,7 @@ def _(step: Quantize, plan: Plan) -> Plan:
 @plan_step.register
 def _(step: Prune, plan: Plan) -> Plan:
     names = targeted(step, plan.spec)
+    _in_layers(step, names)
     if step.pattern != "2:4":
         return plan
     shapes = matrix_shapes(plan.spec)
@@ -148,6 +149,12 @@ def targeted(step: Quantize | Prune | Factorize, spec: ModelSpec) -> list[str]:
             f"{step_name(step)} targets {', '.join(step.targets)} and ignores {', '.join(step.ignore)}: nothing is left"
         )
     return left
+
+
+def _in_layers(step: Prune | Factorize, names: Iterable[str]) -> None:
+    for name in names:
+        if not name.startswith("layers."):
+            raise RecipeError(f"{step_name(step)} works on matrices of decoder layers, found {name}: ignore it")
 
 
 def _check_order(recipe: Recipe) -> None:

@@ -3,12 +3,14 @@
 Pure functions of tensors on any device; knows no model. With H the second moment of the inputs, the loss of a row's
 change d is d H d^T. Columns are taken from the left. Setting w_j to zero while only the columns to its right may still
 move costs w_j^2 / U_jj^2, and the best move is w_k -= w_j / U_jj * U_jk for k > j, where U is the upper Cholesky factor
-of H^-1: row j of U holds what remains of the inverse when the columns before j are fixed (Optimal Brain Surgeon, Hassibi
-et al. 1993, on one order of columns for all rows). So one factorisation serves the whole matrix.
+of H^-1: row j of U holds what remains of the inverse when the columns before j are fixed (Optimal Brain Surgeon,
+Hassibi et al. 1993, on one order of columns for all rows). So one factorisation serves the whole matrix.
 
 Within a block of columns, masks are chosen by that cost as the columns stand at the block's start (for n:m, at each
 group's start); what a block pushes to the right of itself is added when it is done, as one product.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,7 +82,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                return upper
+                return cast(Tensor, upper)
         share = max(10 * share, 1e-4)
     raise ModelError("the inputs' second moment is not positive definite: more calibration text, or more damping")
 

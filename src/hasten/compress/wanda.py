@@ -34,6 +34,6 @@ def keep_largest(scores: Tensor, sparsity: float) -> Tensor:
 
 def keep_of_each(scores: Tensor, n: int, m: int) -> Tensor:
     """Mask [N, K] of the n largest scores of each m successive ones. m must divide K."""
-    grouped = scores.unflatten(-1, (-1, m))
+    grouped = scores.reshape(len(scores), -1, m)
     mask = torch.zeros_like(grouped, dtype=torch.bool)
     return mask.scatter_(-1, grouped.topk(n, dim=-1).indices, True).flatten(-2)
