@@ -1,4 +1,4 @@
-"""Prune, Factorize, SplitExperts and Recover as steps of recipes on tiny models: what they leave, their ranks, errors."""
+"""Prune, Factorize, SplitExperts and Recover as steps of recipes on tiny models: what they leave, ranks, errors."""
 
 from collections.abc import Callable
 from pathlib import Path
