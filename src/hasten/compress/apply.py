@@ -17,4 +17,5 @@ def carry_out(
         if wanted is None or wanted == weight.format:
             yield name, weight
         else:
-            yield name, rtn.quantize(name, weight, wanted, pool)
+            step = plan.steps.get(name)
+            yield name, rtn.quantize(name, weight, wanted, pool, bits=step.bits if step else None)

@@ -1,20 +1,87 @@
-"""Quantize, block by block: which matrix of a block takes which format by which method."""
+"""Quantize, block by block: which matrix takes which format by which method. In the order of use, so that each matrix
+sees the inputs that rounding those before it leaves."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from hasten.compress import rtn
+from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
+from hasten.compress.grid import Grid, pack
 from hasten.compress.stage import Context, change_block
+from hasten.compress.statistics import Statistics, collect, groups_of
 from hasten.compress.tensors import to_weight
 from hasten.hardware import usable_threads
+from hasten.model.formats import Format
 from hasten.steps import Quantize
 
 
 @change_block.register
 def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
-    roles = [role for role in block.linears if context.plan.steps.get(block.name(role)) == step]
-    with ThreadPoolExecutor(usable_threads()) as pool:
+    wanted = {role for role in block.linears if context.plan.steps.get(block.name(role)) == step}
+    for group in groups_of(block):
+        roles = [role for role in group if role in wanted]
+        if not roles:
+            continue
+        if step.method == "rtn":
+            for role in roles:
+                _round(step, block, role, context)
+            continue
+        found = collect(block, inputs, roles, hessian=True)[roles[0]]
+        if step.method == "awq":
+            _scale_channels(step, block, group, roles, found, context)
+            found = collect(block, inputs, roles, hessian=True)[roles[0]]
         for role in roles:
-            name = block.name(role)
-            dense = to_weight(block.linears[role].weight, "fp32")
-            block.store(role, rtn.quantize(name, dense, context.plan.formats[name], pool))
+            _fit(step, block, role, found, context)
+
+
+def _round(step: Quantize, block: Block, role: str, context: Context) -> None:
+    dense = to_weight(block.linears[role].weight, "fp32")
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        weight = rtn.quantize(block.name(role), dense, context.plan.formats[block.name(role)], pool, bits=step.bits)
+    block.store(role, weight)
+
+
+def _fit(step: Quantize, block: Block, role: str, found: Statistics, context: Context) -> None:
+    """One matrix by GPTQ or AWQ."""
+    fmt = context.plan.formats[block.name(role)]
+    before = block.linears[role].weight.float()
+    grid = _grid(step, fmt)
+    if step.method == "gptq":
+        codes, scales, zeros = gptq.quantize(before, found.hessian, grid, fmt.group_size, step.act_order, step.damping)
+    else:
+        # Clipping queries and keys does harm, as AWQ's authors found.
+        codes, scales, zeros = awq.quantize(before, found.hessian, grid, fmt.group_size, clip=role not in ("q", "k"))
+    block.store(role, pack(fmt, codes, scales, zeros))
+    left = gptq.numbers(codes, scales, zeros) - before
+    whole = gptq.output_error(before, found.hessian)
+    context.errors[block.name(role)] = float(gptq.output_error(left, found.hessian) / whole) if whole > 0 else 0.0
+
+
+def _scale_channels(
+    step: Quantize, block: Block, group: Sequence[str], roles: Sequence[str], found: Statistics, context: Context
+) -> None:
+    """AWQ's scales, folded into what is in front of the matrices, where there is something that takes them exactly."""
+    front = _in_front(block, group)
+    if front is None:
+        return
+    formats = [context.plan.formats[block.name(role)] for role in roles]
+    weights = [block.linears[role].weight.float() for role in roles]
+    grids, groups = [_grid(step, fmt) for fmt in formats], [fmt.group_size for fmt in formats]
+    scales = awq.channel_scales(weights, found.absolute, found.hessian, grids, groups)
+    if front in block.norms:
+        fold.into_norm(block, group, scales)
+    elif front not in block.stored:
+        fold.into_matrix(block, front, group[0], scales)
+
+
+def _in_front(block: Block, group: Sequence[str]) -> str | None:
+    """The norm or matrix whose outputs, channel by channel, these matrices read."""
+    if group[0] in fold.NORM_OF:
+        return fold.NORM_OF[group[0]] if block.spec.pre_norm else None
+    if group == ("o",):
+        return "v" if block.layer.num_heads == block.layer.num_kv_heads else None
+    return "up" if "gate" in block.linears else None
+
+
+def _grid(step: Quantize, fmt: Format) -> Grid:
+    return Grid(step.bits or (8 if fmt.kind == "int8" else 4), fmt.symmetric)

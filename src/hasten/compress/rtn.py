@@ -28,44 +28,51 @@ _CHUNK = 1 << 16  # elements at a time: a chunk and its temporaries stay in a co
 
 
 def quantize(
-    name: str, weight: Weight, fmt: Format, pool: ThreadPoolExecutor | None = None, scale_dtype: ScaleDtype = "bf16"
+    name: str,
+    weight: Weight,
+    fmt: Format,
+    pool: ThreadPoolExecutor | None = None,
+    scale_dtype: ScaleDtype = "bf16",
+    bits: int | None = None,
 ) -> Weight:
     """`weight` [N, K] stored as `fmt`; chunks of rows run on `pool`'s threads. NaN is a ModelError.
 
-    group_size must divide K (plan.resolve has seen to it). Scales are what scale_dtype can hold.
+    group_size must divide K (plan.resolve has seen to it). Scales are what scale_dtype can hold. bits: of a code, where
+    they are fewer than the format's.
     """
     if fmt.kind not in _REACH:
         return formats.quantize(formats.dequantize(weight), fmt)
     num_rows, num_inputs = weight.shape
     group = fmt.group_size or num_inputs
+    num_codes = 1 << (bits or (8 if fmt.kind == "int8" else 4))
     out = _empty(weight.shape, fmt)
 
     def work(rows: slice) -> None:
         values = formats.dequantize(_take(weight, rows)).reshape(-1, group)
         if not np.isfinite(values.min()) or not np.isfinite(values.max()):
             raise ModelError(f"{name} holds NaN or infinity: the checkpoint is damaged")
-        scales, zeros = _symmetric(values, fmt) if fmt.symmetric else _asymmetric(values, fmt)
+        scales, zeros = _symmetric(values, num_codes) if fmt.symmetric else _asymmetric(values, num_codes)
         scales = formats.round_to(scales, scale_dtype)
         if not np.isfinite(scales).all():
             raise ModelError(
                 f"{name} has a scale that overflows {scale_dtype}: the weights are too large for {fmt.kind}"
             )
         scales[scales == 0] = 1  # a group of zeros, or of numbers too small for the scale's type
-        _store(out, rows, values, scales, zeros)
+        _store(out, rows, values, scales, zeros, num_codes)
 
     list((pool.map if pool else map)(work, _chunks(num_rows, num_inputs)))
     return out
 
 
-def _symmetric(values: Float32, fmt: Format) -> tuple[Float32, None]:
+def _symmetric(values: Float32, num_codes: int) -> tuple[Float32, None]:
     """Scales [M] for groups [M, g]; a scale may be negative."""
-    end = 128.0 if fmt.kind == "int8" else 8.0
+    end = num_codes / 2
     low, high = values.min(axis=1), values.max(axis=1)
     peak = np.where(-low > high, low, high)  # the value of largest magnitude, with its sign
     inverse = np.divide(-end, peak, out=np.zeros_like(peak), where=peak != 0)
     best = _Best(values)
     codes = np.empty_like(values)
-    for reach in _REACH[fmt.kind]:
+    for reach in _REACH["int8" if num_codes == 256 else "int4"]:
         np.multiply(values, (inverse * np.float32(reach))[:, None], out=codes)
         np.rint(codes, out=codes)
         np.clip(codes, -end, end - 1, out=codes)
@@ -73,19 +80,20 @@ def _symmetric(values: Float32, fmt: Format) -> tuple[Float32, None]:
     return best.scales, None
 
 
-def _asymmetric(values: Float32, fmt: Format) -> tuple[Float32, Float32]:
-    """Scales [M] and zero points [M], 0..15, for groups [M, g] of 4-bit codes 0..15."""
+def _asymmetric(values: Float32, num_codes: int) -> tuple[Float32, Float32]:
+    """Scales [M] and zero points [M] for groups [M, g] of codes from 0 on; both stay below num_codes."""
+    top = np.float32(num_codes - 1)
     low, high = np.minimum(values.min(axis=1), 0), np.maximum(values.max(axis=1), 0)
-    inverse = np.divide(15.0, high - low, out=np.zeros_like(high), where=high > low)
+    inverse = np.divide(top, high - low, out=np.zeros_like(high), where=high > low)
     best = _Best(values)
     codes = np.empty_like(values)
     for reach in _REACH_ASYMMETRIC:
         step = inverse * np.float32(reach)
         # The middle of the range stays in the middle of the codes, so that both ends are clipped alike.
-        zeros = np.clip(np.rint(np.float32(7.5) - (low + high) / 2 * step), 0, 15)
+        zeros = np.clip(np.rint(top / 2 - (low + high) / 2 * step), 0, top)
         np.multiply(values, step[:, None], out=codes)
         np.rint(codes, out=codes)
-        np.clip(codes, -zeros[:, None], 15 - zeros[:, None], out=codes)
+        np.clip(codes, -zeros[:, None], top - zeros[:, None], out=codes)
         best.offer(codes, zeros)
     return best.scales, best.zeros
 
@@ -128,7 +136,7 @@ def _empty(shape: tuple[int, int], fmt: Format) -> Weight:
     return Weight(fmt, shape, np.empty((num_rows, num_inputs // 2), np.uint8), scales, zeros)
 
 
-def _store(out: Weight, rows: slice, values: Float32, scales: Float32, zeros: Float32 | None) -> None:
+def _store(out: Weight, rows: slice, values: Float32, scales: Float32, zeros: Float32 | None, num_codes: int) -> None:
     """Codes of `values` [M, g] with the final scales [M], into `out`'s rows."""
     num_rows = rows.stop - rows.start
     assert out.scales is not None
@@ -139,8 +147,12 @@ def _store(out: Weight, rows: slice, values: Float32, scales: Float32, zeros: Fl
         np.clip(codes, -128, 127, out=codes)
         out.data[rows] = codes.reshape(num_rows, -1).astype(np.int8)
         return
-    codes += np.float32(8) if zeros is None else zeros[:, None]
-    np.clip(codes, 0, 15, out=codes)
+    if zeros is None:
+        np.clip(codes, -num_codes / 2, num_codes / 2 - 1, out=codes)
+        codes += np.float32(8)
+    else:
+        codes += zeros[:, None]
+        np.clip(codes, 0, num_codes - 1, out=codes)
     out.data[rows] = formats.pack_nibbles(codes.astype(np.uint8).reshape(num_rows, -1))
     if zeros is not None and out.zeros is not None:
         out.zeros[rows] = zeros.astype(np.uint8).reshape(num_rows, -1)

@@ -1,0 +1,109 @@
+"""The numbers that integers with a scale can stand for, and the scales that suit a group of weights best. In torch.
+
+A number is scale * (code - zero). Symmetric codes of b bits run from -2^(b-1) to 2^(b-1) - 1 with zero 0, asymmetric
+ones from 0 to 2^b - 1. Knows no method and no model; rtn.py is the same search in numpy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.model.formats import Format, Weight
+
+# What a group's largest magnitude is mapped to, as a part of the end of the range: above 1 clips it (see rtn.py).
+REACH = (0.8, 0.875, 0.94, 1.0, 1.06, 1.12, 1.2, 1.3, 1.45)
+PLAIN = (0.9375,)  # one try, where many are compared anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """bits: of a code. symmetric: no zero points. scale_dtype: in which scales are stored."""
+
+    bits: int
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        half = 1 << (self.bits - 1)
+        return (-half, half - 1) if self.symmetric else (0, 2 * half - 1)
+
+    def codes(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """The nearest codes; scales and zeros broadcast."""
+        low, high = self.ends
+        return (torch.round(values / scales) + zeros).clamp_(low, high)
+
+    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """The numbers nearest to `values` that can be stood for."""
+        return (self.codes(values, scales, zeros) - zeros) * scales
+
+    def fit(
+        self, values: Tensor, metric: Tensor | None = None, reach: tuple[float, ...] = REACH
+    ) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [M, 1] for groups [M, g] with the least error of the numbers they give.
+
+        metric: the error of e [g] is e.e without one, sum(metric * e^2) with one [g], and e.metric.e with one [g, g],
+        such as the inputs' second moments. Of each mapping of the range to the codes, the scale of least error under
+        the codes that it gives is tried.
+        """
+        best_error = torch.full_like(values[:, :1], torch.inf)
+        best = torch.ones_like(best_error), torch.zeros_like(best_error)
+        for part in reach:
+            scales, zeros = self._mapped(values, part)
+            centred = self.codes(values, scales, zeros) - zeros
+            scales = self._storable(_best_scale(values, centred, metric, scales))
+            left = values - self.nearest(values, scales, zeros)
+            error = (_times(left, metric) * left).sum(1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
+        return best
+
+    def _mapped(self, values: Tensor, part: float) -> tuple[Tensor, Tensor]:
+        low, high = self.ends
+        smallest, largest = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        if self.symmetric:
+            # The range has one code more on the negative side: the largest magnitude goes there, whatever its sign.
+            peak = torch.where(-smallest > largest, smallest, largest)
+            scales = self._storable(peak / (low * part))
+            return scales, torch.zeros_like(scales)
+        smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
+        scales = self._storable((largest - smallest) / (high * part))
+        return scales, torch.round(high / 2 - (smallest + largest) / 2 / scales).clamp(low, high)
+
+    def _storable(self, scales: Tensor) -> Tensor:
+        rounded = scales.to(self.scale_dtype).to(scales.dtype)
+        return rounded.masked_fill((rounded == 0) | ~rounded.isfinite(), 1)
+
+
+def pack(fmt: Format, codes: Tensor, scales: Tensor, zeros: Tensor) -> Weight:
+    """A Weight of codes [N, K], scales and zeros [N, G]."""
+    shape = (codes.shape[0], codes.shape[1])
+    stored_scales = scales.float().cpu().numpy()
+    if fmt.kind == "int8":
+        return Weight(fmt, shape, codes.to(torch.int8).cpu().numpy(), stored_scales)
+    numbers = (codes + 8 if fmt.symmetric else codes).to(torch.uint8)
+    nibbles = (numbers[:, 0::2] | (numbers[:, 1::2] << 4)).cpu().numpy()
+    stored_zeros = None if fmt.symmetric else zeros.to(torch.uint8).cpu().numpy()
+    return Weight(fmt, shape, np.ascontiguousarray(nibbles), stored_scales, stored_zeros)
+
+
+def spread(per_group: Tensor, group: int) -> Tensor:
+    """[N, G] repeated over the columns of each group."""
+    return per_group.repeat_interleave(group, dim=1)
+
+
+def _best_scale(values: Tensor, centred: Tensor, metric: Tensor | None, otherwise: Tensor) -> Tensor:
+    weighted = _times(centred, metric)
+    size = (weighted * centred).sum(1, keepdim=True)
+    fitted = (weighted * values).sum(1, keepdim=True) / size
+    return torch.where((size > 0) & fitted.isfinite() & (fitted != 0), fitted, otherwise)
+
+
+def _times(values: Tensor, metric: Tensor | None) -> Tensor:
+    if metric is None:
+        return values
+    return values * metric if metric.dim() == 1 else values @ metric
