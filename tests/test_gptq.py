@@ -56,7 +56,8 @@ def test_gptq_beats_rounding_and_stays_on_the_grid(bits: int, act_order: bool, s
     assert codes.max() <= high
     assert torch.equal(scales, scales.bfloat16().double())
     rounded = awq.quantize(weight, hessian, grid, 32, clip=False)
-    mine, plain = (gptq.output_error(gptq.numbers(*found) - weight, hessian) for found in ((codes, scales, zeros), rounded))
+    mine = gptq.output_error(gptq.numbers(codes, scales, zeros) - weight, hessian)
+    plain = gptq.output_error(gptq.numbers(*rounded) - weight, hessian)
     assert mine < 0.9 * plain
 
 

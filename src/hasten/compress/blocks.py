@@ -88,12 +88,14 @@ class Block:
 class Inputs:
     """Hidden states [n, T, H] of all calibration sequences, those that go into the block at hand.
 
-    They lie where `states` lies and are taken to the device a few sequences at a time.
+    They lie where `states` lies and are taken to the device a few sequences at a time. targets [n, T, H]: what the
+    block at hand gives in the unchanged model, where a step asks for it.
     """
 
     states: Tensor
     device: torch.device
     batch_size: int
+    targets: Tensor | None = None
 
     def batches(self) -> Iterator[Tensor]:
         """[b, T, H] on the device."""

@@ -22,11 +22,11 @@ import torch
 
 from hasten.compress import prune, quantize, smooth, store
 from hasten.compress.apply import carry_out
-from hasten.compress.blocks import Skeleton
+from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.calibration import Int32, calibration_tokens, digest
 from hasten.compress.folder import run_settings
 from hasten.compress.plan import Plan, needs_text
-from hasten.compress.stage import Context, change_block, is_blockwise, run_step
+from hasten.compress.stage import Context, change_block, is_blockwise, run_step, survey
 from hasten.errors import ModelError, ResourceError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
@@ -35,7 +35,7 @@ from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, plain, write_text
 from hasten.recipe import Recipe
-from hasten.steps import Quantize, Step, step_name
+from hasten.steps import Quantize, Recover, Step, step_name
 
 CHANGES = (prune, quantize, smooth)  # modules that register their steps as they are imported
 
@@ -130,12 +130,17 @@ def _sweep(steps: tuple[Step, ...], source: Path, target: Path, context: Context
             f"calibration sequences have {tokens.shape[1]} tokens, the model at most {checkpoint.spec.max_position}: "
             "lower sequence_len"
         )
+    context.surveys.update(_surveys(steps, skeleton, context))
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
+    unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
     num_blocks = len(checkpoint.spec.layers)
     for index in range(num_blocks):
         file = _block_file(context, index)
         what = f"block {index + 1} of {num_blocks}: {', '.join(dict.fromkeys(map(step_name, steps)))}"
         context.tell(index / num_blocks, what)
+        if unchanged is not None:
+            unchanged.advance(skeleton.block(index))
+            inputs.targets = unchanged.states
         if file.is_file():
             weights, noted = store.load(file)
             block = skeleton.block(index, weights)
@@ -152,6 +157,27 @@ def _sweep(steps: tuple[Step, ...], source: Path, target: Path, context: Context
     context.tell(1, "writing")
     _remember(context)
     _write(checkpoint, target, context, _swept(checkpoint, steps, context))
+
+
+def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
+    """What steps must know beforehand; kept for a run that goes on."""
+    found = {}
+    for number, step in enumerate(steps):
+        file = context.work / f"survey-{number}.json"
+        if not file.is_file():
+            context.tell(0, f"looking at the model for {step_name(step)}")
+            write_text(file, json.dumps(survey(step, _unchanged(skeleton, context), context)))
+        found[step] = json.loads(file.read_text())
+    return found
+
+
+def _unchanged(skeleton: Skeleton, context: Context) -> Iterator[tuple[Block, Inputs]]:
+    tokens = context.tokens()
+    inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
+    for index in range(len(skeleton.spec.layers)):
+        block = skeleton.block(index)
+        yield block, inputs
+        inputs.advance(block)
 
 
 def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) -> Iterator[tuple[str, Weight]]:

@@ -4,10 +4,11 @@ A step changes one decoder block after the other (change_block), or a whole mode
 the module that registers its type decides; `is_blockwise` says it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Context:
     [n, T] int64, made when first asked for. device: of computation, such as cpu or cuda. work: a folder of this stage's
     own, which stays where the work is interrupted. tell(part, what): how far the stage is, 0..1. errors: by matrix, the
     squared error of its outputs over their square. notes: what the user should know. facts: more for the receipt.
+    surveys: by step, what `survey` found.
     """
 
     recipe: Recipe
@@ -36,6 +38,7 @@ class Context:
     errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
+    surveys: dict[Step, Any] = field(default_factory=dict)
 
 
 def is_blockwise(step: Step) -> bool:
@@ -43,6 +46,15 @@ def is_blockwise(step: Step) -> bool:
     if isinstance(step, Recover):
         return step.method == "block"
     return isinstance(step, Quantize | QuantizeKv | Smooth | Prune | Factorize | SplitExperts)
+
+
+@singledispatch
+def survey(step: object, blocks: Iterator[tuple[Block, Inputs]], context: Context) -> Any:
+    """What a step must know of the whole model before it changes the first block, as plain data for JSON.
+
+    blocks: each unchanged block with what it reads, in turn; nothing is read before the first is asked for.
+    """
+    return None
 
 
 @singledispatch
