@@ -58,11 +58,12 @@ class Block:
         """The canonical name of a role's weight."""
         return f"layers.{self.index}.{role}"
 
-    def store(self, role: str, weight: Weight) -> None:
-        """Give a matrix its final form. What runs from now on are the numbers that it stands for."""
+    def store(self, role: str, weight: Weight, numbers: Tensor | None = None) -> None:
+        """Give a matrix its final form. What runs from now on are the numbers [N, K] that it stands for, exactly those
+        that formats.dequantize gives."""
         self.stored[role] = weight
         target = self.linears[role].weight
-        target.data = to_tensor(weight, target.device, target.dtype)
+        target.data = to_tensor(weight, target.device, target.dtype) if numbers is None else numbers.to(target.dtype)
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Everything that the block holds, by canonical name; what is not stored, in the model's dtype."""

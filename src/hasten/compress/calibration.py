@@ -1,5 +1,7 @@
 """Calibration text: a file, a folder, a data set of the Hugging Face hub, or what the model itself writes -> tokens.
 
+A .npy file of token ids [n, T] is taken as it is.
+
 Knows no method. Sequences start with the model's beginning-of-sequence token where it has one; none spans what lies
 apart in the text.
 """
@@ -28,6 +30,8 @@ def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cp
     HastenError where it cannot be read."""
     if calibration.text is None:
         return generate(calibration, folder, device)
+    if calibration.text.endswith(".npy"):
+        return _ready(calibration, calibration.text)
     tokenizer = Tokenizer(folder)
     bos = tokenizer.bos_token_id
     first = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
@@ -44,6 +48,19 @@ def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cp
         )
     chosen = [first + pieces[index * len(pieces) // wanted] for index in range(wanted)]
     return np.array(chosen, np.int32)
+
+
+def _ready(calibration: Calibration, file: str) -> Int32:
+    try:
+        found = np.load(file)
+    except (OSError, ValueError) as error:
+        raise HastenError(f"cannot read calibration tokens {file}: {error}") from None
+    wanted = (calibration.num_sequences, calibration.sequence_len)
+    if found.ndim != 2 or found.dtype.kind not in "iu" or len(found) < wanted[0] or found.shape[1] < wanted[1]:
+        raise RecipeError(
+            f"calibration tokens {file} are {found.dtype} {list(found.shape)}, expected integers {list(wanted)} or more"
+        )
+    return np.ascontiguousarray(found[: wanted[0], : wanted[1]], np.int32)
 
 
 def read(text: str) -> Iterator[str]:

@@ -105,7 +105,9 @@ def hashes(checkpoint: Checkpoint) -> dict[str, str]:
         checkpoint.path / "config.json",
         checkpoint.path / "tokenizer.json",
     ]
-    return {path.name: sha256(path) for path in sorted(wanted) if path.is_file()}
+    files = [path for path in sorted(wanted) if path.is_file()]
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        return dict(zip([path.name for path in files], pool.map(sha256, files), strict=True))
 
 
 def _check_extra() -> None:

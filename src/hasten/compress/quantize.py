@@ -4,6 +4,9 @@ sees the inputs that rounding those before it leaves."""
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+from torch import Tensor
+
 from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.grid import Grid, pack
@@ -13,6 +16,8 @@ from hasten.compress.tensors import to_weight
 from hasten.hardware import usable_threads
 from hasten.model.formats import Format
 from hasten.steps import Quantize
+
+Found = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, G]
 
 
 @change_block.register
@@ -30,8 +35,10 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
         if step.method == "awq":
             _scale_channels(step, block, group, roles, found, context)
             found = collect(block, inputs, roles, hessian=True)[roles[0]]
-        for role in roles:
-            _fit(step, block, role, found, context)
+        formats = [context.plan.formats[block.name(role)] for role in roles]
+        for fmt in dict.fromkeys(formats):
+            alike = [role for role, other in zip(roles, formats, strict=True) if other == fmt]
+            _fit(step, block, alike, fmt, found.hessian, context)
 
 
 def _round(step: Quantize, block: Block, role: str, context: Context) -> None:
@@ -41,20 +48,31 @@ def _round(step: Quantize, block: Block, role: str, context: Context) -> None:
     block.store(role, weight)
 
 
-def _fit(step: Quantize, block: Block, role: str, found: Statistics, context: Context) -> None:
-    """One matrix by GPTQ or AWQ."""
-    fmt = context.plan.formats[block.name(role)]
-    before = block.linears[role].weight.float()
-    grid = _grid(step, fmt)
-    if step.method == "gptq":
-        codes, scales, zeros = gptq.quantize(before, found.hessian, grid, fmt.group_size, step.act_order, step.damping)
-    else:
-        # Clipping queries and keys does harm, as AWQ's authors found.
-        codes, scales, zeros = awq.quantize(before, found.hessian, grid, fmt.group_size, clip=role not in ("q", "k"))
-    block.store(role, pack(fmt, codes, scales, zeros))
-    left = gptq.numbers(codes, scales, zeros) - before
-    whole = gptq.output_error(before, found.hessian)
-    context.errors[block.name(role)] = float(gptq.output_error(left, found.hessian) / whole) if whole > 0 else 0.0
+def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:
+    """Matrices that read the same input and take the same format, by GPTQ (all at once) or AWQ."""
+    if step.method == "awq":
+        for role in roles:
+            # Clipping queries and keys does harm, as AWQ's authors found.
+            before = block.linears[role].weight.float()
+            found = awq.quantize(before, hessian, _grid(step, fmt), fmt.group_size, clip=role not in ("q", "k"))
+            _store(block, role, fmt, before, found, hessian, context)
+        return
+    matrices = [block.linears[role].weight.float() for role in roles]
+    rows = [len(matrix) for matrix in matrices]
+    found = gptq.quantize(torch.cat(matrices), hessian, _grid(step, fmt), fmt.group_size, step.act_order, step.damping)
+    parts = zip(*(torch.split(values, rows) for values in found), strict=True)
+    for role, before, part in zip(roles, matrices, parts, strict=True):
+        _store(block, role, fmt, before, part, hessian, context)
+
+
+def _store(
+    block: Block, role: str, fmt: Format, before: Tensor, found: Found, hessian: Tensor, context: Context
+) -> None:
+    numbers = gptq.numbers(*found)
+    whole = float(gptq.output_error(before, hessian))
+    error = float(gptq.output_error(numbers - before, hessian))
+    context.errors[block.name(role)] = error / whole if whole > 0 else 0.0
+    block.store(role, pack(fmt, *found), numbers)
 
 
 def _scale_channels(

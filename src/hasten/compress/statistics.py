@@ -3,8 +3,8 @@
 Runs the block as it is at the moment, so that what earlier steps and earlier matrices changed is felt.
 """
 
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,17 @@ def groups_of(block: Block) -> list[tuple[str, ...]]:
     return [found for group in INPUT_GROUPS if (found := tuple(role for role in group if role in block.linears))]
 
 
+@contextmanager
+def _tf32(exact: bool) -> Iterator[None]:
+    """Tensor cores for float32 products whose factors come from 16 bits, which they hold exactly; sums are float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = exact or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class _Sums:
     """A forward pre-hook that adds up."""
 
@@ -103,7 +114,8 @@ class _Sums:
         if self.hessian:
             if self.second is None:
                 self.second = torch.zeros((x.shape[1], x.shape[1]), device=x.device)
-            self.second.addmm_(x.T, x)
+            with _tf32(arguments[0].dtype != torch.float32):
+                self.second.addmm_(x.T, x)
 
     def finish(self) -> Statistics:
         assert self.square is not None
