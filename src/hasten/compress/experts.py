@@ -53,7 +53,8 @@ class CoActivation:
         variance = covariance.diagonal()
         scale = torch.where(variance > 1e-12 * variance.mean(), variance.rsqrt(), 0)
         graph: Tensor = (covariance * scale[:, None] * scale).clamp(min=0)
-        return graph.fill_diagonal_(1)
+        graph.fill_diagonal_(1)
+        return graph
 
 
 def contributions(hidden: Tensor, down: Tensor) -> Tensor:

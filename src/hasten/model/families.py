@@ -169,7 +169,7 @@ def _query_scale(config: Config, head_dim: int) -> float:
     return float(float(config["query_pre_attn_scalar"]) ** -0.5)
 
 
-def _root_hidden(config: Config) -> float:
+def root_hidden(config: Config) -> float:
     return float(config["hidden_size"] ** 0.5)
 
 
@@ -273,7 +273,7 @@ FAMILIES: Mapping[str, Family] = {
         activation_key="hidden_activation",
         window=_gemma2_window,
         attention_scale=_query_scale,
-        embedding_scale=_root_hidden,
+        embedding_scale=root_hidden,
         biases=ATTENTION_BIASES,
         keys=frozenset({"layer_types"}),
     ),
@@ -288,7 +288,7 @@ FAMILIES: Mapping[str, Family] = {
         rope_index=lambda config, layer: int(gemma3_layer_type(config, layer) == SLIDING),
         window=_gemma3_window,
         attention_scale=_query_scale,
-        embedding_scale=_root_hidden,
+        embedding_scale=root_hidden,
         biases=ATTENTION_BIASES,
         keys=frozenset({"layer_types", "sliding_window_pattern", "rope_local_base_freq"}),
         guards={"attn_logit_softcapping": (None,)},  # Transformers reads the key and does not apply it
