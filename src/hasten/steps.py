@@ -145,15 +145,25 @@ class Prune:
 @dataclass(frozen=True, slots=True)
 class Shrink:
     """Remove whole structures, so that shapes shrink: the share of attention heads (key-value groups), MLP neurons,
-    hidden units and layers that goes. Layers go by block influence (Men et al. 2024), others as `rank_by` says."""
+    hidden units and layers that goes.
+
+    Layers go by block influence (Men et al. 2024), others as `rank_by` says: by what they give on calibration text
+    ("activation", Muralidharan et al. 2024), by the loss's gradient ("gradient", Molchanov et al. 2019; takes the whole
+    model into memory), or by their weights ("magnitude"). Numbers that stay are multiples that processors like.
+    targets, ignore: a layer loses heads where its `o` is targeted, neurons where its `down` is, and may go where
+    anything of it is; so layers can have widths of their own.
+    """
 
     heads: float = 0.0
     neurons: float = 0.0
     hidden: float = 0.0
     layers: float = 0.0
     rank_by: str = "activation"
+    targets: tuple[str, ...] = LINEAR
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_names(self)
         for key in ("heads", "neurons", "hidden", "layers"):
             value = getattr(self, key)
             number(key, value, 0, 1)

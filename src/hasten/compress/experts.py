@@ -59,7 +59,8 @@ class CoActivation:
 
 def contributions(hidden: Tensor, down: Tensor) -> Tensor:
     """How much each neuron adds to each token's output: |hidden [T, I]| * ||down [H, I]'s column||."""
-    return hidden.abs() * down.norm(dim=0)
+    lengths: Tensor = down.norm(dim=0)
+    return hidden.abs() * lengths
 
 
 def laplacian(graph: Tensor) -> Tensor:

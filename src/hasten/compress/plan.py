@@ -8,8 +8,9 @@ from functools import singledispatch
 
 from hasten.checks import did_you_mean
 from hasten.errors import RecipeError
+from hasten.model.families import family_of
 from hasten.model.formats import NARROW, Format, bytes_of
-from hasten.model.spec import ModelSpec
+from hasten.model.spec import Layer, ModelSpec
 from hasten.recipe import Recipe
 from hasten.steps import (
     Distill,
@@ -20,6 +21,7 @@ from hasten.steps import (
     QuantizeKv,
     Recover,
     Rotate,
+    Shrink,
     Smooth,
     SplitExperts,
     Step,
@@ -119,6 +121,52 @@ def _(step: Rotate, plan: Plan) -> Plan:
     return replace(plan, spec=replace(spec, tied_head=False))  # the final norm's weights go into the head alone
 
 
+@plan_step.register
+def _(step: Shrink, plan: Plan) -> Plan:
+    spec = plan.spec
+    if step.hidden and not family_of(spec.family).own_head_dim:
+        raise RecipeError(f"hidden is {step.hidden}: {spec.family} ties the width of heads to it, leave it at 0")
+    layers = shrunk_layers(step, spec)
+    gone = round(step.layers * len(layers))
+    if step.layers and not 0 < gone < len(layers):
+        raise RecipeError(
+            f"layers is {step.layers}, of {len(layers)} that removes {gone}: remove one at least, not all"
+        )
+    widths = {(layer.num_heads, layer.num_kv_heads, layer.intermediate_size) for layer in layers}
+    if gone and len(widths) > 1:
+        raise RecipeError("shrink removes layers of different widths: remove layers in a shrink step before the others")
+    hidden = shrunk_width(spec.hidden_size, step.hidden)
+    return replace(plan, spec=replace(spec, layers=layers[: len(layers) - gone], hidden_size=hidden))
+
+
+def shrunk_layers(step: Shrink, spec: ModelSpec) -> tuple[Layer, ...]:
+    """Every layer with the widths that the step leaves it, whether it stays or goes."""
+    names = set(targeted(step, spec))
+    out = []
+    for index, layer in enumerate(spec.layers):
+        groups, neurons = layer.num_kv_heads, layer.intermediate_size
+        if step.heads and f"layers.{index}.o" in names:
+            groups = round(groups * (1 - step.heads))
+            if not 0 < groups < layer.num_kv_heads:
+                raise RecipeError(
+                    f"heads is {step.heads}, of layer {index}'s {layer.num_kv_heads} key-value heads that leaves "
+                    f"{groups}: whole ones go with their queries, take a multiple of 1/{layer.num_kv_heads}"
+                )
+        if f"layers.{index}.down" in names:
+            neurons = shrunk_width(neurons, step.neurons)
+        heads = groups * (layer.num_heads // layer.num_kv_heads)
+        out.append(replace(layer, num_heads=heads, num_kv_heads=groups, intermediate_size=neurons))
+    return tuple(out)
+
+
+def shrunk_width(width: int, share: float) -> int:
+    """What is left of `width` numbers less a share: the nearest multiple that groups of scales and registers like."""
+    if not share:
+        return width
+    multiple = 64 if width >= 1024 else 32 if width >= 256 else 8 if width >= 64 else 1
+    return min(max(round(width * (1 - share) / multiple), 1) * multiple, width)
+
+
 @plan_step.register(Finetune)
 @plan_step.register(Distill)
 @plan_step.register(Recover)
@@ -138,7 +186,7 @@ def needs_text(steps: Iterable[Step]) -> bool:
     )
 
 
-def targeted(step: Quantize | Prune | Factorize, spec: ModelSpec) -> list[str]:
+def targeted(step: Quantize | Prune | Shrink | Factorize, spec: ModelSpec) -> list[str]:
     """The matrices that a step names and does not ignore. RecipeError where a name matches none, or none is left."""
     shapes = matrix_shapes(spec)
     chosen = select(shapes, step.targets, spec.tied_head)
