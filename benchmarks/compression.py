@@ -1,0 +1,321 @@
+"""Every way to compress, on one model, by bits per byte on text it has not seen: the table, and the orders that the
+papers let one expect, held or not.
+
+    python benchmarks/compression.py --data DIR                        the bundled model, on a CPU a quarter of an hour
+    python benchmarks/compression.py --data DIR --model FOLDER --device cuda --minutes 8 --json FILE
+
+DIR holds the books that examples/demo names, wikitext-2/test.txt (another kind of text) and tinystories-slice/ (for
+stories260K). Calibration and training read one part of the text, quality is measured on another. Differences are
+paired: of two ways on the same windows, with their 95 % interval. Asserts nothing. The file is written after each row,
+so that a run that is cut short loses nothing; --minutes ends it, rows that were not reached are named.
+
+Speed is measured at the end through the engine, all rows in turn; on a CPU it needs the compiled core.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compression_rows import ORDERS, ORIGINAL, Order, Row, Training, rows
+from compression_tools import (
+    ROOT,
+    Texts,
+    middle,
+    nll_of,
+    plant_outliers,
+    reinitialise,
+    speeds_of,
+    texts_for,
+    windows_of,
+)
+
+import hasten
+from hasten.hardware import conditions, cpu_model, usable_threads, versions
+from hasten.measure.statistics import ratio_interval
+from hasten.measure.text import Window
+from hasten.model.checkpoint import open_checkpoint
+from hasten.receipt import Measurement, plain, write_text
+from hasten.recipe import Calibration, Recipe
+
+LOG2 = float(np.log(2))
+
+
+@dataclass
+class Result:
+    """What is known of a row. nll: nats of each window of the held-out text, kept for paired differences."""
+
+    name: str
+    seconds: float = 0.0
+    error: str = ""
+    megabytes: float = 0.0
+    bits: Measurement | None = None
+    rise: Measurement | None = None
+    other: Measurement | None = None
+    nll: list[float] = field(default_factory=list)
+    decode: dict[str, float] = field(default_factory=dict)
+    decode_samples: dict[str, list[float]] = field(default_factory=dict)
+    no_speed: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run: the model, its windows of text, and where things lie."""
+
+    model: Path
+    work: Path
+    device: str
+    texts: Texts
+    heldout: tuple[Window, ...]
+    other: tuple[Window, ...]
+    calibration: Calibration
+    say: Callable[[str], None]
+
+    @property
+    def num_bytes(self) -> np.ndarray:
+        return np.array([window.num_bytes for window in self.heldout], np.float64)
+
+
+def main() -> None:
+    args = arguments()
+    started = time.monotonic()
+    work = args.work or Path(tempfile.mkdtemp(prefix="hasten-compression-"))
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        report = run(args, work, lambda: args.minutes * 60 - (time.monotonic() - started))
+        print(render(report))
+    finally:
+        if args.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
+    parser.add_argument("--model", default="demo", help="a model folder, or demo")
+    parser.add_argument("--train", type=Path, help="text to calibrate and train on; by default see texts_for")
+    parser.add_argument("--heldout", type=Path, help="text to measure on")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where methods, training and quality run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no row after this")
+    parser.add_argument("--windows", type=int, default=96, help="windows of held-out text at most")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--sequences", type=int, default=64, help="calibration sequences of --window tokens")
+    parser.add_argument(
+        "--train-steps", type=int, default=150, help="optimiser steps of each row with training; 0: none"
+    )
+    parser.add_argument("--train-batch", type=int, default=8, help="sequences of --window tokens a step")
+    parser.add_argument("--only", default="", help="rows whose name holds one of these words, by comma")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of speed; 0: speed is not measured")
+    parser.add_argument("--json", type=Path, default=Path("compression.json"), help="file that is written")
+    parser.add_argument("--work", type=Path, help="keep the folders that are made here")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float]) -> dict[str, Any]:
+    bench = prepare(args, work)
+    results: dict[str, Result] = {}
+    folders: dict[str, Path] = {}
+    layers = len(open_checkpoint(bench.model).spec.layers)
+    training = Training(str(work / "train.txt"), args.train_steps, args.train_batch, args.window)
+    for row in rows(group_size(bench.model), training, layers):
+        if not wanted(row, args):
+            continue
+        if seconds_left() < 0:
+            results[row.name] = Result(row.name, error="not reached: out of time")
+            continue
+        bench.say(f"{row.name} ({seconds_left():.0f} s left)")
+        results[row.name] = measure(row, bench, folders, results.get(ORIGINAL))
+        save(args, bench, results)
+    if args.rounds and seconds_left() > 0:
+        add_speed(bench, folders, results, args.rounds)
+    return save(args, bench, results)
+
+
+def prepare(args: argparse.Namespace, work: Path) -> Bench:
+    model = ROOT / "src" / "hasten" / "demo" if args.model == "demo" else Path(args.model)
+    texts = texts_for(model, args.data, args.train, args.heldout)
+    (work / "train.txt").write_text(texts.train, encoding="utf-8")
+    length = min(args.window, open_checkpoint(model).spec.max_position)
+    return Bench(
+        model=model,
+        work=work,
+        device=args.device,
+        texts=texts,
+        heldout=windows_of(model, texts.heldout, length, args.windows),
+        other=windows_of(model, texts.other, length, args.windows // 3) if texts.other else (),
+        calibration=Calibration(str(work / "train.txt"), args.sequences, length),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def wanted(row: Row, args: argparse.Namespace) -> bool:
+    if not args.train_steps and row.name.startswith("half"):
+        return False
+    words = [word for word in args.only.split(",") if word]
+    return row.name == ORIGINAL or not words or any(word in row.name for word in words)
+
+
+def group_size(model: Path) -> int:
+    """128 inputs a scale, as GPTQ and AWQ are usually compared, where that divides every matrix; else a whole row."""
+    shapes = [shape for name, shape, _ in open_checkpoint(model).matrices() if name.startswith("layers.")]
+    return 0 if any(inputs % 128 for _, inputs in shapes) else 128
+
+
+def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result | None) -> Result:
+    """One row; whatever goes wrong is its own error, and the others go on."""
+    result = Result(row.name)
+    started = time.monotonic()
+    try:
+        folder = make(row, bench, folders)
+        folders[row.name] = folder
+        result.megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+        nll, *other = nll_of(folder, [bench.heldout, bench.other], bench.device, row.int8_inputs)
+        result.nll = nll.tolist()
+        result.bits = ratio_interval(nll / LOG2, bench.num_bytes, "bits/byte")
+        if bench.other:
+            sizes = np.array([window.num_bytes for window in bench.other], np.float64)
+            result.other = ratio_interval(other[0] / LOG2, sizes, "bits/byte")
+        if original is not None and original.nll:
+            base = np.array(original.nll)
+            result.rise = ratio_interval(nll - base, base, "relative")
+    except Exception as error:
+        traceback.print_exc()
+        result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    result.seconds = round(time.monotonic() - started, 1)
+    return result
+
+
+def make(row: Row, bench: Bench, folders: dict[str, Path]) -> Path:
+    """The folder of a row."""
+    out = bench.work / row.name.replace(" ", "-").replace("%", "percent").replace(":", "of").replace(",", "")
+    start = starting_point(row, bench, folders)
+    if not row.steps:
+        return start
+    if not out.is_dir():
+        hasten.compress(start, Recipe(row.steps, calibration=bench.calibration), out, device=bench.device)
+    return out
+
+
+def starting_point(row: Row, bench: Bench, folders: dict[str, Path]) -> Path:
+    if row.start == "model":
+        return bench.model
+    kind, _, other = row.start.partition(" ")
+    folder = bench.work / f"start-{row.start.replace(' ', '-')}"
+    if not folder.is_dir():
+        if kind == "planted":
+            plant_outliers(bench.model, folder)
+        else:
+            reinitialise(folders[other], folder)
+    return folder
+
+
+def add_speed(bench: Bench, folders: dict[str, Path], results: dict[str, Result], rounds: int) -> None:
+    try:
+        found, reasons = speeds_of(folders, bench.device, bench.texts.train, rounds, bench.say)
+    except Exception as error:  # quality stays, whatever happens to speed
+        traceback.print_exc()
+        found, reasons = {}, dict.fromkeys(folders, f"{type(error).__name__}: {error}")
+    for name, samples in found.items():
+        results[name].decode_samples = samples
+        results[name].decode = {streams: middle(values) for streams, values in samples.items()}
+    for name, reason in reasons.items():
+        results[name].no_speed = reason
+
+
+def save(args: argparse.Namespace, bench: Bench, results: dict[str, Result]) -> dict[str, Any]:
+    """Everything so far, as a file and as plain data."""
+    report = {
+        "model": str(args.model),
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "device": device_name(bench.device),
+        "cpu": cpu_model(),
+        "threads": usable_threads(),
+        "versions": versions(),
+        "conditions": conditions(),
+        "text": {"windows": len(bench.heldout), "bytes": int(bench.num_bytes.sum())},
+        "rows": {name: plain(asdict(result)) for name, result in results.items()},
+        "orders": [verdict(order, bench, results) for order in ORDERS],
+    }
+    write_text(args.json, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def verdict(order: Order, bench: Bench, results: dict[str, Result]) -> dict[str, Any]:
+    """Whether an expected order held: the difference in bits per byte on the same windows, with its interval."""
+    better, worse = (results.get(name) for name in (order.better, order.worse))
+    if better is None or worse is None or not better.nll or not worse.nll:
+        return {"claim": order.claim, "verdict": "not measured", "difference": None}
+    change = (np.array(better.nll) - np.array(worse.nll)) / LOG2
+    found = ratio_interval(change, bench.num_bytes, "bits/byte")
+    return {"claim": order.claim, "verdict": judge(order, found), "difference": plain(found)}
+
+
+def judge(order: Order, found: Measurement) -> str:
+    """held: by more than chance. lost: the other way by more than chance. Between, the sign says which way it leans."""
+    if found.high < 0:
+        return "held"
+    if found.low > 0:
+        return "LOST"
+    if order.tie_will_do:
+        return "held (a tie)"
+    return "undecided, leans to it" if found.median < 0 else "undecided, leans against it"
+
+
+def render(report: dict[str, Any]) -> str:
+    """Both tables in Markdown."""
+    text = report["text"]
+    lines = [
+        f"{report['model']}, {report['device']}: {text['windows']} windows, {text['bytes']:,} bytes of held-out text",
+        "",
+        "| | bits per byte | against the original | other text | MB | tokens/s, 1 stream | 8 streams | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [render_row(name, row) for name, row in report["rows"].items()]
+    lines += ["", "| expected | difference in bits per byte | |", "|---|---|---|"]
+    for order in report["orders"]:
+        lines.append(f"| {order['claim']} | {interval(order['difference'], '{:+.4f}')} | {order['verdict']} |")
+    for name, row in report["rows"].items():
+        if row["no_speed"]:
+            lines.append(f"\n{name}: no speed: {row['no_speed']}")
+    return "\n".join(lines)
+
+
+def render_row(name: str, row: dict[str, Any]) -> str:
+    if row["error"]:
+        return f"| {name} | {row['error']} | | | | | | {row['seconds']} |"
+    speed = [f"{row['decode'][streams]:,.0f}" if streams in row["decode"] else "" for streams in ("1", "8")]
+    cells = [
+        interval(row["bits"], "{:.4f}"),
+        interval(row["rise"], "{:+.2%}"),
+        interval(row["other"], "{:.3f}"),
+        f"{row['megabytes']:.2f}",
+        *speed,
+        f"{row['seconds']}",
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def interval(found: dict[str, float] | None, form: str) -> str:
+    if found is None:
+        return ""
+    return f"{form.format(found['median'])} ({form.format(found['low'])} to {form.format(found['high'])})"
+
+
+if __name__ == "__main__":
+    main()

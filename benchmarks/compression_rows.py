@@ -1,0 +1,111 @@
+"""What benchmarks/compression.py tries, and which order the papers let one expect. Data; measures nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hasten import Distill, Factorize, Finetune, Prune, Quantize, Rotate, Shrink, Smooth, SplitExperts
+from hasten.steps import Step
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to change a model. start: "model", "planted" (the model with outlier channels, which computes the same), or
+    "fresh NAME" (random weights in the shapes that the row NAME left). int8_inputs: what its matrices read is rounded
+    to int8, one scale a token, when its quality is measured."""
+
+    name: str
+    steps: tuple[Step, ...] = ()
+    start: str = "model"
+    int8_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """`better` is expected to have fewer bits per byte than `worse`, or, where a tie will do, no more of them."""
+
+    better: str
+    worse: str
+    tie_will_do: bool = False
+
+    @property
+    def claim(self) -> str:
+        return f"{self.better} {'<=' if self.tie_will_do else '<'} {self.worse}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every row with training shares, so that all see the same tokens in the same order."""
+
+    text: str
+    steps: int
+    batch_size: int
+    sequence_len: int
+
+    def alone(self, learning_rate: float) -> Finetune:
+        return Finetune(learning_rate=learning_rate, **vars(self))
+
+    def taught(self, learning_rate: float) -> Distill:
+        return Distill(learning_rate=learning_rate, **vars(self))
+
+
+TRAINED_RATE, FRESH_RATE = 5e-4, 3e-3  # weights that were trained already need less, random ones more
+
+ORIGINAL = "original"
+
+ORDERS = (
+    Order("gptq 4 bits", "rtn 4 bits"),
+    Order("awq 4 bits", "rtn 4 bits"),
+    Order("gptq 3 bits", "rtn 3 bits"),
+    Order("awq 3 bits", "rtn 3 bits"),
+    *(
+        order
+        for pattern in ("50 %", "2:4")
+        for order in (
+            Order(f"sparsegpt {pattern}", f"wanda {pattern}", tie_will_do=True),
+            Order(f"wanda {pattern}", f"magnitude {pattern}"),
+        )
+    ),
+    Order("smoothquant w8a8, outliers", "w8a8, outliers"),
+    Order("rotated w8a8, outliers", "w8a8, outliers"),
+    Order("svd-llm 60 %", "svd 60 %"),
+    Order("spectral experts", "random experts"),
+    Order("half the layers, distilled", "half the layers, trained alone"),
+    Order("half the width, distilled", "half the width, from scratch"),
+)
+
+
+def rows(group_size: int, training: Training, layers: int) -> Iterator[Row]:
+    """All rows, those without training first; a row that starts from another's shapes comes after it."""
+    yield Row(ORIGINAL)
+    for bits in (4, 3):
+        for method in ("rtn", "gptq", "awq"):
+            yield Row(f"{method} {bits} bits", (Quantize("int4", group_size, method=method, bits=bits),))
+    for pattern, name in (("unstructured", "50 %"), ("2:4", "2:4")):
+        for method in ("magnitude", "wanda", "sparsegpt"):
+            yield Row(f"{method} {name}", (Prune(0.5, pattern, method),))
+    yield from _activations()
+    for method in ("svd", "svd-llm"):
+        yield Row(f"{method} 60 %", (Factorize(keep=0.6, method=method),))
+    for method in ("random", "kmeans", "spectral"):
+        yield Row(f"{method} experts", (SplitExperts(experts=8, active=4, method=method),))
+    yield from _trained(training, layers)
+
+
+def _activations() -> Iterator[Row]:
+    w8a8 = Quantize("int8", 0, activations="int8")
+    yield Row("w8a8", (w8a8,), int8_inputs=True)
+    yield Row("outliers planted", start="planted")
+    yield Row("w8a8, outliers", (w8a8,), "planted", int8_inputs=True)
+    yield Row("smoothquant w8a8, outliers", (Smooth(0.5), w8a8), "planted", int8_inputs=True)
+    yield Row("rotated w8a8, outliers", (Rotate(), w8a8), "planted", int8_inputs=True)
+
+
+def _trained(training: Training, layers: int) -> Iterator[Row]:
+    half = Shrink(layers=(layers // 2) / layers)
+    narrow = Shrink(heads=0.5, neurons=0.5)
+    yield Row("half the layers", (half,))
+    yield Row("half the layers, trained alone", (half, training.alone(TRAINED_RATE)))
+    yield Row("half the layers, distilled", (half, training.taught(TRAINED_RATE)))
+    yield Row("half the width", (narrow,))
+    yield Row("half the width, distilled", (narrow, training.taught(TRAINED_RATE)))
+    yield Row("half the width, from scratch", (training.alone(FRESH_RATE),), "fresh half the width")
