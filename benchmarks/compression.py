@@ -39,6 +39,7 @@ from compression_tools import (
 )
 
 import hasten
+from hasten.errors import HastenError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.measure.statistics import ratio_interval
 from hasten.measure.text import Window
@@ -124,7 +125,10 @@ def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float])
     results: dict[str, Result] = {}
     folders: dict[str, Path] = {}
     layers = len(open_checkpoint(bench.model).spec.layers)
-    training = Training(str(work / "train.txt"), args.train_steps, args.train_batch, args.window)
+    length = bench.calibration.sequence_len
+    training = None
+    if args.train_steps:
+        training = Training(str(work / "train.txt"), args.train_steps, args.train_batch, length)
     for row in rows(group_size(bench.model), training, layers):
         if not wanted(row, args):
             continue
@@ -157,8 +161,6 @@ def prepare(args: argparse.Namespace, work: Path) -> Bench:
 
 
 def wanted(row: Row, args: argparse.Namespace) -> bool:
-    if not args.train_steps and row.name.startswith("half"):
-        return False
     words = [word for word in args.only.split(",") if word]
     return row.name == ORIGINAL or not words or any(word in row.name for word in words)
 
@@ -187,7 +189,8 @@ def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result |
             base = np.array(original.nll)
             result.rise = ratio_interval(nll - base, base, "relative")
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, HastenError):
+            traceback.print_exc()
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
     result.seconds = round(time.monotonic() - started, 1)
     return result

@@ -74,7 +74,7 @@ ORDERS = (
 )
 
 
-def rows(group_size: int, training: Training, layers: int) -> Iterator[Row]:
+def rows(group_size: int, training: Training | None, layers: int) -> Iterator[Row]:
     """All rows, those without training first; a row that starts from another's shapes comes after it."""
     yield Row(ORIGINAL)
     for bits in (4, 3):
@@ -88,7 +88,8 @@ def rows(group_size: int, training: Training, layers: int) -> Iterator[Row]:
         yield Row(f"{method} 60 %", (Factorize(keep=0.6, method=method),))
     for method in ("random", "kmeans", "spectral"):
         yield Row(f"{method} experts", (SplitExperts(experts=8, active=4, method=method),))
-    yield from _trained(training, layers)
+    if training is not None:
+        yield from _trained(training, layers)
 
 
 def _activations() -> Iterator[Row]:

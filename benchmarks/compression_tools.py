@@ -107,7 +107,9 @@ def reinitialise(shapes: Path, out: Path) -> None:
 def nll_of(folder: Path, texts: Sequence[Sequence[Window]], device: str, int8_inputs: bool) -> list[np.ndarray]:
     """Nats of each window of each text under the model in `folder`, in float32 with torch."""
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = hasten.load_torch(folder, dtype=torch.float32, device=device).eval()
     if int8_inputs:
         for name, module in model.named_modules():
