@@ -68,11 +68,11 @@ def masked(name: str, weight: Weight, spec: ModelSpec, kept: Kept) -> Weight:
     return replace(weight, data=data)
 
 
-def logits(spec: ModelSpec, weights: object) -> np.ndarray:
+def logits(spec: ModelSpec, weights: object, tokens: list[int] = TOKENS) -> np.ndarray:
     backend = ReferenceBackend()
     backend.load(spec, weights)  # type: ignore[arg-type]
     backend.allocate(24, 16, "fp32")
-    return step(backend, [(TOKENS, 0, [3, 7])])[0]
+    return step(backend, [(tokens, 0, [3, 7, 1])])[0]
 
 
 @pytest.mark.parametrize(

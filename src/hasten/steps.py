@@ -297,14 +297,21 @@ class Distill:
 @dataclass(frozen=True, slots=True)
 class Recover:
     """Win back what earlier steps lost: "block" fits each block to the original's outputs on calibration text, "lora"
-    trains low-rank additions of `rank` and merges them."""
+    trains low-rank additions of `rank` and merges them.
+
+    parts: what of a block is fitted: "weights" (those that are zero stay so), "biases", "norms".
+    """
 
     method: str = "block"
     steps: int = 100
     learning_rate: float = 1e-4
     rank: int = 16
+    parts: tuple[str, ...] = ("weights", "biases", "norms")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", names("parts", self.parts))
+        for part in self.parts:
+            choose("parts", part, ("weights", "biases", "norms"))
         choose("method", self.method, ("block", "lora"))
         count("steps", self.steps)
         number("learning_rate", self.learning_rate, 0, 1, closed=False)

@@ -30,6 +30,7 @@ from hasten.steps import (
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
+_RECOVERED = (Prune, Factorize, SplitExperts)  # steps that Recover by block can follow
 CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 
 
@@ -208,8 +209,15 @@ def _in_layers(step: Prune | Factorize, names: Iterable[str]) -> None:
 def _check_order(recipe: Recipe) -> None:
     """What a step made must not be undone by a later one."""
     done: dict[type, str] = {}
+    before: Step | None = None
     for step in recipe.steps:
         name = step_name(step)
+        if isinstance(step, Recover) and step.method == "block" and not isinstance(before, _RECOVERED):
+            raise RecipeError(
+                "recover by block fits blocks to what they gave before the step in front of it: "
+                "put it right behind prune, factorize or split_experts, or use method lora"
+            )
+        before = step
         if Quantize in done and not isinstance(step, Quantize | QuantizeKv):
             raise RecipeError(
                 f"{name} comes after quantize, and would work on rounded numbers: move quantize to the end"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.compress import prune, quantize, rotate, shrink, smooth, store
+from hasten.compress import prune, quantize, reconstruct, rotate, shrink, smooth, store
 from hasten.compress.apply import carry_out
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.calibration import Int32, calibration_tokens, digest
@@ -37,7 +37,8 @@ from hasten.receipt import Receipt, plain, write_text
 from hasten.recipe import Recipe
 from hasten.steps import Quantize, Recover, Step, step_name
 
-CHANGES = (prune, quantize, rotate, shrink, smooth)  # modules that register their steps as they are imported
+# Modules that register their steps as they are imported.
+CHANGES = (prune, quantize, reconstruct, rotate, shrink, smooth)
 
 Progress = Callable[[int, int, str], None]
 _STATES_SHARE = 4  # hidden states take at most this part of free memory; else they lie in a mapped file
