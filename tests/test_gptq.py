@@ -105,7 +105,7 @@ def test_awq_scales_save_the_channels_that_carry_much() -> None:
     scales = awq.channel_scales([weight], absolute, hessian, [grid], [32])
     found = awq.quantize(weight * scales, hessian / torch.outer(scales, scales), grid, 32)
     mine = gptq.output_error(gptq.numbers(*found) / scales - weight, hessian)
-    plain = gptq.output_error(awq.plain(weight, grid, 32) - weight, hessian)
+    plain = gptq.output_error(grid.rounded(weight, 32) - weight, hessian)
     assert mine < 0.7 * plain
 
 

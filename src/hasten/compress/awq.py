@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.compress.grid import PLAIN, Grid
+from hasten.compress.grid import Grid
 
 _STEPS = 20
 
@@ -24,8 +24,7 @@ def channel_scales(
         scales = _scales_of(absolute, step / _STEPS)
         error = 0.0
         for weight, grid, group in zip(weights, grids, groups, strict=True):
-            grouped = (weight * scales).reshape(-1, group or weight.shape[1])
-            left = grid.nearest(grouped, *grid.fit(grouped)).reshape(weight.shape) / scales - weight
+            left = grid.rounded(weight * scales, group) / scales - weight
             error += float((left @ hessian * left).sum())
         if error < best_error:
             best, best_error = scales, error
@@ -46,12 +45,6 @@ def quantize(
         scales.append(scale)
         zeros.append(zero)
     return torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1)
-
-
-def plain(weight: Tensor, grid: Grid, group_size: int = 0) -> Tensor:
-    """The nearest numbers, ranges as they are."""
-    grouped = weight.reshape(-1, group_size or weight.shape[1])
-    return grid.nearest(grouped, *grid.fit(grouped, reach=PLAIN)).reshape(weight.shape)
 
 
 def _scales_of(absolute: Tensor, power: float) -> Tensor:

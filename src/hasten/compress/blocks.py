@@ -186,6 +186,11 @@ class Skeleton:
         self._fill_norm(norm, source, dict(self.checkpoint.weights("final_norm")))
         return norm
 
+    def head(self) -> Tensor:
+        """The matrix [V, H] that makes logits: the embedding where it is tied."""
+        name = "embed" if self.spec.tied_head else "head"
+        return to_tensor(dict(self.checkpoint.weights(name))[name], self.device, self.dtype)
+
     def _embed(self, tokens: Tensor) -> None:
         try:
             self._model.base_model(input_ids=tokens.to(self.device), use_cache=False)

@@ -8,10 +8,13 @@ apart in the text.
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hasten.errors import HastenError, RecipeError, ResourceError
@@ -106,6 +109,45 @@ def generate(calibration: Calibration, folder: Path, device: str = "cpu") -> Int
         return np.array(
             [[*start, *out.outputs[0].token_ids] for start, out in zip(starts, outputs, strict=True)], np.int32
         )
+
+
+class Sequences:
+    """The calibration sequences, made when they are first asked for, and kept in `file` for a run that goes on.
+
+    held_out: an eighth more is made, evenly over the text, that calibration does not see.
+    """
+
+    def __init__(self, calibration: Calibration, folder: Path, file: Path, device: str, held_out: bool = False) -> None:
+        extra = max(4, calibration.num_sequences // 8) if held_out else 0
+        self._calibration = calibration
+        self._wanted = replace(calibration, num_sequences=calibration.num_sequences + extra)
+        self._folder, self._file, self._device = folder, file, device
+        self._extra = np.linspace(0, self._wanted.num_sequences - 1, extra).astype(int)
+        self._found: Int32 | None = None
+
+    def __call__(self) -> torch.Tensor:
+        """[n, T] int64."""
+        return torch.from_numpy(np.delete(self._all(), self._extra, axis=0).astype(np.int64))
+
+    def held_out(self) -> torch.Tensor:
+        """[m, T] int64, none of which is among those above."""
+        return torch.from_numpy(self._all()[self._extra].astype(np.int64))
+
+    def about(self) -> dict[str, object]:
+        """For the receipt; empty where nothing asked for text."""
+        if self._found is None and not self._file.is_file():
+            return {}
+        return {**asdict(self._calibration), "sha256": digest(self._all())}
+
+    def _all(self) -> Int32:
+        if self._found is None and self._file.is_file():
+            self._found = np.load(self._file)
+        if self._found is None:
+            self._found = calibration_tokens(self._wanted, self._folder, self._device)
+            with open(self._file.with_suffix(".partial"), "wb") as file:
+                np.save(file, self._found)
+            os.replace(file.name, self._file)
+        return self._found
 
 
 def digest(tokens: Int32) -> str:

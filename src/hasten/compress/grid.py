@@ -14,7 +14,6 @@ from hasten.model.formats import Format, Weight
 
 # What a group's largest magnitude is mapped to, as a part of the end of the range: above 1 clips it (see rtn.py).
 REACH = (0.8, 0.875, 0.94, 1.0, 1.06, 1.12, 1.2, 1.3, 1.45)
-PLAIN = (0.9375,)  # one try, where many are compared anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,11 @@ class Grid:
             best_error = torch.where(better, error, best_error)
             best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
         return best
+
+    def rounded(self, weight: Tensor, group_size: int = 0, reach: tuple[float, ...] = REACH) -> Tensor:
+        """A matrix [N, K] rounded to nearest, each group's range fitted to its weights."""
+        grouped = weight.reshape(-1, group_size or weight.shape[1])
+        return self.nearest(grouped, *self.fit(grouped, reach=reach)).reshape(weight.shape)
 
     def _mapped(self, values: Tensor, part: float) -> tuple[Tensor, Tensor]:
         low, high = self.ends

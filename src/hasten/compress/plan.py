@@ -82,7 +82,10 @@ def plan_step(step: object, plan: Plan) -> Plan:
 def _(step: Quantize, plan: Plan) -> Plan:
     shapes = matrix_shapes(plan.spec)
     formats, steps, asked = dict(plan.formats), dict(plan.steps), dict(plan.asked)
-    for name in targeted(step, plan.spec):
+    names = targeted(step, plan.spec)
+    if step.threshold is not None and any(not name.startswith("layers.") for name in names):
+        raise RecipeError("threshold is for the layers' matrices: give head and embedding a step of their own")
+    for name in names:
         asked.pop(name, None)
         wanted = stored_as(step, plan.spec, shapes[name][1])
         formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)

@@ -10,9 +10,11 @@ from torch import Tensor
 from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.grid import Grid, pack
+from hasten.compress.plan import stored_as
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import Statistics, collect, groups_of
 from hasten.compress.tensors import to_weight
+from hasten.compress.threshold import wide
 from hasten.hardware import usable_threads
 from hasten.model.formats import Format
 from hasten.steps import Quantize
@@ -22,7 +24,7 @@ Found = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, G]
 
 @change_block.register
 def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
-    wanted = {role for role in block.linears if context.plan.steps.get(block.name(role)) == step}
+    wanted = {role for role in block.linears if _format(step, block, role, context) is not None}
     for group in groups_of(block):
         roles = [role for role in group if role in wanted]
         if not roles:
@@ -35,17 +37,32 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
         if step.method == "awq":
             _scale_channels(step, block, group, roles, found, context)
             found = collect(block, inputs, roles, hessian=True)[roles[0]]
-        formats = [context.plan.formats[block.name(role)] for role in roles]
+        formats = [_format(step, block, role, context) for role in roles]
         for fmt in dict.fromkeys(formats):
+            assert fmt is not None
             alike = [role for role, other in zip(roles, formats, strict=True) if other == fmt]
             _fit(step, block, alike, fmt, found.hessian, context)
 
 
+def _format(step: Quantize, block: Block, role: str, context: Context) -> Format | None:
+    """What this step stores a matrix as; None where it leaves it alone."""
+    name = block.name(role)
+    if context.plan.steps.get(name) != step:
+        return None
+    kind = step.format if step.threshold is None else context.surveys[step]["kinds"][name]
+    if kind == "keep":
+        return None
+    planned = context.plan.formats[name]
+    return planned if kind == step.format else stored_as(wide(step), block.spec, block.linears[role].weight.shape[1])
+
+
 def _round(step: Quantize, block: Block, role: str, context: Context) -> None:
     dense = to_weight(block.linears[role].weight, "fp32")
+    fmt = _format(step, block, role, context)
+    assert fmt is not None
+    bits = step.bits if fmt.kind == step.format else None
     with ThreadPoolExecutor(usable_threads()) as pool:
-        weight = rtn.quantize(block.name(role), dense, context.plan.formats[block.name(role)], pool, bits=step.bits)
-    block.store(role, weight)
+        block.store(role, rtn.quantize(block.name(role), dense, fmt, pool, bits=bits))
 
 
 def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:
@@ -82,7 +99,7 @@ def _scale_channels(
     front = _in_front(block, group)
     if front is None:
         return
-    formats = [context.plan.formats[block.name(role)] for role in roles]
+    formats = [fmt for role in roles if (fmt := _format(step, block, role, context)) is not None]
     weights = [block.linears[role].weight.float() for role in roles]
     grids, groups = [_grid(step, fmt) for fmt in formats], [fmt.group_size for fmt in formats]
     scales = awq.channel_scales(weights, found.absolute, found.hessian, grids, groups)
@@ -102,4 +119,4 @@ def _in_front(block: Block, group: Sequence[str]) -> str | None:
 
 
 def _grid(step: Quantize, fmt: Format) -> Grid:
-    return Grid(step.bits or (8 if fmt.kind == "int8" else 4), fmt.symmetric)
+    return Grid(8 if fmt.kind == "int8" else step.bits or 4, fmt.symmetric)

@@ -2,46 +2,41 @@
 leaves and the next one goes on from.
 
 A stage reads a model folder and writes one. Consecutive steps that change a block at a time are one stage, one sweep
-over the blocks: each is changed by all of them, then run, so that the next one sees what was done. Finished blocks are
-kept as files; going on, they are read and run, not changed again. Knows no method.
+over the blocks (sweep.py). Finished stages are kept until the whole is. Knows no method.
 """
 
 import json
-import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from hasten.compress import prune, quantize, reconstruct, rotate, shrink, smooth, store
+from hasten.compress import prune, quantize, reconstruct, rotate, shrink, smooth, threshold
 from hasten.compress.apply import carry_out
-from hasten.compress.blocks import Block, Inputs, Skeleton
-from hasten.compress.calibration import Int32, calibration_tokens, digest
+from hasten.compress.calibration import Sequences
 from hasten.compress.folder import run_settings
 from hasten.compress.plan import Plan, needs_text
-from hasten.compress.stage import Context, change_block, is_blockwise, run_step, survey
-from hasten.errors import ModelError, ResourceError
-from hasten.hardware import memory_available, usable_threads
+from hasten.compress.stage import Context, is_blockwise, run_step
+from hasten.compress.sweep import sweep
+from hasten.errors import ResourceError
+from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
-from hasten.model.formats import Weight, bytes_of
+from hasten.model.formats import bytes_of
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
-from hasten.receipt import Receipt, plain, write_text
+from hasten.receipt import Receipt, write_text
 from hasten.recipe import Recipe
-from hasten.steps import Quantize, Recover, Step, step_name
+from hasten.steps import Quantize, Step
 
 # Modules that register their steps as they are imported.
-CHANGES = (prune, quantize, reconstruct, rotate, shrink, smooth)
+CHANGES = (prune, quantize, reconstruct, rotate, shrink, smooth, threshold)
 
 Progress = Callable[[int, int, str], None]
-_STATES_SHARE = 4  # hidden states take at most this part of free memory; else they lie in a mapped file
 
 
 def run(
@@ -60,7 +55,8 @@ def run(
     started = time.monotonic()
     work = _work_folder(out, recipe, receipt)
     stages = stages_of(recipe.steps)
-    tokens = _Tokens(recipe, checkpoint.path, work, device)
+    held_out = any(isinstance(step, Quantize) and step.threshold is not None for step in recipe.steps)
+    tokens = Sequences(recipe.calibration, checkpoint.path, work / "calibration.npy", device, held_out)
     source, notes = checkpoint.path, list(receipt.notes)
     errors: dict[str, float] = {}
     facts: dict[str, object] = {}
@@ -69,10 +65,12 @@ def run(
         own = work / f"work-{index}"
         own.mkdir(exist_ok=True)
         tell = _teller(progress, index, len(stages), len(checkpoint.spec.layers))
-        context = Context(recipe, plan, checkpoint.path, tokens.get, device, own, tell)
-        if not target.is_dir():  # else it was finished before an interruption
-            _run_stage(steps, source, target, context)
-        context = _remembered(own, context)
+        context = Context(recipe, plan, checkpoint.path, source, tokens, device, own, tell)
+        if not (own / "found.json").is_file():  # else it was finished before an interruption
+            shutil.rmtree(target, ignore_errors=True)
+            _run_stage(steps, target, context)
+            _remember(context)
+        context = _remembered(context)
         errors, facts, notes = errors | context.errors, facts | context.facts, [*notes, *context.notes]
         source = target
     settings = {
@@ -112,146 +110,22 @@ def stages_of(steps: tuple[Step, ...]) -> list[tuple[Step, ...]]:
     return stages
 
 
-def _run_stage(steps: tuple[Step, ...], source: Path, target: Path, context: Context) -> None:
+def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:
     if is_blockwise(steps[0]) and needs_text(steps):
-        _sweep(steps, source, target, context)
+        sweep(steps, target, context)
+        threshold.check(steps, target, context)
     elif isinstance(steps[0], Quantize):
-        _round(source, target, context)
+        _round(target, context)
     else:
-        run_step(steps[0], source, target, context)
+        run_step(steps[0], context.source, target, context)
 
 
-def _sweep(steps: tuple[Step, ...], source: Path, target: Path, context: Context) -> None:
-    """All blocks once: change, settle, keep, run."""
-    checkpoint = open_checkpoint(source)
-    skeleton = Skeleton(checkpoint, context.device)
-    tokens = context.tokens()
-    if tokens.shape[1] > checkpoint.spec.max_position:
-        raise ModelError(
-            f"calibration sequences have {tokens.shape[1]} tokens, the model at most {checkpoint.spec.max_position}: "
-            "lower sequence_len"
-        )
-    context.surveys.update(_surveys(steps, skeleton, context))
-    inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
-    unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
-    num_blocks = len(checkpoint.spec.layers)
-    for index in range(num_blocks):
-        file = _block_file(context, index)
-        what = f"block {index + 1} of {num_blocks}: {', '.join(dict.fromkeys(map(step_name, steps)))}"
-        context.tell(index / num_blocks, what)
-        if unchanged is not None:
-            unchanged.advance(skeleton.block(index))
-            inputs.targets = unchanged.states
-        if file.is_file():
-            weights, noted = store.load(file)
-            block = skeleton.block(index, weights)
-            context.errors.update(noted)
-        else:
-            before = dict(context.errors)
-            block = skeleton.block(index)
-            for step in steps:
-                change_block(step, block, inputs, context)
-            block.settle()
-            noted = {name: error for name, error in context.errors.items() if name not in before}
-            store.save(file, dict(block.weights()), noted)
-        inputs.advance(block)
-    context.tell(1, "writing")
-    _remember(context)
-    _write(checkpoint, target, context, _swept(checkpoint, steps, context))
-
-
-def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
-    """What steps must know beforehand; kept for a run that goes on."""
-    found = {}
-    for number, step in enumerate(steps):
-        if survey.dispatch(type(step)) is survey.dispatch(object):
-            continue
-        file = context.work / f"survey-{number}.json"
-        if not file.is_file():
-            context.tell(0, f"looking at the model for {step_name(step)}")
-            write_text(file, json.dumps(survey(step, _unchanged(skeleton, context), context)))
-        found[step] = json.loads(file.read_text())
-    return found
-
-
-def _unchanged(skeleton: Skeleton, context: Context) -> Iterator[tuple[Block, Inputs]]:
-    tokens = context.tokens()
-    inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
-    for index in range(len(skeleton.spec.layers)):
-        block = skeleton.block(index)
-        yield block, inputs
-        inputs.advance(block)
-
-
-def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) -> Iterator[tuple[str, Weight]]:
-    """The changed model's weights: blocks from their files, the rest rounded where a step of this stage says so."""
-    formats = {name: fmt for name, fmt in context.plan.formats.items() if context.plan.steps[name] in steps}
-    plan = replace(context.plan, formats=formats)
-    with ThreadPoolExecutor(usable_threads()) as pool:
-        yield from carry_out(plan, _outside(checkpoint, before=True), pool)
-        for index in range(len(checkpoint.spec.layers)):
-            yield from store.load(_block_file(context, index))[0].items()
-        yield from carry_out(plan, _outside(checkpoint, before=False), pool)
-
-
-def _outside(checkpoint: Checkpoint, before: bool) -> Iterator[tuple[str, Weight]]:
-    """What lies before, or behind, the decoder layers."""
-    for prefix in ("embed", "position_embed") if before else ("final_norm", "head"):
-        yield from checkpoint.weights(prefix)
-
-
-def _round(source: Path, target: Path, context: Context) -> None:
+def _round(target: Path, context: Context) -> None:
     """Steps that only round: weights stream through."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(context.source)
     with ThreadPoolExecutor(usable_threads()) as pool:
-        _write(checkpoint, target, context, carry_out(context.plan, checkpoint.weights(), pool))
-
-
-def _write(checkpoint: Checkpoint, target: Path, context: Context, weights: Iterator[tuple[str, Weight]]) -> None:
-    write_checkpoint(target, config_of_text(checkpoint.config), weights, checkpoint.path)
-
-
-def _states(skeleton: Skeleton, tokens: torch.Tensor, folder: Path) -> torch.Tensor:
-    """Room for the hidden states of all sequences: on the device where they are a small part of its free memory, else
-    in memory, else in a mapped file."""
-    shape = (*tokens.shape, skeleton.spec.hidden_size)
-    size = int(np.prod(shape)) * skeleton.dtype.itemsize
-    if skeleton.device.type == "cuda" and size < torch.cuda.mem_get_info(skeleton.device)[0] // _STATES_SHARE:
-        return torch.empty(shape, dtype=skeleton.dtype, device=skeleton.device)
-    if size < memory_available() // _STATES_SHARE:
-        return torch.empty(shape, dtype=skeleton.dtype)
-    mapped = torch.from_file(str(folder / "states"), shared=True, size=int(np.prod(shape)), dtype=skeleton.dtype)
-    return mapped.view(shape)
-
-
-def _block_file(context: Context, index: int) -> Path:
-    return context.work / f"block-{index:05}.npz"
-
-
-class _Tokens:
-    """The calibration sequences, made when they are first needed and kept for a run that goes on."""
-
-    def __init__(self, recipe: Recipe, folder: Path, work: Path, device: str) -> None:
-        self._recipe, self._folder, self._device = recipe, folder, device
-        self._file = work / "calibration.npy"
-        self.found: Int32 | None = None
-
-    def get(self) -> torch.Tensor:
-        if self.found is None:
-            if self._file.is_file():
-                self.found = np.load(self._file)
-            else:
-                self.found = calibration_tokens(self._recipe.calibration, self._folder, self._device)
-                with open(self._file.with_suffix(".partial"), "wb") as file:
-                    np.save(file, self.found)
-                os.replace(file.name, self._file)
-        return torch.from_numpy(self.found.astype(np.int64))
-
-    def about(self) -> dict[str, Any]:
-        """For the receipt; empty where no step asked for text."""
-        if self.found is None and self._file.is_file():
-            self.get()
-        return {} if self.found is None else {**plain(self._recipe.calibration), "sha256": digest(self.found)}
+        weights = carry_out(context.plan, checkpoint.weights(), pool)
+        write_checkpoint(target, config_of_text(checkpoint.config), weights, checkpoint.path)
 
 
 def _work_folder(out: Path, recipe: Recipe, receipt: Receipt) -> Path:
@@ -281,13 +155,10 @@ def _remember(context: Context) -> None:
     write_text(context.work / "found.json", json.dumps(found))
 
 
-def _remembered(own: Path, context: Context) -> Context:
-    file = own / "found.json"
-    if not file.is_file():
-        _remember(context)
-    for block in own.glob("block-*.npz"):
+def _remembered(context: Context) -> Context:
+    for block in context.work.glob("block-*.npz"):
         block.unlink()
-    return replace(context, **json.loads(file.read_text()))
+    return replace(context, **json.loads((context.work / "found.json").read_text()))
 
 
 def _teller(progress: Progress | None, stage: int, num_stages: int, num_blocks: int) -> Callable[[float, str], None]:

@@ -10,9 +10,8 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from hasten.compress.blocks import Block, Inputs
+from hasten.compress.calibration import Sequences
 from hasten.compress.plan import Plan
 from hasten.errors import RecipeError
 from hasten.recipe import Recipe
@@ -21,17 +20,19 @@ from hasten.steps import Factorize, Prune, Quantize, QuantizeKv, Recover, Smooth
 
 @dataclass(eq=False)
 class Context:
-    """plan: of the whole recipe. original: the folder as it was before the recipe. tokens: the calibration sequences
-    [n, T] int64, made when first asked for. device: of computation, such as cpu or cuda. work: a folder of this stage's
-    own, which stays where the work is interrupted. tell(part, what): how far the stage is, 0..1. errors: by matrix, the
-    squared error of its outputs over their square. notes: what the user should know. facts: more for the receipt.
-    surveys: by step, what `survey` found.
+    """plan: of the whole recipe. original: the folder as it was before the recipe. source: the one that this stage
+    reads. tokens(): the calibration sequences [n, T] int64, made when first asked for; tokens.held_out(): others, for
+    what is to be judged. device: of computation, such as cpu or cuda. work: a folder of this stage's own, which stays
+    where the work is interrupted. tell(part, what): how far the stage is, 0..1. errors: by matrix, the squared error of
+    its outputs over their square. notes: what the user should know. facts: more for the receipt. surveys: by step, what
+    `survey` found.
     """
 
     recipe: Recipe
     plan: Plan
     original: Path
-    tokens: Callable[[], Tensor]
+    source: Path
+    tokens: Sequences
     device: str
     work: Path
     tell: Callable[[float, str], None]

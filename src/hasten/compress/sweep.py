@@ -1,0 +1,123 @@
+"""One sweep over a model's blocks: each is changed by the steps, settled, kept as a file, and run, so that the next one
+sees what was done. Going on after an interruption, kept blocks are read and run, not changed again. Knows no method."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hasten.compress import store
+from hasten.compress.apply import carry_out
+from hasten.compress.blocks import Block, Inputs, Skeleton
+from hasten.compress.stage import Context, change_block, survey
+from hasten.errors import ModelError
+from hasten.hardware import memory_available, usable_threads
+from hasten.model.checkpoint import Checkpoint, open_checkpoint
+from hasten.model.formats import Weight
+from hasten.model.spec import config_of_text
+from hasten.model.writer import write_checkpoint
+from hasten.receipt import write_text
+from hasten.steps import Recover, Step, step_name
+
+_STATES_SHARE = 4  # hidden states take at most this part of free memory; else they lie in a mapped file
+
+
+def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
+    """All blocks once: change, settle, keep, run."""
+    checkpoint = open_checkpoint(context.source)
+    skeleton = Skeleton(checkpoint, context.device)
+    tokens = context.tokens()
+    if tokens.shape[1] > checkpoint.spec.max_position:
+        raise ModelError(
+            f"calibration sequences have {tokens.shape[1]} tokens, the model at most {checkpoint.spec.max_position}: "
+            "lower sequence_len"
+        )
+    context.surveys.update(_surveys(steps, skeleton, context))
+    inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
+    unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
+    num_blocks = len(checkpoint.spec.layers)
+    for index in range(num_blocks):
+        file = _block_file(context, index)
+        what = f"block {index + 1} of {num_blocks}: {', '.join(dict.fromkeys(map(step_name, steps)))}"
+        context.tell(index / num_blocks, what)
+        if unchanged is not None:
+            unchanged.advance(skeleton.block(index))
+            inputs.targets = unchanged.states
+        if file.is_file():
+            weights, noted = store.load(file)
+            block = skeleton.block(index, weights)
+            context.errors.update(noted)
+        else:
+            before = dict(context.errors)
+            block = skeleton.block(index)
+            for step in steps:
+                change_block(step, block, inputs, context)
+            block.settle()
+            noted = {name: error for name, error in context.errors.items() if name not in before}
+            store.save(file, dict(block.weights()), noted)
+        inputs.advance(block)
+    context.tell(1, "writing")
+    config = config_of_text(checkpoint.config)
+    write_checkpoint(target, config, _swept(checkpoint, steps, context), checkpoint.path)
+
+
+def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
+    """What steps must know beforehand; kept for a run that goes on."""
+    found = {}
+    for number, step in enumerate(steps):
+        if survey.dispatch(type(step)) is survey.dispatch(object):
+            continue
+        file = context.work / f"survey-{number}.json"
+        if not file.is_file():
+            context.tell(0, f"looking at the model for {step_name(step)}")
+            write_text(file, json.dumps(survey(step, _unchanged(skeleton, context), context)))
+        found[step] = json.loads(file.read_text())
+    return found
+
+
+def _unchanged(skeleton: Skeleton, context: Context) -> Iterator[tuple[Block, Inputs]]:
+    tokens = context.tokens()
+    inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
+    for index in range(len(skeleton.spec.layers)):
+        block = skeleton.block(index)
+        yield block, inputs
+        inputs.advance(block)
+
+
+def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) -> Iterator[tuple[str, Weight]]:
+    """The changed model's weights: blocks from their files, the rest rounded where a step of this stage says so."""
+    formats = {name: fmt for name, fmt in context.plan.formats.items() if context.plan.steps[name] in steps}
+    plan = replace(context.plan, formats=formats)
+    with ThreadPoolExecutor(usable_threads()) as pool:
+        yield from carry_out(plan, _outside(checkpoint, before=True), pool)
+        for index in range(len(checkpoint.spec.layers)):
+            yield from store.load(_block_file(context, index))[0].items()
+        yield from carry_out(plan, _outside(checkpoint, before=False), pool)
+
+
+def _outside(checkpoint: Checkpoint, before: bool) -> Iterator[tuple[str, Weight]]:
+    """What lies before, or behind, the decoder layers."""
+    for prefix in ("embed", "position_embed") if before else ("final_norm", "head"):
+        yield from checkpoint.weights(prefix)
+
+
+def _states(skeleton: Skeleton, tokens: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Room for the hidden states of all sequences: on the device where they are a small part of its free memory, else
+    in memory, else in a mapped file."""
+    shape = (*tokens.shape, skeleton.spec.hidden_size)
+    size = int(np.prod(shape)) * skeleton.dtype.itemsize
+    if skeleton.device.type == "cuda" and size < torch.cuda.mem_get_info(skeleton.device)[0] // _STATES_SHARE:
+        return torch.empty(shape, dtype=skeleton.dtype, device=skeleton.device)
+    if size < memory_available() // _STATES_SHARE:
+        return torch.empty(shape, dtype=skeleton.dtype)
+    mapped = torch.from_file(str(folder / "states"), shared=True, size=int(np.prod(shape)), dtype=skeleton.dtype)
+    return mapped.view(shape)
+
+
+def _block_file(context: Context, index: int) -> Path:
+    return context.work / f"block-{index:05}.npz"

@@ -1,0 +1,62 @@
+"""Bits by measured sensitivity: the choice against all choices, and a recipe from end to end."""
+
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from hasten.compress.folder import compress  # noqa: E402
+from hasten.compress.threshold import choose  # noqa: E402
+from hasten.errors import RecipeError  # noqa: E402
+from hasten.model.checkpoint import open_checkpoint  # noqa: E402
+from hasten.recipe import Calibration, Recipe  # noqa: E402
+from hasten.steps import Quantize  # noqa: E402
+
+
+def test_the_choice_is_within_the_budget_and_near_the_best() -> None:
+    draw = random.Random(1)
+    ratios = []
+    for _ in range(40):
+        options = {str(unit): [(16, 0.0), (8, draw.random() * 0.2), (4, 0.2 + draw.random())] for unit in range(5)}
+        budget = draw.random() * 3
+        sizes = {}
+        for indices in itertools.product(range(3), repeat=5):
+            found = [options[str(unit)][index] for unit, index in enumerate(indices)]
+            if sum(cost for _, cost in found) <= budget:
+                sizes[indices] = sum(size for size, _ in found)
+        chosen = choose(options, budget)
+        assert tuple(chosen.values()) in sizes
+        ratios.append(sizes[tuple(chosen.values())] / min(sizes.values()))
+    assert sum(ratios) / len(ratios) < 1.06
+
+
+def test_nothing_may_be_lost_or_all_may(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160)
+    kinds = {}
+    for threshold in (0, 0.001, 1):
+        step = Quantize("int4", 32, method="gptq", threshold=threshold)
+        recipe = Recipe((step,), calibration=Calibration(str(tmp_path / "text.txt"), 8, 32))
+        receipt = compress(model, recipe, tmp_path / str(threshold), device="cpu")
+        found = receipt.settings["threshold"]
+        formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / str(threshold)).matrices()}
+        wanted = {name: "fp32" if kind == "keep" else kind for name, kind in found["kinds"].items()}
+        assert {name: kind for name, kind in formats.items() if name.startswith("layers.")} == wanted
+        assert found["expected"] <= threshold
+        assert all(one <= two for _, one, two in found["costs"].values())
+        kinds[threshold] = list(wanted.values())
+        assert any(note.startswith(f"threshold {threshold:.2%}: ") for note in receipt.notes)
+    assert set(kinds[0]) == {"fp32"}
+    assert {"int8"} <= set(kinds[0.001])
+    assert set(kinds[1]) == {"int4"}
+
+
+def test_head_and_embedding_have_a_step_of_their_own(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = Recipe((Quantize("int4", threshold=0.1, targets=("Linear", "head")),))
+    with pytest.raises(RecipeError, match="threshold is for the layers' matrices"):
+        compress(tiny_model("llama"), recipe, tmp_path / "out", device="cpu")
