@@ -11,7 +11,7 @@ from hasten.compress.plan import describe, matrix_shapes, resolve
 from hasten.errors import RecipeError
 from hasten.model.formats import Format
 from hasten.model.spec import Layer, ModelSpec
-from hasten.recipe import KV_CACHES, SPECULATIONS, Calibration, Recipe, Run, presets
+from hasten.recipe import KV_CACHES, SPECULATIONS, Calibration, Recipe, Run, presets, rounding_presets
 from hasten.steps import (
     KINDS,
     STEPS,
@@ -81,6 +81,12 @@ def test_every_step_round_trips() -> None:
 def test_presets_load_by_name_and_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert resolve(recipe, spec(hidden=512)).spec.hidden_size == 512
+
+
+@pytest.mark.parametrize("name", rounding_presets())
+def test_rounding_presets_say_what_they_do(name: str) -> None:
+    recipe = Recipe.load(name)
     plan = resolve(recipe, spec())
     wide = resolve(recipe, spec(hidden=512))
     assert set(plan.formats) == set(wide.formats) == set(matrix_shapes(spec()))

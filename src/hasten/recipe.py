@@ -6,6 +6,7 @@ Checks itself as it is made. Knows no model: compress/plan.py checks a recipe ag
       - quantize: {format: int4, group_size: 32, targets: [Linear]}
       - quantize: {format: int8, targets: [head, embedding]}
     run: {kv_cache: int8, speculation: ngram}
+    calibration: {text: books.txt, num_sequences: 128, sequence_len: 512}
 
 `targets` and `ignore` hold class words (Linear, attention, mlp, head, embedding), canonical names or globs of them
 (`layers.3.down`, `layers.*.down`), or regular expressions (`re:layers\\.(0|1)\\..*`). Linear is every matrix of every
@@ -14,7 +15,7 @@ earlier one on the matrices that both name, and starts from the original numbers
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 
 from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys, mapping
 from hasten.errors import RecipeError
-from hasten.steps import STEPS, Quantize, Step, step_name
+from hasten.steps import STEPS, Prune, Quantize, Rotate, Smooth, Step, step_name
 
 KV_CACHES = ("fp32", "bf16", "int8")
 SPECULATIONS = ("none", "ngram")
@@ -133,7 +134,32 @@ class Recipe:
 
 
 def presets() -> dict[str, Recipe]:
-    """The named recipes. One format for every matrix, or int4 layers with an int8 head and embedding (`-head8`)."""
+    """The named recipes: those that round, which need no text, and those of methods."""
+    return rounding_presets() | method_presets()
+
+
+def method_presets() -> dict[str, Recipe]:
+    """Recipes of methods that look at text, in the names of their field: w4a16 is 4-bit weights and 16-bit activations.
+
+    Head and embedding stay as they are, so that Transformers and vLLM run the folders too.
+    """
+    gptq = Quantize("int4", 128, method="gptq", act_order=True, fallback="int8")
+    steps: dict[str, tuple[Step, ...]] = {
+        "w4a16-gptq": (gptq,),
+        "w4a16-awq": (Quantize("int4", 128, symmetric=False, method="awq", fallback="int8"),),
+        "w4a8-rotate-gptq": (Rotate(), replace(gptq, activations="int8")),
+        "w8a8-smoothquant": (Smooth(0.5), Quantize("int8", 0, activations="int8")),
+        "w8a8-gptq": (Smooth(0.5), Quantize("int8", 0, method="gptq", activations="int8")),
+        "fp8-dynamic": (Quantize("fp8", activations="fp8"),),
+        "fp8-static": (Quantize("fp8", activations="fp8-static"),),
+        "2of4-sparsegpt": (Prune(pattern="2:4"),),
+        "2of4-sparsegpt-int8": (Prune(pattern="2:4"), Quantize("int8", 0, method="gptq")),
+    }
+    return {name: Recipe(found) for name, found in steps.items()}
+
+
+def rounding_presets() -> dict[str, Recipe]:
+    """One format for every matrix, or int4 layers with an int8 head and embedding (`-head8`)."""
     everything = ("Linear", "head", "embedding")
     out = {
         "bf16": Recipe((Quantize("bf16", targets=everything),)),

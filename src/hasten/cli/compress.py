@@ -1,12 +1,16 @@
 """`hasten compress`: carry out a recipe on a model. The work is hasten.compress's."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.cli import options
 from hasten.cli.terminal import bytes_in_words, note, progress_bar, write_facts
+
+if TYPE_CHECKING:
+    from hasten.recipe import Recipe
 
 
 def compress(
@@ -15,7 +19,7 @@ def compress(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A preset (int8, int8-g32, int4-g32, int4-g32-head8, bf16, ...), a YAML file, or a tuned folder.",
+            help="A preset (int8, int4-g32-head8, w4a16-gptq, ...: see below), a YAML file, or a tuned folder.",
             show_default=False,
         ),
     ],
@@ -25,18 +29,42 @@ def compress(
             "--out", "-o", metavar="FOLDER", help="A new folder; by default MODEL-RECIPE, here.", show_default=False
         ),
     ] = None,
+    device: options.DeviceOption = "auto",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Calibration text in place of the recipe's: a file, a folder, or a data set's name; by default the "
+            "model writes it itself.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Quantise a model as a recipe says.
+    """Quantise, prune, factorise or distil a model as a recipe says.
 
-    The result is a Hugging Face folder that Transformers loads as well, with recipe.yaml and receipt.json.
+    The result is a Hugging Face folder that Transformers loads as well where it knows the format, with recipe.yaml and
+    receipt.json. What is interrupted goes on with the same command.
+
+    \b
+    Presets that round, without text:
+      bf16, int8, int8-g32|64|128   one format for every matrix
+      int4-g32|64|128[-asym]        4 bits in groups; -head8: head and embedding in int8
+      fp8-dynamic                   8-bit floats, activations too as they come
+    Presets that look at calibration text:
+      w4a16-gptq, w4a16-awq         4-bit weights in groups of 128
+      w4a8-rotate-gptq              rotated (QuaRot), 4-bit weights, 8-bit activations
+      w8a8-smoothquant, w8a8-gptq   8-bit weights and activations
+      fp8-static                    8-bit floats, scales of activations from text
+      2of4-sparsegpt[-int8]         two of four weights are zero; -int8: and the rest 8 bits
+    docs/recipes.md has every step and its numbers.
     """
     from hasten.compress.folder import compress as carry_out
     from hasten.model.hub import folder_beside, name_of
 
     out = out or folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem)
     with progress_bar() as progress:
-        receipt = carry_out(model, recipe, out, progress=progress)
+        receipt = carry_out(model, _with_text(recipe, text), out, device=device, progress=progress)
     for line in receipt.notes:
         note(f"note: {line}")
     if json:
@@ -47,5 +75,28 @@ def compress(
         [
             ("folder", str(out)),
             ("matrices", f"{bytes_in_words(before)} -> {bytes_in_words(after)} ({after / before:.0%})"),
+            *_facts(receipt.settings),
         ]
     )
+
+
+def _with_text(name: str, text: str | None) -> "str | Recipe":
+    if text is None:
+        return name
+    from hasten.recipe import Recipe
+
+    recipe = Recipe.load(name)
+    return replace(recipe, calibration=replace(recipe.calibration, text=text))
+
+
+def _facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a method found out, in a few words; nothing where weights were only rounded."""
+    facts = []
+    if errors := settings.get("errors"):
+        name = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        facts.append(("error of outputs", f"{mean:.2%} on average, at most {errors[name]:.2%} ({name})"))
+    if "seconds" in settings:
+        peak = ", ".join(f"{kind} {bytes_in_words(size)}" for kind, size in settings["peak_memory"].items())
+        facts.append(("time, peak memory", f"{settings['seconds']:.0f} s, {peak}"))
+    return facts
