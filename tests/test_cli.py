@@ -384,7 +384,8 @@ def test_evaluate_measures_against_the_original(stories, int8, tmp_path):
     assert quality["loss"]["low"] < quality["loss"]["median"] < quality["loss"]["high"]
     words = hasten("evaluate", int8, *flags).good.stdout
     assert [line.split("  ")[0] for line in words.splitlines()] == [
-        *("text", "bits per byte", "perplexity", "loss", "divergence", "agreement")
+        *("text", "bits per byte", "perplexity", "loss", "divergence", "agreement", "flips", "right to wrong"),
+        "wrong to right",
     ]
 
 

@@ -29,7 +29,9 @@ def reference(p: np.ndarray, q: np.ndarray, targets: np.ndarray) -> np.ndarray:
     log_p = p - np.log(np.exp(p).sum(axis=1, keepdims=True))
     log_q = q - np.log(np.exp(q).sum(axis=1, keepdims=True))
     nll = -log_q[np.arange(len(q)), targets]
-    return np.stack([nll, (np.exp(log_p) * (log_p - log_q)).sum(axis=1), p.argmax(1) == q.argmax(1)])
+    before, after = p.argmax(1), q.argmax(1)
+    flips = [(before == targets) & (after != targets), (before != targets) & (after == targets)]
+    return np.stack([nll, (np.exp(log_p) * (log_p - log_q)).sum(axis=1), before == after, *flips])
 
 
 @pytest.mark.parametrize("vocab", [7, 300, 70_000])
@@ -38,10 +40,12 @@ def test_rows_match_float64(vocab: int) -> None:
     p = (3 * random.standard_normal((9, vocab))).astype(np.float32)
     q = (p + 0.1 * random.standard_normal(p.shape) + 5).astype(np.float32)
     targets = random.integers(0, vocab, 9).astype(np.int32)
+    targets[:3], targets[3:6] = p.argmax(1)[:3], q.argmax(1)[3:6]
     np.testing.assert_allclose(compare_rows(p, q, targets), reference(p, q, targets), rtol=1e-4, atol=1e-6)
     same = compare_rows(p, p, targets)
     assert (same[1] == 0).all()
     assert (same[2] == 1).all()
+    assert (same[3:] == 0).all()
 
 
 def test_windows_hold_the_text_within_their_length() -> None:

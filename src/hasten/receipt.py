@@ -39,7 +39,9 @@ class Quality:
     """A model on held-out text, against the original on the same text; intervals are over blocks of text, paired.
 
     loss: relative rise of bits per byte over the original's. divergence: KL(original || model), nats a token.
-    top1_agreement: share of positions where both have the same likeliest token. These three need an original.
+    top1_agreement: share of positions where both have the same likeliest token. flips: where exactly one of them has
+    the right one (Dutta et al. 2024): broken, where that was the original; mended, where it is the model. These need
+    an original.
     confidence: of the intervals. In a proof, 0.95 for what is tried first, more for each that is tried after it.
     """
 
@@ -51,7 +53,41 @@ class Quality:
     loss: Measurement | None = None
     divergence: Measurement | None = None
     top1_agreement: Measurement | None = None
+    flips: Measurement | None = None
+    broken: Measurement | None = None
+    mended: Measurement | None = None
     confidence: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """A model on the questions of a task; intervals are over questions, paired where against the original.
+
+    kind: "choice" (one of several, the likeliest for its length) or "word" (the last word, written greedily). chance:
+    the accuracy of guessing. change: accuracy less the original's. changed: share of answers that differ from the
+    original's. flips: of those that went from right to wrong (broken) or from wrong to right (mended).
+    """
+
+    kind: str
+    num_questions: int
+    chance: float
+    accuracy: Measurement
+    original: Measurement | None = None
+    change: Measurement | None = None
+    changed: Measurement | None = None
+    flips: Measurement | None = None
+    broken: Measurement | None = None
+    mended: Measurement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """decode: tokens/s by number of streams; ratio: to the original in the same rounds. memory: bytes of the weights,
+    and the peak resident set of a fresh process where that was measured."""
+
+    decode: dict[str, Measurement]
+    ratio: dict[str, Measurement]
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +147,8 @@ class Receipt:
 
     inputs: sha256 by file name, of weights and of text. original: the model as it is, run by hasten; reference: run by
     Transformers, where that is installed. choice: the name of the chosen candidate. by_batch: what to run
-    at each number of streams so that nothing is slower than the original. notes: what was left out or fell back.
+    at each number of streams so that nothing is slower than the original. quality: on the first text; texts: on each,
+    by name. tasks: by name. speed: of "model", and of "against". notes: what was left out or fell back.
     """
 
     what: str
@@ -130,6 +167,9 @@ class Receipt:
     reason: str = ""
     by_batch: dict[str, str] = field(default_factory=dict)
     quality: Quality | None = None
+    texts: dict[str, Quality] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    speed: dict[str, Speed] = field(default_factory=dict)
     sensitivity: dict[str, Measurement] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()

@@ -27,11 +27,14 @@ _CACHE_ELEMENTS = 1 << 16  # rows are compared in runs of about this many logits
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Sums over each block of text (a window), arrays [B]: nll of the tokens in nats, divergence from the original in
-    nats, agreements of the likeliest token; and how many tokens were predicted, spelling how many bytes."""
+    nats, agreements of the likeliest token, how often only the original's was the text's next (broken) and how often
+    only the model's (mended); and how many tokens were predicted, spelling how many bytes."""
 
     nll: Float64
     divergence: Float64
     agreements: Float64
+    broken: Float64
+    mended: Float64
     num_tokens: Float64
     num_bytes: Float64
 
@@ -51,7 +54,7 @@ def score(
     The backends' KV caches are made anew for it. Two models may share a backend. threads: that compare logits. Raises
     ModelError where a model gives logits that are not numbers.
     """
-    sums = np.zeros((len(models), 3, len(windows)))
+    sums = np.zeros((len(models), 5, len(windows)))
     num_blocks = max(-(-len(window.tokens) // BLOCK_SIZE) for window in windows)
     for backend, kv_cache in models.values():
         backend.allocate(num_blocks, BLOCK_SIZE, kv_cache)
@@ -63,18 +66,19 @@ def score(
     tokens = np.array([len(window.tokens) - 1 for window in windows], np.float64)
     num_bytes = np.array([window.num_bytes for window in windows], np.float64)
     return {
-        name: Scores(found[0], found[1], found[2], tokens, num_bytes) for name, found in zip(models, sums, strict=True)
+        name: Scores(found[0], found[1], found[2], found[3], found[4], tokens, num_bytes)
+        for name, found in zip(models, sums, strict=True)
     }
 
 
 def _read_window(
     models: Mapping[str, Model], window: Window, num_blocks: int, vocab_size: int, pool: ThreadPoolExecutor
 ) -> Float64:
-    """Sums over the window's tokens, [models, 3]: nll, divergence, agreements."""
+    """Sums over the window's tokens, [models, 5], as compare_rows has them."""
     shared = len({id(backend) for backend, _ in models.values()}) < len(models)
     # Where models overwrite one cache in turn, each reads its window in one piece.
     step = len(window.tokens) if shared else max(1, _LOGITS_BYTES // (4 * vocab_size))
-    sums = np.zeros((len(models), 3))
+    sums = np.zeros((len(models), 5))
     for batch, targets in _batches(window, step):
         original: Float32 | None = None
         for index, (name, (backend, kv_cache)) in enumerate(models.items()):
@@ -122,26 +126,33 @@ def summarize(scores: Scores, original: Scores | None = None, confidence: float 
         loss=ratio_interval(scores.nll - original.nll, original.nll, "relative", confidence),
         divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token", confidence),
         top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share", confidence),
+        flips=share_interval(scores.broken + scores.mended, scores.num_tokens, "share", confidence),
+        broken=share_interval(scores.broken, scores.num_tokens, "share", confidence),
+        mended=share_interval(scores.mended, scores.num_tokens, "share", confidence),
     )
 
 
 def compare_rows(original: Float32, other: Float32, targets: NDArray[np.int32]) -> Float64:
-    """Per row of logits [R, V]: -log q(target), KL(p || q) and whether both have one argmax; float64 [3, R].
+    """Per row of logits [R, V]: -log q(target), KL(p || q), whether both have one argmax, and whether only p's, or only
+    q's, is the target; float64 [5, R].
 
     p is `original`'s distribution, q `other`'s. With the same array twice the KL is exactly 0.
     """
-    out = np.empty((3, len(other)))
+    out = np.empty((5, len(other)))
     log_q, _ = _log_sum_exp(other)
     out[0] = log_q - np.take_along_axis(other, targets[:, None], 1)[:, 0]
     if original is other:
-        out[1], out[2] = 0, 1
+        out[1:] = np.array([0, 1, 0, 0])[:, None]
         return out
     log_p, weights = _log_sum_exp(original)
     total = weights.sum(axis=1)
     # log p - log q, with what they have in common taken off first: in float32 only the small rest is summed.
     weights *= original - other - (log_p - log_q)[:, None].astype(np.float32)
     out[1] = np.maximum(weights.sum(axis=1) / total, 0)  # below 0 only by rounding
-    out[2] = original.argmax(axis=1) == other.argmax(axis=1)
+    before, after = original.argmax(axis=1), other.argmax(axis=1)
+    out[2] = before == after
+    out[3] = (before == targets) & (after != targets)
+    out[4] = (before != targets) & (after == targets)
     return out
 
 

@@ -1,0 +1,135 @@
+"""evaluate: several texts, tasks and speed in one receipt; text that made the model is refused; bad input in a line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import hasten
+
+from hasten import Finetune, Recipe, evaluate
+from hasten.compress.calibration import calibration_tokens, digest
+from hasten.errors import HastenError
+from hasten.measure.overlap import check_unseen, shared_runs
+from hasten.receipt import Receipt
+from hasten.recipe import Calibration
+
+WORDS = [f"{'aeiou'[n % 5]}{'bcdfg'[n // 5 % 5]}{'lmnrt'[n // 25 % 5]}{n // 125 or ''}" for n in range(400)]
+TEXT = " ".join(WORDS) + ".\n"
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data: Path) -> Path:
+    return shared_data / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def heldout(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "held.txt"
+    path.write_text((shared_data / "tinystories-slice" / "tinystories_slice.txt").read_text()[-12_000:])
+    return path
+
+
+def made_with(folder: Path, tmp_path: Path, calibration: Calibration, sha256: str) -> Path:
+    """A copy of the model whose receipt says what it was calibrated on."""
+    copy = tmp_path / "made"
+    shutil.copytree(folder, copy)
+    copy.chmod(0o755)
+    about = {**{key: getattr(calibration, key) for key in ("text", "num_sequences", "sequence_len", "seed")}}
+    recipe = Recipe((Finetune(text=str(tmp_path / "tuned.txt")),))
+    Receipt("compress", "m", "now", {}, {}, {}, {}, recipe, settings={"calibration": {**about, "sha256": sha256}}).save(
+        copy / "receipt.json"
+    )
+    return copy
+
+
+def test_shared_runs_of_words() -> None:
+    assert shared_runs(TEXT, TEXT.upper()) == 1
+    assert shared_runs(TEXT, "nothing of it") == 0
+    assert shared_runs("too short", TEXT) == 0
+    half = " ".join(WORDS[:206])
+    assert shared_runs(TEXT, half) == pytest.approx(194 / 388)
+
+
+def test_text_that_a_model_was_calibrated_on_is_refused(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    calibration = Calibration(str(tmp_path / "gone.txt"), 4, 64)
+    used = Calibration(str(heldout), 4, 64)
+    folder = made_with(stories, tmp_path, calibration, digest(calibration_tokens(used, stories)))
+    with pytest.raises(HastenError, match=r"text held is what .* was calibrated on"):
+        check_unseen("held", heldout, heldout.read_text(), folder)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT * 3)
+    assert check_unseen("other", other, other.read_text(), folder) == (None, None)
+    # Text of training that is still there is looked through.
+    (tmp_path / "tuned.txt").write_text(TEXT)
+    with pytest.raises(HastenError, match="100% of its runs of 13 words"):
+        check_unseen("other", other, TEXT, folder)
+    mixed = " ".join([*WORDS[:30], *reversed(WORDS)])
+    share, note = check_unseen("mixed", other, mixed, folder)
+    assert share == pytest.approx(18 / 418, rel=0.1)
+    assert note is not None
+    assert "mixed" in note
+    assert check_unseen("fresh", other, "nothing of it", folder) == (0.0, None)
+    assert check_unseen("fresh", other, TEXT, stories) == (None, None)  # nothing is known of that folder
+
+
+def test_texts_tasks_and_speed_are_in_the_receipt(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    (tmp_path / "noise.txt").write_text(TEXT * 8)
+    rows = [{"prompt": "Once upon a", "choices": ["time", "xylophone"], "answer": 0}] * 6
+    (tmp_path / "time.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "".join(json.dumps({"text": "Once upon a time"}) + "\n" for _ in range(6))
+    (tmp_path / "last.jsonl").write_text(words)
+    receipt = evaluate(
+        stories,
+        stories,
+        {"stories": heldout, "noise": tmp_path / "noise.txt"},
+        tasks={"time": tmp_path / "time.jsonl", "last": tmp_path / "last.jsonl"},
+        num_shots=1,
+        speed=True,
+        window=64,
+        max_windows=12,
+        device="cpu",
+    )
+    assert list(receipt.texts) == ["stories", "noise"]
+    assert receipt.quality == receipt.texts["stories"]
+    assert receipt.texts["noise"].bits_per_byte.median > 1.5 * receipt.texts["stories"].bits_per_byte.median
+    assert {"text stories", "text noise"} <= receipt.inputs.keys()
+    assert receipt.quality is not None
+    assert receipt.quality.flips is not None
+    assert receipt.quality.flips.median == 0
+    for task in receipt.tasks.values():
+        assert task.num_questions == 5
+        assert task.accuracy.median == 1
+        assert task.change is not None
+        assert task.change.median == 0
+    for speed in receipt.speed.values():
+        assert speed.decode["1"].median > 0
+        assert speed.memory["peak"] > speed.memory["weights"] > 0
+    assert receipt.speed["against"].ratio["8"].median == 1
+    assert Receipt.from_json(receipt.to_json()) == receipt
+
+
+def test_the_command_shows_texts_side_by_side(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    (tmp_path / "noise.txt").write_text(TEXT * 8)
+    rows = [{"prompt": "Once upon a", "choices": ["time", "xylophone"], "answer": 0}] * 6
+    (tmp_path / "time.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--against", stories, "--data", f"near={heldout}", "--data", tmp_path / "noise.txt", "--window", 64]
+    shown = hasten("evaluate", stories, *flags, "--task", tmp_path / "time.jsonl").good.stdout
+    assert shown.splitlines()[0].split() == ["near", "noise"]
+    for word in ("bits per byte", "right to wrong", "answers changed", "100.0%"):
+        assert word in shown
+
+
+def test_what_cannot_be_evaluated_is_said_in_a_line(stories: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("Once upon a time.")
+    (tmp_path / "odd.jsonl").write_text('{"question": "?"}\n')
+    for flags, complaint in [
+        (["--data", tmp_path / "nowhere.txt"], "cannot read text"),
+        (["--data", tmp_path / "empty.txt"], "empty.txt is empty"),
+        (["--data", tmp_path / "short.txt"], "short.txt: the text gives 1 windows of 512 tokens, at least 4"),
+        (["--task", tmp_path / "nowhere.jsonl"], "cannot read task"),
+        (["--task", tmp_path / "odd.jsonl"], "line 1 has question: expected prompt, choices and answer"),
+        (["--data", f"a={tmp_path}/short.txt", "--data", f"a={tmp_path}/empty.txt"], "two files named a"),
+    ]:
+        assert complaint in hasten("evaluate", stories, *flags).complaint
