@@ -65,7 +65,7 @@ def test_public_names():
         *("LLM", "SamplingParams", "Recipe", "Run", "Calibration", "Receipt"),
         *("Quantize", "QuantizeKv", "Smooth", "Rotate", "Prune", "Shrink", "Factorize", "SplitExperts"),
         *("Finetune", "Distill", "Gradual", "Recover"),
-        *("tune", "compress", "evaluate", "errors", "__version__"),
+        *("tune", "compress", "evaluate", "load_torch", "errors", "__version__"),
     }
     for name in hasten.__all__:
         assert getattr(hasten, name) is not None

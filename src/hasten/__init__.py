@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hasten import errors
 
 if TYPE_CHECKING:
+    from hasten.backends.torch.load import load_torch
     from hasten.compress.folder import compress
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
@@ -57,6 +58,7 @@ __all__ = [
     "compress",
     "errors",
     "evaluate",
+    "load_torch",
     "tune",
 ]  # fmt: skip
 
@@ -74,6 +76,7 @@ _HOME = {
     "tune": "hasten.tune.run",
     "compress": "hasten.compress.folder",
     "evaluate": "hasten.measure.evaluate",
+    "load_torch": "hasten.backends.torch.load",
     **dict.fromkeys(_STEPS, "hasten.steps"),
 }
 

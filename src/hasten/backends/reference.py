@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Int32, Sampled, SamplingBatch, StepLimits
-from hasten.backends.reference_math import activate, layer_norm, rms_norm, rotate, softcap, softmax
+from hasten.backends.reference_math import activate, choose_experts, layer_norm, rms_norm, rotate, softcap, softmax
 from hasten.backends.reference_sampling import sample_rows
 from hasten.errors import ModelError, ResourceError
 from hasten.hardware import memory_available
@@ -199,6 +199,10 @@ class ReferenceBackend:
             hidden = activate(self._model.activation, self._linear(f"{name}.gate", x)) * up
         else:
             hidden = activate(self._model.activation, up)
+        layer = self._model.layers[int(name.split(".")[1])]
+        if layer.experts:
+            chosen = choose_experts(self._linear(f"{name}.router", x), layer.active_experts)
+            hidden = hidden * np.repeat(chosen, len(hidden) // layer.experts)
         return self._linear(f"{name}.down", hidden)
 
     def _pre_norm(self, name: str, x: Float32) -> Float32:
@@ -215,6 +219,8 @@ class ReferenceBackend:
 
     def _linear(self, name: str, x: Float32) -> Float32:
         """One row x [K] -> [N]: a matrix-vector product each, for BLAS sums a row of a matrix differently."""
+        if f"{name}.a" in self._dense:
+            return self._linear(f"{name}.b", self._linear(f"{name}.a", x))
         quantised = self._weights.get(name)
         if quantised is None:
             y = self._dense[name] @ x

@@ -60,3 +60,10 @@ def softmax(scores: Float32) -> Float32:
     weights: Float32 = np.exp(scores - scores.max(axis=-1, keepdims=True))
     total: Float32 = weights.sum(axis=-1, keepdims=True)
     return weights / total
+
+
+def choose_experts(scores: Float32, active: int) -> Float32:
+    """1 for the experts with the `active` largest scores [E], the first ones where they are equal; 0 for others."""
+    chosen = np.zeros_like(scores)
+    chosen[np.argsort(-scores, kind="stable")[:active]] = 1
+    return chosen

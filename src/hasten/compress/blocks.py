@@ -12,17 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from hasten.compress.tensors import TORCH_DTYPES, to_tensor, to_weight
+from hasten.backends.torch.load import empty_model, fill_norm, make_linear, make_parameter, module_of
+from hasten.backends.torch.modules import install
+from hasten.backends.torch.tensors import TORCH_DTYPES, to_tensor, to_weight
 from hasten.model.checkpoint import Checkpoint
 from hasten.model.formats import Weight
-from hasten.model.names import Source, sources
-from hasten.model.spec import Layer, ModelSpec, config_of_text
+from hasten.model.names import layer_sources, sources
+from hasten.model.spec import Layer, ModelSpec
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,11 +31,11 @@ _MOST_TOKENS = 16384  # elsewhere
 
 @dataclass(eq=False)
 class Block:
-    """One decoder block in memory. Changing `linears` and `norms` changes what it computes.
+    """One decoder block in memory. Changing `linears` and `norms` changes what it computes; `reshape` its form.
 
     module: Transformers' decoder layer. linears: by role (q, k, v, o, gate, up, down), each with a weight [N, K].
     norms: by role (attn_norm, ...); the model adds spec.norm_offset to their weights. stored: matrices that have their
-    final form already; their linears hold the numbers that these stand for.
+    final form already; their linears hold the numbers that these stand for. config: the model's.
     """
 
     index: int
@@ -47,6 +46,7 @@ class Block:
     norms: dict[str, nn.Module]
     call: Call
     stored: dict[str, Weight] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [b, T, H] -> those that the block gives."""
@@ -57,6 +57,11 @@ class Block:
     def name(self, role: str) -> str:
         """The canonical name of a role's weight."""
         return f"layers.{self.index}.{role}"
+
+    def reshape(self, layer: Layer, linears: dict[str, nn.Linear]) -> None:
+        """Give the block other ranks, or experts, and the matrices that go with them."""
+        self.layer, self.linears = layer, linears
+        install(self.module, layer, layer_sources(self.spec, self.config, self.index, layer), linears)
 
     def store(self, role: str, weight: Weight, numbers: Tensor | None = None) -> None:
         """Give a matrix its final form. What runs from now on are the numbers [N, K] that it stands for, exactly those
@@ -122,14 +127,11 @@ class Skeleton:
         self.spec = checkpoint.spec
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else TORCH_DTYPES[self.spec.dtype])
-        self._model = _empty_model(checkpoint, self.device)
+        self._model = empty_model(checkpoint, self.device).requires_grad_(False)
         children = dict(self._model.base_model.named_children())
         (self._layers,) = [child for child in children.values() if isinstance(child, nn.ModuleList)]
-        self._sources: dict[int, list[Source]] = {}
-        for source in sources(self.spec, checkpoint.config):
-            name = source.parts[0].name
-            index = int(name.split(".")[1]) if name.startswith("layers.") else -1
-            self._sources.setdefault(index, []).append(source)
+        every = sources(self.spec, checkpoint.config)
+        self._outside = [source for source in every if not source.parts[0].name.startswith("layers.")]
         self._calls: list[Call] = []
 
     @torch.no_grad()
@@ -156,34 +158,35 @@ class Skeleton:
         for index, layer in enumerate(layers):
             self._layers[index] = layer
         self._calls = [recorder.call for recorder in recorders]
-        for source in self._sources[-1]:
-            _forget(_module_of(self._model, source))
+        for source in self._outside:
+            _forget(module_of(self._model, source))
         return Inputs(states, self.device, batch_size)
 
-    def block(self, index: int, weights: Mapping[str, Weight] | None = None) -> Block:
-        """The block on the device, with these weights by canonical name, or the checkpoint's. `inputs` must have been
-        asked for."""
+    def block(self, index: int, weights: Mapping[str, Weight] | None = None, layer: Layer | None = None) -> Block:
+        """The block on the device, with these weights by canonical name, and this form, or the checkpoint's. `inputs`
+        must have been asked for."""
         weights = weights or dict(self.checkpoint.weights(f"layers.{index}."))
         module = copy.deepcopy(self._layers[index])
-        block = Block(index, self.spec.layers[index], self.spec, module, {}, {}, self._calls[index])
-        for source in self._sources[index]:
-            path = source.module.split(f".{index}.", 1)[1]
+        layer = layer or self.spec.layers[index]
+        block = Block(index, layer, self.spec, module, {}, {}, self._calls[index], config=self.checkpoint.config)
+        parts = list(layer_sources(self.spec, self.checkpoint.config, index, layer))
+        for source in parts:
             if source.role == "norm":
-                norm = module.get_submodule(path)
-                self._fill_norm(norm, source, weights)
-                block.norms[source.parts[0].name.rsplit(".", 1)[1]] = norm
+                norm = module.get_submodule(source.module.split(f".{index}.", 1)[1])
+                fill_norm(norm, self.spec, source, weights, self.dtype, self.device)
+                block.norms[source.parts[0].name.split(".", 2)[2]] = norm
                 continue
-            linears = {part.name.rsplit(".", 1)[1]: self._linear(part.name, weights) for part in source.parts}
-            block.linears |= linears
-            parts = list(linears.values())
-            module.set_submodule(path, parts[0] if len(parts) == 1 else Joined(parts, _order(source, self.device)))
+            for part in source.parts:
+                block.linears[part.name.split(".", 2)[2]] = make_linear(part.name, weights, self.dtype, self.device)
+        install(module, layer, parts, block.linears)
+        module.requires_grad_(False)
         return block
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last block, filled."""
-        (source,) = [source for source in self._sources[-1] if source.parts[0].name == "final_norm"]
-        norm: nn.Module = copy.deepcopy(_module_of(self._model, source))
-        self._fill_norm(norm, source, dict(self.checkpoint.weights("final_norm")))
+        (source,) = [source for source in self._outside if source.parts[0].name == "final_norm"]
+        norm: nn.Module = copy.deepcopy(module_of(self._model, source))
+        fill_norm(norm, self.spec, source, dict(self.checkpoint.weights("final_norm")), self.dtype, self.device)
         return norm
 
     def head(self) -> Tensor:
@@ -198,47 +201,12 @@ class Skeleton:
             return
 
     def _fill_outside(self, names: tuple[str, ...]) -> None:
-        for source in self._sources[-1]:
+        for source in self._outside:
             name = source.parts[0].name
             if name in names:
                 weight = dict(self.checkpoint.weights(name))[name]
-                _module_of(self._model, source).weight = self._parameter(weight)
-
-    def _fill_norm(self, norm: nn.Module, source: Source, weights: Mapping[str, Weight]) -> None:
-        name = source.parts[0].name
-        norm.weight = self._parameter(weights[name], -self.spec.norm_offset)
-        if source.bias:
-            norm.bias = self._parameter(weights[f"{name}.bias"])
-
-    def _linear(self, name: str, weights: Mapping[str, Weight]) -> nn.Linear:
-        rows, columns = weights[name].shape
-        bias = weights.get(f"{name}.bias")
-        linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-        linear.weight = self._parameter(weights[name])
-        if bias is not None:
-            linear.bias = self._parameter(bias)
-        return linear
-
-    def _parameter(self, weight: Weight, add: float = 0.0) -> nn.Parameter:
-        """A matrix, or the vector that a Weight of one column stands for."""
-        values = to_tensor(weight, self.device, torch.float32 if add else self.dtype)
-        values = values.flatten() if weight.shape[1] == 1 else values
-        return nn.Parameter((values + add if add else values).to(self.dtype), requires_grad=False)
-
-
-class Joined(nn.Module):
-    """Matrices that Transformers keeps as one module, apart: their outputs in the order that it expects."""
-
-    order: Tensor | None
-
-    def __init__(self, parts: list[nn.Linear], order: Tensor | None) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.register_buffer("order", order, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        joined = torch.cat([part(x) for part in self.parts], dim=-1)
-        return joined if self.order is None else joined[..., self.order]
+                values = make_parameter(weight, self.dtype, self.device)
+                module_of(self._model, source).weight = values.requires_grad_(False)
 
 
 class _Stop(Exception):  # noqa: N818 - no error
@@ -271,42 +239,6 @@ class _Recorder(nn.Module):
         return x
 
 
-class _MatricesOnMeta(TorchFunctionMode):
-    """New parameters get no memory; buffers, which are computed and not stored, do. Modules make the first with
-    torch.empty, the second otherwise."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
-def _empty_model(checkpoint: Checkpoint, device: torch.device) -> Any:
-    text = config_of_text(checkpoint.config)
-    text.pop("quantization_config", None)
-    config = transformers.CONFIG_MAPPING[text["model_type"]].from_dict(text)
-    with _MatricesOnMeta():
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.eval().requires_grad_(False)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    return model
-
-
-def _module_of(model: nn.Module, source: Source) -> Any:
-    return model.get_output_embeddings() if source.parts[0].name == "head" else model.get_submodule(source.module)  # type: ignore[operator]
-
-
 def _forget(module: nn.Module) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-
-
-def _order(source: Source, device: torch.device) -> Tensor | None:
-    """Where each output of the fused module is among its parts' outputs side by side."""
-    rows = np.concatenate([np.arange(source.shape[0])[part.rows] for part in source.parts])
-    if np.array_equal(rows, np.arange(len(rows))):
-        return None
-    return torch.from_numpy(np.argsort(rows)).to(device)

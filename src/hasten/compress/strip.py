@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hasten.errors import RecipeError
 from hasten.model.families import FULL, SLIDING, family_of, root_hidden
 from hasten.model.formats import DENSE_BYTES, Weight, dense_weight, dequantize, round_to
-from hasten.model.spec import Layer, ModelSpec, config_of_text
+from hasten.model.spec import Layer, ModelSpec, config_of_text, configured
 
 Indices = NDArray[np.int64]
 
@@ -103,16 +103,11 @@ def stripped_config(config: Mapping[str, Any], spec: ModelSpec, kept: Kept) -> d
     widths = [(layer.num_heads, layer.num_kv_heads, layer.intermediate_size) for layer in new.layers]
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     same_heads = family.own_head_dim or widths[0][0] == spec.layers[0].num_heads
-    hasten = {key: value for key, value in out.get("hasten", {}).items() if key != "layers"}
     if len(set(widths)) == 1 and same_heads:
         for key, value in zip(names, widths[0], strict=True):
             if key != "num_key_value_heads" or family.own_head_dim:
                 put(key, value)
-    else:
-        own = ("num_heads", "num_kv_heads", "intermediate_size")
-        hasten["layers"] = [dict(zip(own, width, strict=True)) for width in widths]
-    out["hasten"] = hasten
-    return out
+    return configured(out, new.layers)
 
 
 def _is_sliding(layer: Layer, spec: ModelSpec) -> bool:

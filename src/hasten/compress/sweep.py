@@ -4,7 +4,7 @@ sees what was done. Going on after an interruption, kept blocks are read and run
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hasten.errors import ModelError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight
-from hasten.model.spec import config_of_text
+from hasten.model.spec import Layer, configured
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import write_text
 from hasten.steps import Recover, Step, step_name
@@ -41,6 +41,7 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
     unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
     num_blocks = len(checkpoint.spec.layers)
+    layers: list[Layer] = []
     for index in range(num_blocks):
         file = _block_file(context, index)
         what = f"block {index + 1} of {num_blocks}: {', '.join(dict.fromkeys(map(step_name, steps)))}"
@@ -50,8 +51,8 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
             inputs.targets = unchanged.states
         if file.is_file():
             weights, noted = store.load(file)
-            block = skeleton.block(index, weights)
-            context.errors.update(noted)
+            block = skeleton.block(index, weights, _layer(noted["layer"]))
+            context.errors.update(noted["errors"])
         else:
             before = dict(context.errors)
             block = skeleton.block(index)
@@ -59,11 +60,16 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
                 change_block(step, block, inputs, context)
             block.settle()
             noted = {name: error for name, error in context.errors.items() if name not in before}
-            store.save(file, dict(block.weights()), noted)
+            store.save(file, dict(block.weights()), {"errors": noted, "layer": asdict(block.layer)})
+        layers.append(block.layer)
         inputs.advance(block)
     context.tell(1, "writing")
-    config = config_of_text(checkpoint.config)
+    config = configured(checkpoint.config, layers)
     write_checkpoint(target, config, _swept(checkpoint, steps, context), checkpoint.path)
+
+
+def _layer(data: dict[str, Any]) -> Layer:
+    return Layer(**{**data, "ranks": tuple((role, rank) for role, rank in data["ranks"])})
 
 
 def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> dict[Step, Any]:

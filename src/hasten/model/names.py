@@ -29,7 +29,9 @@ class Part:
 class Source:
     """One module of the checkpoint. shape: (N, K) as canonical; a norm's is (n, 1) and its tensor [n].
 
-    transposed: the tensor is stored [K, N] (GPT-2's Conv1D). bias: whether a `.bias` [N] goes with it.
+    transposed: the tensor is stored [K, N] (GPT-2's Conv1D). bias: whether a `.bias` [N] goes with it. home: the module
+    of Transformers that this one is a part of, where a matrix is stored as two thin ones (`HOME.a`, `HOME.b`), or apart
+    from others that Transformers fuses with it (`HOME.q`); home_rows: which of its rows come from here.
     """
 
     module: str
@@ -38,6 +40,8 @@ class Source:
     parts: tuple[Part, ...]
     transposed: bool = False
     bias: bool = False
+    home: str = ""
+    home_rows: slice | NDArray[np.int64] | None = None
 
 
 # canonical name within a layer -> module within a layer, for each layout
@@ -90,7 +94,7 @@ def sources(spec: ModelSpec, config: Config) -> Iterator[Source]:
         shape = (spec.max_position, hidden)
         yield _whole(f"{layout.prefix}.{layout.position_embed}", "position_embed", "embedding", shape)
     for index, layer in enumerate(spec.layers):
-        yield from _layer_sources(spec, layer, layout, family, config, index)
+        yield from layer_sources(spec, config, index, layer)
     yield _norm(f"{layout.prefix}.{layout.final_norm}", "final_norm", hidden, spec)
     if not spec.tied_head:
         yield _whole(layout.head, "head", "linear", (vocab, hidden))
@@ -101,9 +105,11 @@ def base_prefix(spec: ModelSpec) -> str:
     return _LAYOUTS[family_of(spec.family).layout].prefix + "."
 
 
-def _layer_sources(
-    spec: ModelSpec, layer: Layer, layout: _Layout, family: Family, config: Config, index: int
-) -> Iterator[Source]:
+def layer_sources(spec: ModelSpec, config: Config, index: int, layer: Layer) -> Iterator[Source]:
+    """The modules of one layer of these widths and ranks."""
+    family = family_of(spec.family)
+    config = {**family.defaults, **config_of_text(config)}
+    layout = _LAYOUTS[family.layout]
     module, name = f"{layout.prefix}.{layout.layers}.{index}", f"layers.{index}"
     for norm, tensor in _layer_norms(spec, layout).items():
         yield _norm(f"{module}.{tensor}", f"{name}.{norm}", spec.hidden_size, spec)
@@ -122,7 +128,35 @@ def _layer_sources(
         if family.layout == "gpt_neox" and fused == "qkv":
             parts = _interleaved_heads(name, layer)
         bias = _has_bias(family, config, _members(fused)[0])
-        yield Source(f"{module}.{tensor}", "linear", (rows, columns), tuple(parts), layout.transposed, bias)
+        whole = Source(f"{module}.{tensor}", "linear", (rows, columns), tuple(parts), layout.transposed, bias)
+        yield from _apart(whole, layer)
+    if layer.experts:
+        router = f"{module}.{layout.linears['down'].rsplit('.', 1)[0]}.router"
+        yield _whole(router, f"{name}.router", "linear", (layer.experts, spec.hidden_size))
+
+
+def _apart(whole: Source, layer: Layer) -> Iterator[Source]:
+    """The module itself, or the matrices that it is stored as where one of its parts has a rank."""
+    roles = [part.name.rsplit(".", 1)[1] for part in whole.parts]
+    if not any(layer.rank_of(role) for role in roles):
+        yield whole
+        return
+    for role, part in zip(roles, whole.parts, strict=True):
+        rows, columns = len(np.arange(whole.shape[0])[part.rows]), whole.shape[1]
+        module = whole.module if len(roles) == 1 else f"{whole.module}.{role}"
+        rank = layer.rank_of(role)
+        shapes = {"a": (rank, columns), "b": (rows, rank)} if rank else {"": (rows, columns)}
+        for end, shape in shapes.items():
+            dot = f".{end}" if end else ""
+            yield Source(
+                module + dot,
+                "linear",
+                shape,
+                (Part(part.name + dot, slice(0, shape[0])),),
+                bias=whole.bias and end != "a",
+                home=whole.module,
+                home_rows=part.rows,
+            )
 
 
 def _members(fused: str) -> tuple[str, ...]:

@@ -6,19 +6,22 @@ Knows nothing of files or devices. The canonical weight names that the rest of h
     layers.{i}.{q,k,v,o,gate,up,down}            matrices [N, K]; + `.bias` [N]; `gate` absent in an ungated MLP
     layers.{i}.{attn_norm,attn_post_norm,mlp_norm,mlp_post_norm}   vectors [H] (+ .bias for layernorm)
     layers.{i}.{q_norm,k_norm}                   [head_dim], or the full width where qk_norm is "full"
+    layers.{i}.{role}.{a,b}   instead of a matrix of rank r: y = b (a x), a [r, K], b [N, r] (with the matrix's bias)
+    layers.{i}.router         [E, H] where the MLP is split into E experts
 
 Matrices come as formats.Weight; vectors too, with shape (n, 1) and kind fp32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hasten.errors import ModelError
 from hasten.model.families import GUARDS, Config, Family, family_of
+from hasten.model.layers import Own, own_layers, with_layers
 from hasten.model.rope import Rope, rope_from_parameters
 
-__all__ = ["Layer", "ModelSpec", "Rope", "config_of_text", "spec_from_config"]
+__all__ = ["Layer", "ModelSpec", "Rope", "config_of_text", "configured", "spec_from_config"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Dtype = Literal["fp32", "fp16", "bf16"]
@@ -40,7 +43,11 @@ DTYPES: Mapping[str, Dtype] = {"float32": "fp32", "float16": "fp16", "bfloat16":
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer's own widths. rope: index into ModelSpec.ropes, or -1 for none. window: a query at position p
-    sees keys p - window + 1 .. p; 0 means all."""
+    sees keys p - window + 1 .. p; 0 means all.
+
+    ranks: of the matrices that are stored as two thin ones, by role. experts: how many equal runs of neurons the MLP is
+    split into, 0 is not at all; the `active_experts` with the largest router scores run, unweighted.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -48,6 +55,13 @@ class Layer:
     intermediate_size: int
     rope: int = 0
     window: int = 0
+    ranks: tuple[tuple[str, int], ...] = ()
+    experts: int = 0
+    active_experts: int = 0
+
+    def rank_of(self, role: str) -> int:
+        """The rank that a matrix is stored in; 0 where it is stored whole."""
+        return dict(self.ranks).get(role, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +116,8 @@ def spec_from_config(config: Config) -> ModelSpec:
     family = family_of(config.get("model_type"))
     config = _with_defaults(config, family)
     _check_guards(config, family)
-    layers = tuple(_layer(config, family, index) for index in range(_count(config, "num_hidden_layers")))
+    count = _count(config, "num_hidden_layers")
+    layers = tuple(_layer(config, family, index, own) for index, own in enumerate(own_layers(config, count)))
     head_dim = layers[0].head_dim
     return ModelSpec(
         family=str(config["model_type"]),
@@ -150,6 +165,13 @@ def config_of_text(config: Config) -> dict[str, Any]:
     return {**text, **{k: v for k, v in outer.items() if v is not None}, **tied, "model_type": "gemma3_text"}
 
 
+def configured(config: Config, layers: Sequence[Layer]) -> dict[str, Any]:
+    """The configuration of the text model with these layers: in its `hasten.layers` what its own numbers do not say."""
+    text = config_of_text(config)
+    own = {**text, "hasten": {key: value for key, value in text.get("hasten", {}).items() if key != "layers"}}
+    return with_layers(text, layers, spec_from_config(own).layers)
+
+
 def _with_defaults(config: Config, family: Family) -> dict[str, Any]:
     spelt = {family.aliases.get(key, key): value for key, value in config.items()}
     filled = {**family.defaults, **spelt}
@@ -169,7 +191,7 @@ def _check_guards(config: Config, family: Family) -> None:
             raise ModelError(f"config.json: {name} does not generate text; expected a ...ForCausalLM checkpoint")
 
 
-def _layer(config: Config, family: Family, index: int) -> Layer:
+def _layer(config: Config, family: Family, index: int, mine: Own) -> Layer:
     heads = _count(config, "num_attention_heads")
     kv_heads = heads if config.get("num_key_value_heads") is None else _count(config, "num_key_value_heads")
     if heads % kv_heads:
@@ -179,13 +201,25 @@ def _layer(config: Config, family: Family, index: int) -> Layer:
     own = config.get("head_dim") is not None
     head_dim = _count(config, "head_dim") if own else _bounded("head_dim", _count(config, "hidden_size") // heads)
     window = family.window(config, index)
+    width = mine.intermediate_size or _count(config, "intermediate_size")
+    if mine.experts and width % mine.experts:
+        raise ModelError(f"hasten.layers[{index}]: {width} neurons cannot be split into {mine.experts} equal experts")
+    heads, kv_heads = mine.num_heads or heads, mine.num_kv_heads or kv_heads
+    for role, rank in mine.ranks.items():
+        inner = width if role in ("gate", "up", "down") else head_dim * (kv_heads if role in ("k", "v") else heads)
+        most = min(inner, _count(config, "hidden_size"))
+        if rank > most:
+            raise ModelError(f"hasten.layers[{index}].ranks.{role} is {rank}, more than the matrix's {most}")
     return Layer(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=_count(config, "intermediate_size"),
+        intermediate_size=width,
         rope=family.rope_index(config, index),
         window=0 if window >= config["max_position_embeddings"] else window,
+        ranks=tuple(sorted(mine.ranks.items())),
+        experts=mine.experts,
+        active_experts=mine.active_experts,
     )
 
 
