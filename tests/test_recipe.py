@@ -66,7 +66,7 @@ def test_yaml_and_back(recipe: Recipe) -> None:
 def test_every_step_round_trips() -> None:
     schedule = Gradual(final_sparsity=0.5, begin_step=10, end_step=100)
     steps = (
-        Rotate(seed=3), Shrink(heads=0.5, layers=0.1), Finetune(steps=5, sparsity=schedule),
+        Rotate(seed=3), Shrink(heads=0.5, layers=0.1), Finetune(steps=200, sparsity=schedule),
         Distill(teacher="x", loss="reverse-kl"), Factorize(keep=0.6), SplitExperts(8, 2, "kmeans"),
         Prune(pattern="2:4", targets=("mlp",)), Recover("lora", rank=4), Smooth(0.7),
         Quantize("int4", method="gptq", act_order=True, bits=3), QuantizeKv(),

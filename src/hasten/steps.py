@@ -219,7 +219,10 @@ class SplitExperts:
 @dataclass(frozen=True, slots=True)
 class Gradual:
     """A schedule of sparsity during training (Zhu & Gupta 2017): from initial_sparsity at begin_step to final_sparsity
-    at end_step, along a cubic curve, masks renewed `every` so many steps."""
+    at end_step, along a cubic curve, masks renewed `every` so many steps, by magnitude.
+
+    pattern: "2:4" prunes whole groups of four inputs to two, those that lose least first; final_sparsity is 0.5.
+    """
 
     final_sparsity: float
     begin_step: int
@@ -227,8 +230,11 @@ class Gradual:
     initial_sparsity: float = 0.0
     every: int = 10
     pattern: str = "unstructured"
+    targets: tuple[str, ...] = LINEAR
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_names(self)
         number("initial_sparsity", self.initial_sparsity, 0, 1)
         number("final_sparsity", self.final_sparsity, 0, 1, closed=False)
         if self.initial_sparsity > self.final_sparsity:
@@ -239,14 +245,18 @@ class Gradual:
         count("end_step", self.end_step, self.begin_step + 1)
         count("every", self.every)
         choose("pattern", self.pattern, PATTERNS)
+        if self.pattern == "2:4" and self.final_sparsity != 0.5:
+            raise RecipeError(f"final_sparsity is {self.final_sparsity}, pattern 2:4 ends at 0.5")
 
 
 @dataclass(frozen=True, slots=True)
-class Finetune:
-    """Train the weights on text.
+class Training:
+    """What every training has.
 
-    text: a file, a folder or a data set's name. steps: of the optimiser. warmup: share of them during which the
-    learning rate rises. sparsity: a Gradual schedule.
+    text: a file, a folder or a data set's name; None is the recipe's calibration text. steps: of the optimiser, each of
+    gradient_accumulation batches. warmup: share of them during which the learning rate rises; then it falls as
+    `schedule` says. dropout: of embeddings and of what layers add, against learning a short text by heart. logs: a
+    folder for TensorBoard. sparsity: a Gradual schedule. Weights that are zero in a pruned matrix stay zero.
     """
 
     text: str | None = None
@@ -255,51 +265,95 @@ class Finetune:
     sequence_len: int = 512
     learning_rate: float = 1e-4
     warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    dropout: float = 0.0
+    gradient_accumulation: int = 1
     seed: int = 0
+    logs: str | None = None
     sparsity: Gradual | None = None
 
     def __post_init__(self) -> None:
-        _check_training(self)
+        for key in ("steps", "batch_size", "gradient_accumulation"):
+            count(key, getattr(self, key))
+        count("sequence_len", self.sequence_len, 2)
+        number("learning_rate", self.learning_rate, 0, 1, closed=False)
+        number("warmup", self.warmup, 0, 1)
+        choose("schedule", self.schedule, ("cosine", "linear", "constant"))
+        number("weight_decay", self.weight_decay, 0, 10)
+        number("dropout", self.dropout, 0, 0.9)
+        count("seed", self.seed, 0)
         if isinstance(self.sparsity, Mapping):
             object.__setattr__(self, "sparsity", build(Gradual, "sparsity", self.sparsity))
+        if self.sparsity is not None and self.sparsity.end_step > self.steps:
+            raise RecipeError(f"end_step is {self.sparsity.end_step}, expected at most steps, which is {self.steps}")
 
 
 @dataclass(frozen=True, slots=True)
-class Distill:
-    """Train the weights to give what a teacher gives (Hinton et al. 2015). Training as in Finetune.
+class Finetune(Training):
+    """Train the weights on text. fresh: from random ones, in the model's shapes."""
 
-    teacher: a model; None is the model as it was before the recipe. loss: divergence between the two distributions.
-    temperature: of both. weight: of the teacher's loss, the rest is the text's own.
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        Training.__post_init__(self)
+        flag("fresh", self.fresh)
+
+
+@dataclass(frozen=True, slots=True)
+class Distill(Training):
+    """Train the weights to give what a teacher gives (Hinton et al. 2015).
+
+    teacher: a model; None is the model as it was before the recipe. loss: divergence between the two distributions;
+    beta: of "jensen-shannon", towards forward KL at 0 and reverse KL at 1. temperature: of both. weight: of the
+    teacher's loss, the rest is the text's own. hidden, attention: weights of matching hidden states and attention in
+    layers of like depth.
+    samples: what is learned from: "text"; "teacher", which first writes texts (Kim & Rush 2016); or "student", which
+    writes a share student_share of its batches itself (on-policy, Agarwal et al. 2023).
+    student: where it is not the model as the steps before left it: a config.json, for random weights. keep_layers: the
+    layers that the student takes of the model.
     """
 
     teacher: str | None = None
     loss: str = "forward-kl"
+    beta: float = 0.5
     temperature: float = 1.0
     weight: float = 0.5
-    text: str | None = None
-    steps: int = 1000
-    batch_size: int = 8
-    sequence_len: int = 512
-    learning_rate: float = 1e-4
-    warmup: float = 0.05
-    seed: int = 0
-    sparsity: Gradual | None = None
+    hidden: float = 0.0
+    attention: float = 0.0
+    samples: str = "text"
+    student_share: float = 0.5
+    student: str | None = None
+    keep_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        Training.__post_init__(self)
         choose("loss", self.loss, ("forward-kl", "reverse-kl", "jensen-shannon"))
+        number("beta", self.beta, 0, 1, closed=False)
         number("temperature", self.temperature, 0, 100, closed=False)
-        number("weight", self.weight, 0, 1)
-        _check_training(self)
-        if isinstance(self.sparsity, Mapping):
-            object.__setattr__(self, "sparsity", build(Gradual, "sparsity", self.sparsity))
+        for key in ("weight", "student_share"):
+            number(key, getattr(self, key), 0, 1)
+        for key in ("hidden", "attention"):
+            number(key, getattr(self, key), 0, 1000)
+        choose("samples", self.samples, ("text", "teacher", "student"))
+        layers = self.keep_layers
+        if not isinstance(layers, list | tuple) or not all(is_int(layer) and layer >= 0 for layer in layers):
+            raise RecipeError(f"keep_layers is {layers!r}, expected numbers of layers such as [0, 2, 4]")
+        if list(layers) != sorted(set(layers)):
+            raise RecipeError(f"keep_layers is {list(layers)}, expected rising numbers, each once")
+        object.__setattr__(self, "keep_layers", tuple(layers))
+        if self.student is not None and layers:
+            raise RecipeError("student and keep_layers both say what the student is: remove one of them")
 
 
 @dataclass(frozen=True, slots=True)
 class Recover:
     """Win back what earlier steps lost: "block" fits each block to the original's outputs on calibration text, "lora"
-    trains low-rank additions of `rank` and merges them.
+    trains low-rank additions of `rank` (Hu et al. 2021) to all matrices of the layers and merges them. Pruned weights
+    stay zero.
 
-    parts: what of a block is fitted: "weights" (those that are zero stay so), "biases", "norms".
+    parts: what of a block is fitted: "weights", "biases", "norms". The rest is lora's, as in Distill: weight is that of
+    the original's predictions, 0 learns from the text alone.
     """
 
     method: str = "block"
@@ -307,15 +361,23 @@ class Recover:
     learning_rate: float = 1e-4
     rank: int = 16
     parts: tuple[str, ...] = ("weights", "biases", "norms")
+    text: str | None = None
+    batch_size: int = 8
+    sequence_len: int = 512
+    weight: float = 0.5
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", names("parts", self.parts))
         for part in self.parts:
             choose("parts", part, ("weights", "biases", "norms"))
         choose("method", self.method, ("block", "lora"))
-        count("steps", self.steps)
+        for key in ("steps", "rank", "batch_size"):
+            count(key, getattr(self, key))
         number("learning_rate", self.learning_rate, 0, 1, closed=False)
-        count("rank", self.rank)
+        count("sequence_len", self.sequence_len, 2)
+        number("weight", self.weight, 0, 1)
+        count("seed", self.seed, 0)
 
 
 Step = (
@@ -354,12 +416,3 @@ def _check_names(step: Any) -> None:
         object.__setattr__(step, key, names(key, getattr(step, key)))
     if not step.targets:
         raise RecipeError("targets is empty: name at least one, such as Linear")
-
-
-def _check_training(step: Any) -> None:
-    for key in ("steps", "batch_size"):
-        count(key, getattr(step, key))
-    count("sequence_len", step.sequence_len, 2)
-    number("learning_rate", step.learning_rate, 0, 1, closed=False)
-    number("warmup", step.warmup, 0, 1)
-    count("seed", step.seed, 0)

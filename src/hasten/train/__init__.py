@@ -1,0 +1,1 @@
+"""Training, on Transformers' Trainer: fine-tuning, from scratch, distillation, gradual pruning, recovery."""

@@ -1,0 +1,188 @@
+"""One training: a model, sequences and settings into Transformers' Trainer, which does the rest.
+
+What is ours: which sequences come when (data.py), the loss where it is not the text's own (Loss), what holds weights at
+zero (After), and going on from the last whole checkpoint. Knows no recipe and no folder format.
+"""
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.trainer_callback import PrinterCallback
+
+from hasten.errors import ResourceError
+from hasten.steps import Training
+from hasten.train.data import Sequences
+
+Loss = Callable[[nn.Module, Tensor, int], Tensor]  # model, tokens [b, T], number of the step -> mean loss
+After = Callable[[int], None]  # the number of steps that are done; called before the first one too
+Tell = Callable[[float, str], None]
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_LOGS = 50  # entries of the curve
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training. curve: (step, mean loss since the entry before). seconds: of this run, which may have
+    gone on from a checkpoint, without its first step, which sets everything up; tokens: of these seconds."""
+
+    curve: tuple[tuple[int, float], ...]
+    seconds: float
+    tokens: int
+
+    def facts(self) -> dict[str, Any]:
+        """For the receipt."""
+        return {
+            "loss": [[step, round(loss, 5)] for step, loss in self.curve],
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9)),
+        }
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a training has beside the model. work: where checkpoints lie; a training finds them again there. loss: None
+    is the text's own. after: holds weights in their place. saves: how often a checkpoint is written."""
+
+    work: Path
+    loss: Loss | None = None
+    after: After | None = None
+    tell: Tell | None = None
+    compile: bool = False
+    saves: int = 5
+
+
+def text_loss(model: nn.Module, tokens: Tensor, step: int) -> Tensor:
+    """The text's own loss: nats of each next token, their mean."""
+    loss: Tensor = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+def fit(model: Any, sequences: Sequences, training: Training, around: Around) -> Trained:
+    """Train `model` in place, in float32 (under bfloat16 autocast on a GPU), on the device that it is on."""
+    model.float()
+    device = next(model.parameters()).device
+    watcher = _Watcher(training.steps, around)
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(training, around, device),
+        train_dataset=sequences,
+        data_collator=_as_it_is,
+        callbacks=[watcher, *_tensorboard(training)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.loss = around.loss or text_loss
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean over a batch: Trainer divides by the number of them
+    before = _last_checkpoint(around.work)
+    if around.after is not None and before is None:
+        around.after(0)
+    trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    model.eval()
+    curve = tuple((int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    batch = training.batch_size * training.gradient_accumulation * training.sequence_len
+    return Trained(curve, watcher.seconds(), max(watcher.ran - 1, 0) * batch)
+
+
+def sequences_needed(training: Training) -> int:
+    return training.steps * training.batch_size * training.gradient_accumulation
+
+
+def _arguments(training: Training, around: Around, device: torch.device) -> transformers.TrainingArguments:
+    on_gpu = device.type == "cuda"
+    return transformers.TrainingArguments(
+        output_dir=str(around.work),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        warmup_steps=math.ceil(training.warmup * training.steps),
+        weight_decay=training.weight_decay,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        torch_compile=around.compile,
+        seed=training.seed,
+        logging_steps=max(1, training.steps // _LOGS),
+        logging_nan_inf_filter=False,  # would wait for the device at every step
+        save_strategy="steps" if around.saves else "no",
+        save_steps=max(1, training.steps // max(around.saves, 1)),
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _tensorboard(training: Training) -> list[transformers.TrainerCallback]:
+    if training.logs is None:
+        return []
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ResourceError("logs needs the package tensorboard: pip install 'hasten[compress]', or remove logs")
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    writer: Any = SummaryWriter(log_dir=training.logs)
+    return [TensorBoardCallback(writer)]  # type: ignore[no-untyped-call]
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written whole: its state comes last."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Sequences are a whole batch already."""
+    return batch
+
+
+class _Trainer(transformers.Trainer):
+    loss: Loss = staticmethod(text_loss)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+        loss = self.loss(model, inputs["input_ids"], self.state.global_step)
+        return (loss, None) if return_outputs else loss
+
+    def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+        sequences: Any = self.train_dataset
+        return SequentialSampler(sequences)
+
+
+class _Watcher(transformers.TrainerCallback):
+    """After each step: weights held in their place, and how far the training is."""
+
+    def __init__(self, steps: int, around: Around) -> None:
+        self.steps, self.around, self.loss = steps, around, math.nan
+        self.ran, self.first, self.last = 0, 0.0, 0.0
+
+    def seconds(self) -> float:
+        return self.last - self.first
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.around.after is not None:
+            self.around.after(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ran += 1
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        if self.around.after is not None:
+            self.around.after(state.global_step)
+        if self.around.tell is not None:
+            self.around.tell(state.global_step / self.steps, f"step {state.global_step}, loss {self.loss:.3f}")
+
+    def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.last = time.perf_counter()  # the device was waited for
+        self.loss = named["logs"].get("loss", self.loss)
