@@ -234,12 +234,14 @@ FILE_NAMES = {
 def write_folder(folder: Path, model: str) -> None:
     """A model folder with random bf16 weights and a tokenizer of as many words as the vocabulary has ids."""
     from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel
     from tokenizers.models import WordLevel
 
     config = CONFIGS[model]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(config["vocab_size"])}, unk_token="w0"))
+    words.decoder = ByteLevel()  # as the models themselves have it
     words.save(str(folder / "tokenizer.json"))
     writer = TensorWriter(folder, 1 << 20)
     for name, weight in random_weights(spec_from_config(config), "bf16"):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
 from hasten.backends.cuda.device import Device, open_device
-from hasten.backends.cuda.linear import Linear
+from hasten.backends.cuda.linear import Linear, Norm
 from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference_math import activate
@@ -102,3 +102,23 @@ def check_product(
         want = 0.5 * want
     error = np.linalg.norm(got.float().cpu().numpy() - want) / np.linalg.norm(want)
     assert error < tolerance, f"relative error {error:.2e}"
+
+
+def check_normed_int4(format: Format, gated: bool, device: str = "cpu", n: int = 24, k: int = 640) -> None:
+    """One row of int4 with the norm of its input, at sizes of numbers that float16 could not hold, against float64."""
+    rng = np.random.default_rng(7)
+    handle = open_device(device)
+    weight = quantize(rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5), format)
+    linear = make_linear([weight], handle, "bf16", gated)
+    norm = torch.from_numpy(rng.uniform(0.5, 2, k)).to(handle.handle, torch.bfloat16)
+    assert linear.fuses_norm(1, torch.bfloat16, norm)
+    for size in (1e-9, 1e6):
+        x = torch.from_numpy(size * rng.standard_normal((1, k))).to(handle.handle, torch.bfloat16)
+        exact = x.double().cpu().numpy()[0]
+        exact = exact / np.sqrt((exact**2).mean() + 1e-5) * norm.double().cpu().numpy()
+        want = dequantize(weight).astype(np.float64) @ exact
+        if gated:
+            want = activate("silu", want[:n].astype(np.float32)) * want[n:]
+        got = linear(x, norm=Norm(norm, 1e-5), activation="silu" if gated else "none", dtype=torch.float32)
+        error = np.linalg.norm(got[0].cpu().numpy() - want) / np.linalg.norm(want)
+        assert error < 2e-3, f"relative error {error:.2e} of numbers about {size:g}"

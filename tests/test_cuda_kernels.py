@@ -14,10 +14,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
-from cuda_tools import batch, check_product, fetched, load, pieces  # noqa: E402
+from cuda_tools import batch, check_normed_int4, check_product, fetched, load, pieces  # noqa: E402
 
 from hasten.backends.base import SamplingBatch  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
 from hasten.backends.cuda.sampling import Sampler, uniform  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
@@ -42,6 +43,14 @@ FORMATS = {
 def test_product(name: str, rows: int) -> None:
     format, dtype, tolerance = FORMATS[name]
     check_product("cpu", format, dtype, rows, 70, 320, rows == 3, tolerance, rows)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("format", [Format("int4", *a) for a in ((), (32,), (64, False), (128,), (0, False))], ids=str)
+def test_one_row_of_int4(format: Format, gated: bool) -> None:
+    """Its own kernel, with the input's norm in it, for bfloat16; the result is rounded to 8 bits."""
+    check_product("cpu", format, "bf16", 1, 38, 384, gated, 6e-3, 5)
+    check_normed_int4(format, gated)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
@@ -121,6 +130,49 @@ def test_uniform_numbers_are_those_of_the_cpu() -> None:
     assert uniform(seeds, counters).tolist() == want
 
 
+def test_padded_steps_equal_exact_ones(tiny_model: Callable[..., Path]) -> None:
+    """What graphs run: steps padded to a bucket, in a buffer that is used again."""
+    backend = load(tiny_model("qwen3", num_hidden_layers=2), "cpu")
+    decoder, stager = backend._decoder, backend._stager
+    assert decoder is not None
+    assert stager is not None
+    tokens = np.random.default_rng(1).integers(3, 300, 40).astype(np.int32)
+    tables = [np.arange(4 * i, 4 * i + 4, dtype=np.int32) for i in range(4)]
+    pieces(backend, tokens, [20], tables[0])
+    pieces(backend, tokens, [9], tables[1])
+    any_step, decode = Sizes(32, 8, 6, 32, 8), Sizes(4, 4, 0, 4, 4)
+    buffer = torch.full((max(stager.room(sizes, 4) for sizes in (any_step, decode)),), 7, dtype=torch.int32)
+    mixed = batch([(tokens[20:21], 20, tables[0]), (tokens[:17], 0, tables[2]), (tokens[9:10], 9, tables[1])])
+    single = batch([(tokens[20:21], 20, tables[0]), (tokens[9:10], 9, tables[1])])
+    for step, sizes in ((mixed, any_step), (single, decode), (mixed, any_step)):
+        want = fetched(backend, step)
+        inputs = stager.fixed(sizes, 4, buffer)
+        assert stager.refill(step, sizes, 4, buffer)
+        hidden = decoder.hidden(inputs)
+        rows = None if inputs.rows is None else inputs.rows[: len(step.rows)]
+        got = decoder.logits(hidden, rows)[: len(want)].numpy()
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    long = batch([(tokens[:33], 0, tables[2])])
+    assert not stager.refill(long, any_step, 4, buffer)
+
+
+@pytest.mark.parametrize("lengths", [[1], [5000], [7, 300, 2000, 64], [900] * 300, [1] * 700])
+def test_keys_are_shared_evenly(lengths: list[int]) -> None:
+    owners, firsts = share_keys(np.array(lengths, np.int32), 66)
+    assert firsts[0] == 0
+    assert firsts[-1] == len(owners)
+    counts = np.diff(firsts)
+    assert (counts >= 1).all()
+    assert np.array_equal(owners, np.repeat(np.arange(len(lengths)), counts))
+    if len(lengths) + max(66, len(lengths)) > MAX_PROGRAMS:
+        assert (counts == 1).all()
+        return
+    assert len(owners) <= len(lengths) + max(66, len(lengths))
+    assert counts.max() <= MAX_SPLITS
+    share = -(-np.array(lengths) // counts)
+    assert share.max() <= max(64, 64 * -(-sum(lengths) // (66 * 64)), 64 * -(-max(lengths) // (64 * MAX_SPLITS)))
+
+
 def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path]) -> None:
     """What graphs of drafts run: every token a decode of its own, keys stored first, the rest of the buffer padding."""
     backend = load(tiny_model("qwen3", num_hidden_layers=2), "cpu")
@@ -132,7 +184,9 @@ def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path])
     stager, decoder = backend._stager, backend._decoder
     assert stager is not None
     assert decoder is not None
-    buffer, inputs = stager.fixed(16, len(first), runs=True)
-    stager.refill(step, 16, buffer)
+    sizes = Sizes(16, 16, 0, 16, 16, runs=True)
+    buffer = torch.zeros(stager.room(sizes, len(first)), dtype=torch.int32)
+    inputs = stager.fixed(sizes, len(first), buffer)
+    assert stager.refill(step, sizes, len(first), buffer)
     got = decoder(inputs)[: len(step.tokens)].numpy()
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()

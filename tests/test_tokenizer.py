@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hasten.errors import ModelError, RequestError
+from hasten.model.detokenizer import Detokenizer, Pieces
 from hasten.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -194,3 +195,27 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ModelError, match="expected a JSON object"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces"])
+def test_other_decoders_in_constant_work(kind: str) -> None:
+    """The pieces of a long text are exactly the whole, of which only the end is decoded at each step."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders
+    from tokenizers.models import WordLevel, WordPiece
+
+    tokenizer: Any
+    if kind == "words":
+        tokenizer = Fast(WordLevel({f"w{i}": i for i in range(300)}, unk_token="w0"))
+    else:
+        vocab = {f"a{i}" if i < 150 else f"##b{i}": i for i in range(300)}
+        tokenizer = Fast(WordPiece(vocab, unk_token="a0"))
+        tokenizer.decoder = decoders.WordPiece()
+    ids = np.random.default_rng(0).integers(0, 300, 400).tolist()
+    decoder = Detokenizer(Pieces(tokenizer), [], True)
+    kept, text = 0, ""
+    for token in ids:
+        text += decoder.push(token)
+        kept = max(kept, len(decoder._ids))
+    assert text + decoder.finish() == tokenizer.decode(ids)
+    assert kept < 80

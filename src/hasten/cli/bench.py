@@ -33,6 +33,10 @@ def bench(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     kv_cache: options.KvCacheOption = None,
+    tune_kernels: Annotated[
+        bool,
+        typer.Option("--tune-kernels", help="First find the best kernel tiles for MODEL on this GPU, and keep them."),
+    ] = False,
 ) -> None:
     """Measure speed here.
 
@@ -49,13 +53,36 @@ def bench(
     llm = LLM(model, device=device, threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
     works = workloads(llm, prefill, decode, batch or [1, 8, 32])
+    tuned = tune(llm, chosen) if tune_kernels else None
     report = measure(llm, chosen, works, rounds)
     report["load_seconds"] = load_seconds
+    if tuned is not None:
+        report["tuned_kernels"] = tuned
     report |= memory_of(llm, chosen, list(works[f"prefill {prefill}"].prompts[0]))
     if json:
         write_json(report)
     else:
         _write_report(report)
+
+
+def tune(llm: "LLM", device: str) -> dict[str, Any]:
+    """Have the backend measure its kernels. Raises RequestError where the device has none to tune."""
+    if device != "cuda":
+        raise RequestError(f"--tune-kernels is for an NVIDIA GPU, the device is {device}: leave it out")
+    note("trying kernel tiles ...")
+    found: dict[str, Any] = llm.backend.tune_kernels(note)  # type: ignore[attr-defined]
+    note(f"kept in {found['file']}")
+    return found
+
+
+def notes_on_format(llm: "LLM", device: str) -> list[str]:
+    """Where the model's format was measured to be slower than bf16."""
+    slower: dict[int, float] = llm.backend.slower_than_dense() if device == "cuda" else {}  # type: ignore[attr-defined]
+    return [
+        f"with {batch} streams this model's products take {ratio:.2f} times as long as in bf16: if memory allows, use "
+        "the unquantised model there"
+        for batch, ratio in slower.items()
+    ]
 
 
 def measure(llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int) -> dict[str, Any]:
@@ -73,7 +100,7 @@ def measure(llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int) 
         "read_bandwidth": limits.bandwidth,
     }
     results = summarize(llm, works, time_all(engine, works, rounds), energy, limits)
-    return {"results": results, "conditions": conditions, "notes": notes}
+    return {"results": results, "conditions": conditions, "notes": notes + notes_on_format(llm, device)}
 
 
 def engine_for(llm: "LLM", works: dict[str, "Workload"]) -> "Engine":

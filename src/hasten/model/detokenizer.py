@@ -1,8 +1,8 @@
 """Token ids -> text, one token at a time: each token spells bytes, and a character is given out when it is whole.
 
 Knows the two ways in which the supported models spell (byte-level, and SentencePiece with byte fallback); a tokenizer
-with another decoder is decoded anew at each step. For text that is valid UTF-8 the pieces together are exactly what
-decoding all ids at once gives; for byte-level tokenizers always.
+with another decoder decodes the last few tokens anew at each step. For text that is valid UTF-8 the pieces together are
+exactly what decoding all ids at once gives; for byte-level tokenizers always.
 """
 
 import codecs
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+_WINDOW = 8  # tokens that are kept of a text that is decoded anew
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -48,7 +49,7 @@ class Pieces:
 class Detokenizer:
     """Incremental decoding of one sequence that follows `prompt_ids`; constant work a token."""
 
-    __slots__ = ("_at_start", "_decoder", "_emitted", "_ids", "_pieces", "_skip")
+    __slots__ = ("_at_start", "_decoder", "_emitted", "_ids", "_next_cut", "_pieces", "_skip")
 
     def __init__(self, pieces: Pieces, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._pieces = pieces
@@ -58,6 +59,7 @@ class Detokenizer:
         self._at_start = all(token in hidden for token in prompt_ids)
         self._ids: list[int] = []
         self._emitted = 0
+        self._next_cut = 4 * _WINDOW
 
     def push(self, token: int) -> str:
         """The text that is certain now that `token` has come; "" while a character is incomplete."""
@@ -89,7 +91,17 @@ class Detokenizer:
         if text.endswith("\ufffd"):
             return ""
         new, self._emitted = text[self._emitted :], len(text)
+        if len(self._ids) >= self._next_cut:
+            self._forget(text)
         return new
+
+    def _forget(self, text: str) -> None:
+        """Keep only the last tokens, where they alone spell the end of the text: work stays constant a token."""
+        last = self._ids[-_WINDOW:]
+        tail = str(self._pieces.tokenizer.decode(last, skip_special_tokens=self._skip))
+        if tail and text.endswith(tail):
+            self._ids, self._emitted = last, len(tail)
+        self._next_cut = max(4 * _WINDOW, len(self._ids) + _WINDOW)
 
     def _text(self) -> str:
         return str(self._pieces.tokenizer.decode(self._ids, skip_special_tokens=self._skip))

@@ -6,17 +6,18 @@ import torch
 import triton
 
 from hasten.backends.cuda.device import Device
-from hasten.backends.cuda.inputs import Inputs
+from hasten.backends.cuda.inputs import MAX_PROGRAMS, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
 from hasten.backends.cuda.tuning import decode_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-MAX_SPLITS = 32
 _FILL = 4  # programs of decode attention for each processor, if keys are cut finely enough
 _PREFILL_ROWS = 64
 _PREFILL_KEYS = 64
+_PREFILL_WARPS = 4
+_PREFILL_STAGES = 2
 
 
 class RopeTable:
@@ -62,9 +63,8 @@ class Attention:
             )
             for layer in spec.layers
         ]
-        # _splits() keeps sequences * KV heads * splits below _FILL times the processors, wherever there are splits.
-        largest = max(_Shape(layer).gq * (_Shape(layer).dp + 2) for layer in spec.layers)
-        self._parts = torch.empty(_FILL * device.num_processors * largest, dtype=torch.float32, device=device.handle)
+        largest = max(layer.num_kv_heads * _Shape(layer).gq * (_Shape(layer).dp + 2) for layer in spec.layers)
+        self._parts = torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device.handle)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, destination in pairs:
@@ -101,12 +101,6 @@ class Attention:
             num_warps=2, **self._device.launch,
         )  # fmt: skip
 
-    def _splits(self, num_decodes: int, layer: Layer) -> int:
-        """Parts of the keys: enough programs that the last to run are few. A function of shapes, so that a captured
-        graph serves every length."""
-        wanted = _FILL * self._device.num_processors // max(1, num_decodes * layer.num_kv_heads)
-        return max(1, min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
-
     def _decode(
         self,
         layer: Layer,
@@ -119,19 +113,18 @@ class Attention:
     ) -> None:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing = self._device.workspace
-        splits = self._splits(inputs.num_decodes, layer)
         tile = decode_tile(inputs.num_decodes)
-        kernels.decode[(inputs.num_decodes, layer.num_kv_heads, splits)](
+        kernels.decode[(len(inputs.owners), layer.num_kv_heads)](
             qkv, cache[0], cache[1], out, rope.table if rope else nothing, norms.q if norms else nothing,
-            norms.k if norms else nothing, self._parts, self._device.counters,
+            norms.k if norms else nothing, self._parts, self._device.counters, inputs.owners, inputs.firsts,
             inputs.positions if inputs.decode_rows is None else inputs.decode_rows,
             inputs.positions if inputs.decode_sequences is None else inputs.decode_sequences, inputs.positions,
             inputs.slots, inputs.lengths, inputs.tables, inputs.width, qkv.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.attention_scale,
-            self._spec.attention_softcap, layer.window, splits, self._spec.norm_eps, HEADS=layer.num_heads,
+            self._spec.attention_softcap, layer.window, self._spec.norm_eps, HEADS=layer.num_heads,
             KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp, GQ=shape.gq,
             ROT=rope.rotary_dim if rope else 0, LONG=bool(rope and rope.is_long), NORM=norms is not None,
-            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=tile.keys, SPLIT=splits > 1,
+            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=tile.keys,
             FUSED=fused, EARLY=fused and tile.early, AT_ONCE=tile.at_once, INDIRECT=inputs.decode_rows is not None,
             STAGES=tile.stages, PDL=self._device.pdl, num_warps=tile.warps, **self._device.launch,
         )  # fmt: skip
@@ -147,8 +140,8 @@ class Attention:
             self._spec.attention_softcap, layer.window, HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads,
             D=layer.head_dim, DP=shape.dp, GP=group, CAPPED=self._spec.attention_softcap > 0,
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
-            BN=_PREFILL_KEYS if shape.dp <= 128 and qkv.itemsize <= 2 else 32, STAGES=2, PDL=self._device.pdl,
-            num_warps=4, **self._device.launch,
+            BN=_PREFILL_KEYS if shape.dp <= 128 and qkv.itemsize <= 2 else 32, STAGES=_PREFILL_STAGES,
+            PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
         )  # fmt: skip
 
 
@@ -159,6 +152,12 @@ class _Shape:
         self.dp: int = max(16, triton.next_power_of_2(layer.head_dim))
         self.gq: int = triton.next_power_of_2(layer.num_heads // layer.num_kv_heads)
         self.gp: int = max(16, self.gq)
+
+
+def decode_programs(device: Device, spec: ModelSpec) -> int:
+    """Programs of decode attention for each KV head that keep the device busy."""
+    heads = min(layer.num_kv_heads for layer in spec.layers)
+    return min(MAX_PROGRAMS // 2, max(1, _FILL * device.num_processors // heads))
 
 
 def tile_tokens(spec: ModelSpec) -> int:

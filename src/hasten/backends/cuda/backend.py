@@ -1,19 +1,28 @@
 """CudaBackend: the Backend protocol on one NVIDIA GPU. Knows what is loaded and in which way a step runs; how is in the
 modules beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
-from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, tile_tokens
+from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, decode_programs, tile_tokens
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import Device, open_device
-from hasten.backends.cuda.graphs import DecodeGraphs
+from hasten.backends.cuda.graphs import Graphs
 from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
+from hasten.backends.cuda.measured import write_measured
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.cuda.sampling import PendingSample, Sampler
+from hasten.backends.cuda.tuner import (
+    COMPARED_BATCHES,
+    TUNED_BATCHES,
+    Steps,
+    compare_with_dense,
+    signature,
+    tune_tiles,
+)
 from hasten.errors import ModelError, RequestError, ResourceError
 from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
@@ -46,7 +55,8 @@ class CudaBackend:
         self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
         self._stager: Stager | None = None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: Graphs | None = None
+        self._cache_size = (0, 0)
         self._chosen: torch.Tensor | None = None  # logits whose best tokens are in place already
 
     def beside(self) -> "CudaBackend":
@@ -90,8 +100,9 @@ class CudaBackend:
         _check_kv(block_size, dtype)
         spec, decoder = self._loaded_spec, self._decoder
         assert decoder is not None
-        decoder.attention = None
-        self._graphs = None
+        if self._graphs is not None:
+            self._graphs.close()
+        decoder.attention = self._graphs = None
         try:
             decoder.attention = Attention(self._device, spec, num_blocks, block_size, dtype)
         except torch.cuda.OutOfMemoryError:
@@ -101,11 +112,16 @@ class CudaBackend:
                 f"the KV cache needs {needed / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free: lower max_len "
                 "or memory, or use kv_cache fp8"
             ) from None
-        self._stager = Stager(self._device, block_size, tile_tokens(spec), self._deterministic)
+        self._cache_size = num_blocks, block_size
+        tile = tile_tokens(spec)
+        programs = decode_programs(self._device, spec)
+        self._stager = Stager(self._device, block_size, tile, programs, self._deterministic)
         if self._device.is_cuda and not self._deterministic:
             assert self._sampler is not None
             most = -(-spec.max_position // block_size)
-            self._graphs = DecodeGraphs(decoder, self._sampler, self._stager, min(num_blocks, most))
+            self._graphs = Graphs(
+                decoder, self._sampler, self._stager, min(num_blocks, most), self.usual.max_rows, tile
+            )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Logits:
@@ -113,13 +129,12 @@ class CudaBackend:
         if self._decoder is None or self._stager is None:
             raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
         self._chosen = None
-        if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs(batch)
-            if len(batch.rows) < len(logits):
-                rows = torch.from_numpy(batch.rows.copy()).pin_memory().to(logits.device, non_blocking=True)
-                return logits.index_select(0, rows)
-            self._chosen = logits
-            return logits
+        if self._graphs is not None:
+            done = self._graphs(batch)
+            if done is not None:
+                logits, chosen = done
+                self._chosen = logits if chosen else None
+                return logits
         inputs = self._stager.general(batch)
         return self._decoder(inputs)
 
@@ -128,6 +143,38 @@ class CudaBackend:
         """Choose one token a row, on the device."""
         assert self._sampler is not None
         return self._sampler(logits, params, chosen=logits is self._chosen)
+
+    def finish_captures(self) -> None:
+        """Wait for graphs that are being captured, for those who time or compare steps."""
+        if self._graphs is not None:
+            self._graphs.finish()
+
+    def tune_kernels(self, tell: Callable[[str], None], batches: tuple[int, ...] = TUNED_BATCHES) -> dict[str, object]:
+        """Measure which tiles suit this GPU and the loaded model, in decode steps of these batch sizes, and how its
+        products compare with bf16's; keep it in the user's cache, for later loads too. What the KV cache holds is lost.
+        A summary as plain data."""
+        if self._decoder is None or self._stager is None or self._graphs is None:
+            raise ModelError(
+                "kernels are tuned on a GPU, for a loaded model with a cache, in other than deterministic mode"
+            )
+        assert self._sampler is not None
+        decoder, measured = self._decoder, self._device.measured
+        self._graphs.finish()
+        steps = Steps(decoder, self._sampler, self._stager, *self._cache_size)
+        with torch.inference_mode():
+            milliseconds = tune_tiles(steps, batches, tell)
+            measured.products[signature(decoder)] = compare_with_dense(decoder, COMPARED_BATCHES)
+        self._graphs.forget()
+        path = write_measured(torch.cuda.get_device_name(self._device.handle), measured)
+        return {"step_ms": milliseconds, "products_ms": measured.products[signature(decoder)], "file": str(path)}
+
+    def slower_than_dense(self) -> dict[int, float]:
+        """Batch sizes at which this model's products were measured to take longer than in bf16, and how many times as
+        long: a format that saves memory may lose there. Empty where nothing was measured."""
+        if self._decoder is None:
+            return {}
+        times = self._device.measured.products.get(signature(self._decoder), {})
+        return {batch: ours / dense for batch, (ours, dense) in times.items() if ours > 1.02 * dense}
 
     def fetch(self, logits: Logits) -> Float32:
         """The logits as numpy float32 [R, V]."""

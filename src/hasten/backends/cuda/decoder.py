@@ -44,7 +44,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Hidden:
+class Hidden:
     """The residual x [T, H], and delta [T, H] that is still to be added to it (by `post`, if that is a norm)."""
 
     x: torch.Tensor
@@ -65,7 +65,7 @@ class Decoder:
     """Runs steps. sampled int32: what the last step chose, see ops.embed."""
 
     def __init__(self, device: Device, ops: Ops, spec: ModelSpec, weights: Weights, sampled: torch.Tensor) -> None:
-        self._device = device
+        self.device = device
         self._ops = ops
         self._spec = spec
         self._weights = weights
@@ -74,18 +74,51 @@ class Decoder:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Logits float32 [R, V]."""
+        return self.logits(self.hidden(inputs), inputs.rows)
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in the layers' matrices."""
+        return sum(
+            linear.n * linear.k
+            for layer in self._weights.layers
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        )
+
+    def shapes(self) -> list[Linear]:
+        """One product of each kind and shape among those that one kernel does, the head last."""
+        found: dict[tuple[object, ...], Linear] = {}
+        for layer in self._weights.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                if linear.is_whole:
+                    found.setdefault((*linear.matrices[0].layout, linear.gated), linear)
+        return [*found.values(), self._weights.head]
+
+    def warm_products(self) -> None:
+        """Have libraries make what they keep for a thread and a stream."""
+        x = torch.zeros((64, 64), dtype=self._weights.embed.dtype, device=self.device.handle)
+        torch.nn.functional.linear(x, x)
+        if x.dtype != torch.float32:
+            torch.mm(x, x, out_dtype=torch.float32)
+        if self.device.fp8_products:
+            one = torch.ones(64, 1, device=self.device.handle)
+            y = x.to(torch.float8_e4m3fn)
+            torch._scaled_mm(y, y.t(), one, one.t(), out_dtype=torch.bfloat16)
+
+    def hidden(self, inputs: Inputs) -> Hidden:
+        """All layers, without the last norm and the head."""
         spec, weights = self._spec, self._weights
         assert self.attention is not None
         x = self._ops.embed(
             weights.embed, weights.position_embed, inputs.tokens, inputs.sources, self._sampled, inputs.positions,
             spec.embedding_scale,
         )  # fmt: skip
-        hidden = _Hidden(x)
+        hidden = Hidden(x)
         for index, layer in enumerate(weights.layers):
             hidden = self._layer(index, layer, hidden, inputs)
-        return self._logits(hidden, inputs.rows)
+        return hidden
 
-    def _layer(self, index: int, layer: LayerWeights, hidden: _Hidden, inputs: Inputs) -> _Hidden:
+    def _layer(self, index: int, layer: LayerWeights, hidden: Hidden, inputs: Inputs) -> Hidden:
         spec = self._spec
         assert self.attention is not None
         x, normed = self._normed(hidden, layer.attn_norm, layer.qkv)
@@ -102,7 +135,7 @@ class Decoder:
         after = self._added(layer.o, attended, x, layer.attn_post_norm)
         if spec.parallel_residual:
             # x + attention + mlp(norm(x)): the MLP reads what the attention read.
-            _, normed = self._normed(_Hidden(x), layer.mlp_norm, layer.gate_up)
+            _, normed = self._normed(Hidden(x), layer.mlp_norm, layer.gate_up)
             after = self._settled(after)
             return self._added(layer.down, self._mlp(layer, normed, x.dtype), after.x, layer.mlp_post_norm)
         x, normed = self._normed(after, layer.mlp_norm, layer.gate_up)
@@ -118,27 +151,27 @@ class Decoder:
 
     def _added(
         self, linear: Linear, given: torch.Tensor | tuple[torch.Tensor, ...], x: torch.Tensor, post: NormWeights | None
-    ) -> _Hidden:
+    ) -> Hidden:
         """x + residual_scale * post(linear(given)), at once or left to whoever reads it next."""
         rows, scales = given if isinstance(given, tuple) else (given, None)
         if post is None and linear.fuses_residual(len(rows)):
             scale = self._spec.residual_scale
-            return _Hidden(linear(rows, x_scales=scales, residual=x, scale=scale, dtype=x.dtype))
-        return _Hidden(x, linear(rows, x_scales=scales, dtype=x.dtype), post)
+            return Hidden(linear(rows, x_scales=scales, residual=x, scale=scale, dtype=x.dtype))
+        return Hidden(x, linear(rows, x_scales=scales, dtype=x.dtype), post)
 
-    def _settled(self, hidden: _Hidden) -> _Hidden:
+    def _settled(self, hidden: Hidden) -> Hidden:
         if hidden.delta is None:
             return hidden
         x, _, _ = self._ops.add_norm(hidden.x, hidden.delta, hidden.post, None, self._spec.residual_scale)
-        return _Hidden(x)
+        return Hidden(x)
 
-    def _normed(self, hidden: _Hidden, norm: NormWeights | None, linear: Linear) -> tuple[torch.Tensor, _Normed]:
+    def _normed(self, hidden: Hidden, norm: NormWeights | None, linear: Linear) -> tuple[torch.Tensor, _Normed]:
         """The residual with all added, and its norm as `linear` takes it."""
         rows = len(hidden.x)
         if norm is None:
             x = self._settled(hidden).x
             return x, _Normed(x)
-        if hidden.delta is None and self._spec.norm == "rms" and linear.fuses_norm(rows):
+        if hidden.delta is None and self._spec.norm == "rms" and linear.fuses_norm(rows, hidden.x.dtype, norm.weight):
             return hidden.x, _Normed(hidden.x, norm=Norm(norm.weight, self._spec.norm_eps))
         fp8 = linear.takes_fp8(rows)
         x, normed, scales = self._ops.add_norm(
@@ -146,11 +179,12 @@ class Decoder:
         )
         return x, _Normed(normed, scales)
 
-    def _logits(self, hidden: _Hidden, rows: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, hidden: Hidden, rows: torch.Tensor | None) -> torch.Tensor:
+        """Logits float32 of these rows, or of all."""
         spec, weights = self._spec, self._weights
         if rows is not None:
             delta = None if hidden.delta is None else hidden.delta.index_select(0, rows)
-            hidden = _Hidden(hidden.x.index_select(0, rows), delta, hidden.post)
+            hidden = Hidden(hidden.x.index_select(0, rows), delta, hidden.post)
         if len(hidden.x) == 0:
             return torch.empty((0, spec.vocab_size), dtype=torch.float32, device=hidden.x.device)
         _, normed = self._normed(hidden, weights.final_norm, weights.head)

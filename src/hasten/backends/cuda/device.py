@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hasten.backends.cuda.measured import Measured, read_measured
+from hasten.backends.cuda.tuning import Tile
 from hasten.errors import ResourceError
 
 _MIN_CAPABILITY = (8, 0)
@@ -16,7 +18,8 @@ class Device:
     """One device. pdl: kernels are launched while the one before still runs (compute capability 9.0). asm: packed
     weights are unpacked by inline assembly. Both are off in Triton's interpreter, where `handle` is the CPU.
 
-    workspace: partial sums of the kernel that runs. counters: int32 zeros that kernels leave as zeros.
+    workspace: partial sums of the kernel that runs. counters: int32 zeros that kernels leave as zeros. measured: what a
+    tuner has found out about this GPU.
     """
 
     handle: torch.device
@@ -27,6 +30,11 @@ class Device:
     counters: torch.Tensor
     fp8_products: bool = False
     launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
+    measured: Measured = field(default_factory=Measured)
+
+    @property
+    def tiles(self) -> dict[str, Tile]:
+        return self.measured.tiles
 
     @property
     def is_cuda(self) -> bool:
@@ -60,4 +68,5 @@ def _device(handle: torch.device, num_processors: int, capability: tuple[int, in
         counters=torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=handle),
         fp8_products=capability >= (8, 9),
         launch={"launch_pdl": True} if pdl else {},
+        measured=read_measured(torch.cuda.get_device_name(handle)) if handle.type == "cuda" else Measured(),
     )

@@ -1,79 +1,177 @@
-"""Steps of few tokens as CUDA graphs, one for each bucket of sizes, captured when a bucket comes a second time.
+"""Steps as CUDA graphs, each padded to a bucket: decode steps, with one token of each sequence; runs, with few of each
+(drafts that are verified), in which keys are stored before attention; and other small ones, with prompts.
 
-A decode step has one token of each sequence; others (drafts that are verified, short prompts) have graphs of their own,
-in which keys are stored before attention.
-
-A step of a bucket that has no graph runs kernel by kernel, so the first token never waits for a capture.
+A bucket runs kernel by kernel at first, so no token waits for a capture: captures are made by a thread of their own, on
+a stream of its own, while steps go on; the one after a capture replays it. Large steps need no graph: the device takes
+longer for them than the host does to launch them.
 """
 
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hasten.backends.base import Batch
-from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.inputs import Inputs, Stager, is_short
+from hasten.backends.cuda.decoder import Decoder, Hidden
+from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
 from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_LAUNCH_FLOPS = 8e12  # what a device does about as fast as the host launches a step's kernels
+_MOST_TOKENS = 4096
+_MOST_PROMPTS = 64  # in a step with other than single tokens
 
 
 @dataclass
 class _Bucket:
-    buffer: torch.Tensor
+    """logits of a step of decodes or runs, else hidden: of all its tokens."""
+
+    sizes: Sizes
     inputs: Inputs
     graph: torch.cuda.CUDAGraph | None = None
     logits: torch.Tensor | None = None
-    uses: int = 0
+    hidden: Hidden | None = None
+    asked: bool = False
 
 
-class DecodeGraphs:
-    """Runs steps of up to BUCKETS[-1] tokens, few of each sequence, of up to max_blocks blocks."""
+class Graphs:
+    """Runs steps that fit a bucket: of up to BUCKETS[-1] sequences of up to max_blocks blocks; max_rows rows of logits
+    in a step. programs: see Stager."""
 
-    def __init__(self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int) -> None:
+    def __init__(
+        self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int, max_rows: int, tile_tokens: int
+    ) -> None:
         self._decoder = decoder
         self._sampler = sampler
         self._stager = stager
         self._max_blocks = max_blocks
-        self._buckets: dict[tuple[int, bool], _Bucket] = {}
+        self._max_rows = max_rows
+        self._tile_tokens = tile_tokens
+        self._max_tokens = _most_tokens(decoder)
+        self._buckets: dict[tuple[str, int], _Bucket] = {}
+        largest = [self._sizes("runs", BUCKETS[-1]), self._sizes("any", self._max_tokens)]
+        room = max(stager.room(sizes, max_blocks) for sizes in largest)
+        # One buffer for all: the device fills and reads it in the order of steps.
+        self._buffer = torch.zeros(room, dtype=torch.int32, device=decoder.device.handle)
+        self._thread = ThreadPoolExecutor(1, "capture")
+        self._jobs: list[Future[None]] = []
+        self._stream: Any = None
         self._pool: Any = None
+        self._closed = threading.Event()
 
-    def fits(self, batch: Batch) -> bool:
-        """A step without rows does not fit: it must leave what was sampled last where it is."""
-        few = len(batch.rows) > 0 and len(batch.tokens) <= BUCKETS[-1]
-        return few and batch.block_tables.shape[1] <= self._max_blocks and is_short(batch)
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Logits float32 [T, V] of all tokens, overwritten by the next step; their best tokens are where Sampler.greedy
-        puts them."""
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, bool] | None:
+        """Logits float32 [R, V], overwritten by the next step, and whether their best tokens are where Sampler.greedy
+        puts them. None where no bucket fits."""
         count = len(batch.tokens)
-        size = next(bucket for bucket in BUCKETS if bucket >= count)
-        runs = count > len(batch.query_lens)
-        bucket = self._buckets.get((size, runs))
+        kind, size = "any", self._token_bucket(count)
+        if count <= BUCKETS[-1] and is_short(batch):
+            kind, size = "decodes" if is_decode(batch) else "runs", _decode_bucket(count)
+        if size is None or batch.block_tables.shape[1] > self._max_blocks:
+            return None
+        bucket = self._bucket(kind, size)
+        if not self._stager.refill(batch, bucket.sizes, self._max_blocks, self._buffer):
+            return None
+        if bucket.graph is not None:
+            bucket.graph.replay()
+            logits, hidden = bucket.logits, bucket.hidden
+        else:
+            logits, hidden = self._run(bucket)
+            self._ask(bucket)
+        if logits is not None:
+            return self._rows(logits[:count], batch)
+        assert hidden is not None
+        assert bucket.inputs.rows is not None
+        return self._decoder.logits(hidden, bucket.inputs.rows[: len(batch.rows)]), False
+
+    def _rows(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, bool]:
+        """Of logits of all tokens those that are wanted."""
+        if len(batch.rows) == len(logits):
+            return logits, True
+        rows = torch.from_numpy(batch.rows.copy()).pin_memory().to(logits.device, non_blocking=True)
+        return logits.index_select(0, rows), False
+
+    def finish(self) -> None:
+        """Wait for the captures that are under way. Raises what went wrong in one."""
+        for job in self._jobs:
+            job.result()
+        self._jobs.clear()
+
+    def forget(self) -> None:
+        """Drop what was captured, for kernels have new tiles."""
+        self.finish()
+        self._buckets.clear()
+
+    def close(self) -> None:
+        """Captures that have not begun never will."""
+        self._closed.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _sizes(self, kind: str, size: int) -> Sizes:
+        if kind != "any":
+            return Sizes(size, size, 0, size, size, kind == "runs")
+        tiles = -(-size // self._tile_tokens) + min(size, _MOST_PROMPTS)
+        return Sizes(size, BUCKETS[-1], tiles, self._max_rows, BUCKETS[-1])
+
+    def _bucket(self, kind: str, size: int) -> _Bucket:
+        bucket = self._buckets.get((kind, size))
         if bucket is None:
-            buffer, inputs = self._stager.fixed(size, self._max_blocks, runs)
-            bucket = self._buckets[size, runs] = _Bucket(buffer, inputs)
-        self._stager.refill(batch, size, bucket.buffer)
-        bucket.uses += 1
-        if bucket.graph is None and bucket.uses < 2:
-            return self._run(bucket)[:count]
-        if bucket.graph is None:
-            self._capture(bucket)
-        assert bucket.graph is not None
-        assert bucket.logits is not None
-        bucket.graph.replay()
-        return bucket.logits[:count]
+            sizes = self._sizes(kind, size)
+            inputs = self._stager.fixed(sizes, self._max_blocks, self._buffer)
+            bucket = self._buckets[kind, size] = _Bucket(sizes, inputs)
+        return bucket
 
-    def _run(self, bucket: _Bucket) -> torch.Tensor:
-        logits = self._decoder(bucket.inputs)
+    def _token_bucket(self, count: int) -> int | None:
+        """Eight sizes for every power of two."""
+        step = max(16, 1 << max(0, (count - 1).bit_length() - 4))
+        size = -(-count // step) * step
+        return size if size <= self._max_tokens else None
+
+    def _run(self, bucket: _Bucket) -> tuple[torch.Tensor | None, Hidden | None]:
+        hidden = self._decoder.hidden(bucket.inputs)
+        if bucket.sizes.tiles:
+            return None, hidden
+        logits = self._decoder.logits(hidden, None)
         self._sampler.greedy(logits)
-        return logits
+        return logits, None
 
+    def _ask(self, bucket: _Bucket) -> None:
+        """Have the bucket captured: its kernels are compiled, for it has run."""
+        if not bucket.asked:
+            bucket.asked = True
+            self._jobs = [job for job in self._jobs if not job.done() or job.exception()]
+            self._jobs.append(self._thread.submit(self._capture, bucket))
+
+    @torch.inference_mode()
     def _capture(self, bucket: _Bucket) -> None:
-        """Record the step; nothing runs yet. Kernels are compiled, for the bucket has run before."""
+        """Record the step; nothing runs. By hand rather than by torch.cuda.graph, which would wait for the device and
+        give back the memory that steps use."""
+        if self._closed.is_set():
+            return
+        device = self._decoder.device
+        if self._stream is None:
+            torch.cuda.set_device(device.handle)
+            self._stream = torch.cuda.Stream(device.handle)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._stream):
+                self._decoder.warm_products()
+            self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            bucket.logits = self._run(bucket)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                bucket.logits, bucket.hidden = self._run(bucket)
+            finally:
+                graph.capture_end()
         self._pool = graph.pool()
         bucket.graph = graph
+
+
+def _decode_bucket(count: int) -> int | None:
+    return next((bucket for bucket in BUCKETS if bucket >= count), None)
+
+
+def _most_tokens(decoder: Decoder) -> int:
+    """Tokens of the largest step that the host would launch more slowly than the device runs it; a power of two."""
+    tokens = int(_LAUNCH_FLOPS / (2 * max(1, decoder.num_weights)))
+    return min(_MOST_TOKENS, max(64, 1 << (tokens.bit_length() - 1)))

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from hasten.backends.base import Batch, Int32
 from hasten.backends.cuda.device import Device
 
-MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
 _ALIGN = 4  # numbers: every part begins at a multiple of 16 bytes, which kernels are compiled for
+MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
+_KEYS = 64  # shares of keys are multiples of this, a tile of decode attention
+MAX_SPLITS = 32
+MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds the partial results' memory
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,10 @@ class Inputs:
     """What kernels read of a step, int32 on the device. T tokens, of which padding has slot -1.
 
     lengths [T]: of each token's sequence, this step included. tables [B, width], width [1]. num_decodes single tokens:
-    decode_rows, decode_sequences [D], or None where that is every token, in order. The rest in tiles [I], see
-    kernels.attention.prefill. rows [R]: whose logits are wanted, None for all tokens'. longest: of the lengths.
-    runs: tokens of one sequence may follow each other though each is a decode with a row of `tables` of its own; so all
-    keys are stored before any is read.
+    decode_rows, decode_sequences [D], or None where that is every token, in order; owners, firsts: who does them, see
+    share_keys. The rest in tiles [I], see kernels.attention.prefill. rows [R]: whose logits are wanted, None for all
+    tokens'. runs: tokens of one sequence may follow each other though each is a decode with a row of `tables` of its
+    own; so all keys are stored before any is read.
     """
 
     tokens: torch.Tensor
@@ -32,7 +35,8 @@ class Inputs:
     tables: torch.Tensor
     width: torch.Tensor
     num_decodes: int
-    longest: int
+    owners: torch.Tensor
+    firsts: torch.Tensor
     runs: bool = False
     decode_rows: torch.Tensor | None = None
     decode_sequences: torch.Tensor | None = None
@@ -42,22 +46,76 @@ class Inputs:
     rows: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Room for a step in a buffer that is filled again and again: where tiles is 0, of one in which every token is a
+    decode (runs: or runs as one, see Inputs); else of any step."""
+
+    tokens: int
+    decodes: int
+    tiles: int
+    rows: int
+    sequences: int
+    runs: bool = False
+
+
+def is_decode(batch: Batch) -> bool:
+    """Whether every sequence runs one token, and logits of all are wanted."""
+    return len(batch.tokens) == len(batch.query_lens) == len(batch.rows)
+
+
 def is_short(batch: Batch) -> bool:
-    """Whether every sequence runs so few tokens (drafts to be verified, say) that each may be a decode by itself."""
-    return int(batch.query_lens.max()) <= MAX_RUN
+    """Whether every sequence runs so few tokens (drafts to be verified, say) that each may run as a decode by itself.
+    A step without rows must leave what was sampled last where it is."""
+    return len(batch.rows) > 0 and int(batch.query_lens.max()) <= MAX_RUN
+
+
+def share_keys(lengths: Int32, programs: int) -> tuple[Int32, Int32]:
+    """Which programs of decode attention do which entry: owners [P], the entry of each, and firsts [D + 1], the first
+    of each entry.
+
+    Every program gets about as many keys, however much the lengths differ, and there are at least `programs` of them
+    where tiles suffice: long sequences are cut, and nobody waits for one.
+    """
+    count = len(lengths)
+    firsts = np.zeros(count + 1, np.int32)
+    if not count:
+        return firsts[:0], firsts
+    longest, wanted = int(lengths.max()), _wanted(count, programs)
+    tiles = max(1, -(-int(lengths.sum()) // (wanted * _KEYS)), -(-longest // (MAX_SPLITS * _KEYS)))
+    if wanted + count > MAX_PROGRAMS:
+        tiles = -(-longest // _KEYS)
+    share = tiles * _KEYS
+    each = (lengths + (share - 1)) // share
+    np.cumsum(each, out=firsts[1:])
+    return np.repeat(np.arange(count, dtype=np.int32), each), firsts
+
+
+def _wanted(count: int, programs: int) -> int:
+    return max(programs, count)
 
 
 class Stager:
-    """Copies steps to one device. tile_tokens: of an attention tile. all_tiles: single tokens run as tiles too."""
+    """Copies steps to one device. tile_tokens: of an attention tile. programs: see share_keys. all_tiles: single tokens
+    run as tiles too."""
 
-    def __init__(self, device: Device, block_size: int, tile_tokens: int, all_tiles: bool) -> None:
+    def __init__(self, device: Device, block_size: int, tile_tokens: int, programs: int, all_tiles: bool) -> None:
         self._device = device
         self._block_size = block_size
         self._tile_tokens = tile_tokens
+        self._programs = programs
         self._all_tiles = all_tiles
 
     def general(self, batch: Batch) -> Inputs:
-        """Any step."""
+        """Any step, in a buffer of its own."""
+        parts, num_decodes = self._general_parts(batch)
+        sizes = [part.size for part in parts]
+        buffer = torch.empty(_total(sizes), dtype=torch.int32, device=self._device.handle)
+        self._send(parts, sizes, buffer)
+        return _general_inputs(_views(buffer, sizes), num_decodes)
+
+    def _general_parts(self, batch: Batch) -> tuple[list[Int32], int]:
+        """What _GENERAL lists, in its order."""
         lens = batch.query_lens
         starts = np.cumsum(lens, dtype=np.int32) - lens
         single = np.zeros(len(lens), np.bool_) if self._all_tiles else lens == 1
@@ -66,60 +124,88 @@ class Stager:
         parts = [
             width, batch.tokens, _sources(batch), batch.positions, batch.slots,
             np.repeat(batch.context_lens, lens), starts[decodes], decodes,
+            *share_keys(batch.context_lens[decodes], self._programs),
             *_tiles(starts, lens, np.flatnonzero(~single), self._tile_tokens), batch.rows, tables,
         ]  # fmt: skip
-        sizes = [part.size for part in parts]
-        buffer = torch.empty(_total(sizes), dtype=torch.int32, device=self._device.handle)
-        views = _views(buffer, sizes)
-        self._send(parts, buffer)
+        return parts, len(decodes)
+
+    def room(self, sizes: Sizes, max_blocks: int) -> int:
+        """Numbers that a buffer must have."""
+        return _total(self._sizes(sizes, max_blocks))
+
+    def fixed(self, sizes: Sizes, max_blocks: int, buffer: torch.Tensor) -> Inputs:
+        """Views of a buffer that is to be filled by `refill`."""
+        views = _views(buffer, self._sizes(sizes, max_blocks))
+        if sizes.tiles:
+            return _general_inputs(views, sizes.decodes)
         return Inputs(
             width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
-            decode_rows=views[6], decode_sequences=views[7], tile_tokens=views[8], tile_counts=views[9],
-            tile_sequences=views[10], rows=views[11], tables=views[12], num_decodes=len(decodes),
-            longest=int(batch.context_lens.max()),
+            num_decodes=sizes.decodes, owners=views[6], firsts=views[7], tables=views[8], runs=sizes.runs,
         )  # fmt: skip
 
-    def fixed(self, size: int, max_blocks: int, runs: bool = False) -> tuple[torch.Tensor, Inputs]:
-        """A buffer for decode steps of `size` tokens, to be filled by `refill`, and its views."""
-        sizes = [1, size, size, size, size, size, size * max_blocks]
-        buffer = torch.zeros(_total(sizes), dtype=torch.int32, device=self._device.handle)
-        views = _views(buffer, sizes)
-        inputs = Inputs(
-            width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
-            tables=views[6], num_decodes=size, longest=max_blocks * self._block_size, runs=runs,
-        )  # fmt: skip
-        return buffer, inputs
+    def refill(self, batch: Batch, sizes: Sizes, max_blocks: int, buffer: torch.Tensor) -> bool:
+        """Fill a buffer with a step; whether it had the room."""
+        if sizes.tiles:
+            parts, _ = self._general_parts(batch)
+        else:
+            tables, width = self._tables(batch)
+            lengths = batch.context_lens
+            if len(lengths) < len(batch.tokens):
+                tables, lengths = (np.repeat(array, batch.query_lens, axis=0) for array in (tables, lengths))
+            parts = [
+                width, batch.tokens, _sources(batch), batch.positions, batch.slots, lengths,
+                *share_keys(lengths, self._programs), tables,
+            ]  # fmt: skip
+        room = self._sizes(sizes, max_blocks)
+        if any(part.size > size for part, size in zip(parts, room, strict=True)):
+            return False
+        self._send(parts, room, buffer)
+        return True
 
-    def refill(self, batch: Batch, size: int, buffer: torch.Tensor) -> None:
-        """Fill a buffer of `fixed` with a step of up to `size` tokens, each a decode."""
-        missing = size - len(batch.tokens)
-        tables, width = self._tables(batch)
-        lengths = batch.context_lens
-        if len(lengths) < len(batch.tokens):
-            tables, lengths = (np.repeat(array, batch.query_lens, axis=0) for array in (tables, lengths))
-        columns = [batch.tokens, _sources(batch), batch.positions, batch.slots, lengths]
-        if missing:
-            columns = [np.concatenate((column, _PADDING[i][:missing])) for i, column in enumerate(columns)]
-        self._send([width, *columns, tables], buffer)
+    def _sizes(self, sizes: Sizes, max_blocks: int) -> list[int]:
+        programs = _wanted(sizes.decodes, self._programs) + sizes.decodes
+        tables = sizes.sequences * max_blocks
+        if not sizes.tiles:
+            return [1, *[sizes.tokens] * 5, programs, sizes.decodes + 1, tables]
+        return [
+            1, *[sizes.tokens] * 5, sizes.decodes, sizes.decodes, programs, sizes.decodes + 1, *[sizes.tiles] * 3,
+            sizes.rows, tables,
+        ]  # fmt: skip
 
     def _tables(self, batch: Batch) -> tuple[Int32, Int32]:
         """Block tables as wide as the longest sequence needs, and that width."""
         width = -(-int(batch.context_lens.max()) // self._block_size)
         return batch.block_tables[:, :width], np.array([width], np.int32)
 
-    def _send(self, parts: list[Int32], buffer: torch.Tensor) -> None:
-        sizes = [part.size for part in parts]
-        total = _total(sizes)
+    def _send(self, parts: list[Int32], sizes: list[int], buffer: torch.Tensor) -> None:
+        """Parts to their places, padded as is right for each; nothing after the last one's numbers is sent."""
+        starts = _starts(sizes)
+        total = starts[-1] + parts[-1].size
         # Pinned memory comes from torch's cache, which waits with reuse until the copy is done.
         staged = torch.empty(total, dtype=torch.int32, pin_memory=self._device.is_cuda)
         numbers: NDArray[np.int32] = staged.numpy()
-        for start, part in zip(_starts(sizes), parts, strict=True):
+        fills = _FILLS[len(parts)]
+        for start, part, size, fill in zip(starts, parts, sizes, fills, strict=True):
             numbers[start : start + part.size].reshape(part.shape)[...] = part
+            if part.size < size and fill is not None:
+                numbers[start + part.size : start + size] = fill
         buffer[:total].copy_(staged, non_blocking=True)
 
 
-# Of a sequence that is not there: token 0, not sampled, at position 0, no slot, of length 1.
-_PADDING = [np.full(1024, value, np.int32) for value in (0, -1, 0, -1, 1)]
+# Of tokens, entries and tiles that are not there, by the number of parts: token 0, not sampled, at position 0, without
+# a slot, of length 1; decodes that no program owns; tiles of no token.
+_FILLS: dict[int, list[int | None]] = {
+    9: [0, 0, -1, 0, -1, 1, -1, 0, None],
+    15: [0, 0, -1, 0, -1, 1, 0, 0, -1, 0, 0, 0, 0, 0, None],
+}
+
+
+def _general_inputs(views: list[torch.Tensor], num_decodes: int) -> Inputs:
+    return Inputs(
+        width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
+        decode_rows=views[6], decode_sequences=views[7], owners=views[8], firsts=views[9], tile_tokens=views[10],
+        tile_counts=views[11], tile_sequences=views[12], rows=views[13], tables=views[14], num_decodes=num_decodes,
+    )  # fmt: skip
 
 
 def _sources(batch: Batch) -> Int32:

@@ -1,8 +1,8 @@
 """A layer's matrices on the device and their products with T rows, by the kernel that suits T.
 
-One row of dense or fp8 weights: `gemv`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded first where the format is
-packed, or fp8 products where the device has them. `Linear` is what one input is multiplied with at once: q, k and v, or
-gate and up.
+One row of dense or fp8 weights: `gemv`; of int4: `gemv_int4`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded
+first where the format is packed, or fp8 products where the device has them. `Linear` is what one input is multiplied
+with at once: q, k and v, or gate and up.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ import triton
 
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import linear as kernels
+from hasten.backends.cuda.kernels.int4 import gemv_int4
 from hasten.backends.cuda.ops import Ops
-from hasten.backends.cuda.tuning import gemv_tile, skinny_tile
+from hasten.backends.cuda.tuning import Tile, gemv_tile, int4_tile, skinny_tile, tile_key
 
 DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
 MAX_SKINNY = 64
+MAX_INT4 = 256  # of int4: what cuBLAS needs must be expanded first
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
@@ -33,6 +35,11 @@ class Matrix:
     zeros: torch.Tensor | None = None
     group: int = 0
     perm: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> tuple[int, int, int, int]:
+        """What its kernels are compiled and tuned for."""
+        return self.kind, self.group, self.n, self.k
 
     @property
     def num_bytes(self) -> int:
@@ -61,11 +68,20 @@ class Linear:
         self.fixed = fixed
         self.n = sum(matrix.n for matrix in matrices)
         self.k = matrices[0].k
-        self._whole = len(matrices) == 1 and matrices[0].perm is None
+        self._by_row: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.is_whole = len(matrices) == 1 and matrices[0].perm is None
 
-    def fuses_norm(self, rows: int) -> bool:
-        """Whether `rows` rows may be given unnormed."""
-        return rows == 1 and self._whole and self.matrices[0].kind in (DENSE, FP8) and not self.fixed
+    def fuses_norm(self, rows: int, dtype: torch.dtype, weight: torch.Tensor) -> bool:
+        """Whether `rows` rows of this dtype may be given unnormed, with this norm's weight."""
+        if not self.is_whole or not self._one_row(self.matrices[0], rows, dtype):
+            return False
+        return self.matrices[0].kind != INT4 or weight.dtype == torch.bfloat16
+
+    def _one_row(self, matrix: Matrix, rows: int, dtype: torch.dtype) -> bool:
+        """Whether a kernel for one row runs."""
+        if rows != 1 or self.fixed:
+            return False
+        return matrix.kind in (DENSE, FP8) or (matrix.kind == INT4 and dtype == torch.bfloat16)
 
     def fuses_residual(self, rows: int) -> bool:
         """Whether a residual is added without a pass of its own."""
@@ -74,7 +90,7 @@ class Linear:
     def takes_fp8(self, rows: int) -> bool:
         """Whether rows may be given as (e4m3, scales): what a preceding kernel can make in passing."""
         matrix = self.matrices[0]
-        return self._whole and matrix.kind == FP8 and not self.fuses_norm(rows) and self._has_fp8_product(matrix)
+        return self.is_whole and matrix.kind == FP8 and (rows > 1 or self.fixed) and self._has_fp8_product(matrix)
 
     def __call__(
         self,
@@ -93,7 +109,7 @@ class Linear:
         dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
         rows = len(x)
         matrix = self.matrices[0]
-        if self._whole and self._few(matrix, rows):
+        if self.is_whole and self._few(matrix, rows):
             n = self.n // 2 if self.gated else self.n
             out = torch.empty((rows, n), dtype=dtype, device=x.device)
             self._run_few(x, x_scales, matrix, 0, out, norm, residual, scale, ACTIVATIONS[activation], self.gated)
@@ -130,7 +146,7 @@ class Linear:
         return out
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
-        return self.fixed or rows <= MAX_SKINNY
+        return self.fixed or rows <= (MAX_INT4 if matrix.kind == INT4 else MAX_SKINNY)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:
@@ -155,13 +171,42 @@ class Linear:
         n = matrix.n // 2 if gated else matrix.n
         if matrix.perm is not None:
             x = x[:, matrix.perm].contiguous()
-        if len(x) == 1 and not self.fixed and matrix.kind in (DENSE, FP8):
-            self._gemv(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
+        if self._one_row(matrix, len(x), x.dtype):
+            run = self._gemv_int4 if matrix.kind == INT4 else self._gemv
+            run(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
             return
-        assert norm is None, "only gemv norms its input"
+        assert norm is None, "only kernels for one row norm their input"
         if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix):
             x, x_scales = self.ops.quantize_rows(x)
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
+
+    def tile_of(self, rows: int) -> tuple[str, Tile]:
+        """By which key the tile for `rows` bfloat16 rows is found, and which it is where none was measured."""
+        matrix = self.matrices[0]
+        n = matrix.n // 2 if self.gated else matrix.n
+        one = self._one_row(matrix, rows, torch.bfloat16)
+        itemsize = 1 if matrix.kind == FP8 and self._has_fp8_product(matrix) else 2
+        return self._keyed_tile(matrix, 1 if one else self._width(rows), n, itemsize, self.gated, one)
+
+    def _tile(self, matrix: Matrix, rows: int, n: int, x_itemsize: int, gated: bool, one: bool) -> Tile:
+        key, default = self._keyed_tile(matrix, rows, n, x_itemsize, gated, one)
+        return self.device.tiles.get(key, default)
+
+    def _keyed_tile(
+        self, matrix: Matrix, rows: int, n: int, x_itemsize: int, gated: bool, one: bool
+    ) -> tuple[str, Tile]:
+        kind, group, _, k = matrix.layout
+        key = tile_key("gemv" if one else "skinny", kind, group, rows, n, k, gated)
+        if one and kind == INT4:
+            return key, int4_tile(n, k, gated)
+        if one:
+            return key, gemv_tile(matrix.data.itemsize, n, k, gated)
+        processors = self.device.num_processors
+        return key, skinny_tile(kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, processors)
+
+    def _width(self, rows: int) -> int:
+        """Rows of a program of `skinny`."""
+        return MAX_SKINNY if self.fixed else min(MAX_SKINNY, max(16, int(triton.next_power_of_2(rows))))
 
     def _gemv(
         self,
@@ -176,7 +221,7 @@ class Linear:
         activation: int,
         gated: bool,
     ) -> None:
-        tile = gemv_tile(matrix.data.itemsize, n, matrix.k, gated)
+        tile = self._tile(matrix, 1, n, x.itemsize, gated, True)
         kernels.gemv[(-(-n // tile.rows),)](
             x, matrix.data, x if matrix.scales is None else matrix.scales, norm.weight if norm else x,
             x if bias is None else bias, x if residual is None else residual, out, n, matrix.k,
@@ -185,6 +230,49 @@ class Linear:
             BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
             num_warps=tile.warps, **self.device.launch,
         )  # fmt: skip
+
+    def _gemv_int4(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        n: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        norm: Norm | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        words, scales, zeros = matrix.data.view(torch.int32), *self._row_scales(matrix)
+        per_row, width = words.shape[1], 32 if matrix.group == 32 else 64
+        units: int = triton.next_power_of_2(per_row // 4)
+        tile = self._tile(matrix, 1, n, x.itemsize, gated, True)
+        blocks = -(-n // tile.rows)
+        gemv_int4[(min(blocks, tile.splits * self.device.num_processors),)](
+            x.view(torch.int32), words, scales, scales if zeros is None else zeros,
+            norm.weight.view(torch.int32) if norm else words, words if bias is None else bias,
+            words if residual is None else residual, out, n, matrix.k, per_row, scales.shape[1],
+            norm.eps if norm else 0.0, scale, blocks, GROUP=matrix.group, WIDTH=width,
+            PARTS=1 if matrix.group == 0 else max(1, 4 * width // matrix.group), ZEROS=zeros is not None,
+            NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
+            BN=tile.rows, BU=units, EVEN=per_row == 4 * units, ASM=self.device.asm, PDL=self.device.pdl,
+            num_warps=tile.warps, **self.device.launch,
+        )  # fmt: skip
+
+    def _row_scales(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zero points of int4, those of a row side by side; made when they are first asked for, the scales
+        in half the bytes where nothing is lost."""
+        key = id(matrix)
+        if key not in self._by_row:
+            assert matrix.scales is not None
+            scales = matrix.scales.t().contiguous()
+            for dtype in (torch.bfloat16, torch.float16):
+                if torch.equal(scales.to(dtype).float(), scales):
+                    scales = scales.to(dtype)
+                    break
+            self._by_row[key] = scales, None if matrix.zeros is None else matrix.zeros.t().contiguous()
+        return self._by_row[key]
 
     def _skinny(
         self,
@@ -200,11 +288,8 @@ class Linear:
         gated: bool,
     ) -> None:
         rows, device = len(x), self.device
-        width = MAX_SKINNY if self.fixed else min(MAX_SKINNY, max(16, triton.next_power_of_2(rows)))
-        tile = skinny_tile(
-            matrix.kind, matrix.data.itemsize, x.itemsize, width, n, matrix.k, matrix.group, gated,
-            device.num_processors,
-        )  # fmt: skip
+        width = self._width(rows)
+        tile = self._tile(matrix, width, n, x.itemsize, gated, False)
         splits = 1 if self.fixed else tile.splits
         step = tile.columns * (4 if matrix.kind == INT4 else 1)
         nothing = device.counters
@@ -235,7 +320,7 @@ class Linear:
                 x, x_scales = self.ops.quantize_rows(x)
             assert matrix.scales is not None
             product: torch.Tensor = torch._scaled_mm(
-                x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16
+                x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16, use_fast_accum=True
             )
             return product.to(dtype)
         return _product(x, self.expanded(matrix, x.dtype), dtype)

@@ -1,4 +1,5 @@
-"""Tile sizes by kind of kernel and shape. Measured on an H200; any choice gives right results."""
+"""Tile sizes by kind of kernel and shape, as measured on an H200 and an H100; any choice gives right results. What
+tuner.py has measured on a GPU itself is in Device.tiles and goes before these."""
 
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+
+
+def tile_key(kernel: str, kind: int, group: int, rows: int, n: int, k: int, gated: bool) -> str:
+    """Which tile: the kernel, how weights are stored, padded rows of x, and the shape of the product."""
+    return f"{kernel} {kind} {group} {rows} {n} {k}{' gated' if gated else ''}"
 
 
 _SHARED = 164 << 10  # bytes of shared memory that tiles in flight may take, of the 228 KB of a multiprocessor
@@ -36,16 +42,24 @@ def _fp8_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
 def _dense_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
     if n > 32768:  # the head
         return (8, 1024, 4, 3) if k >= 2048 else (8, 512, 4, 3)
+    # Small ones as measured in a whole step of Qwen3-0.6B: what is fastest alone may crowd out the kernel beside it.
     if gated:
         return (4, 1024, 4, 4) if k >= 2048 else (4, 512, 1, 3)
-    # Smaller programs are faster alone, but crowd out the kernel that is launched beside them.
     if k < 2048:
-        return 8, 512, 4, 3
+        return 8, 1024, 2, 3
     if k < 4096:
-        return 4, 1024, 2, 3
+        return (4, 2048, 8, 3) if k <= 2048 else (4, 2048, 4, 3)
     if k > 8192:
         return 8, 1024, 4, 3
     return (8, 512, 4, 3) if n > 4096 else (4, 2048, 4, 3)
+
+
+def int4_tile(n: int, k: int, gated: bool) -> Tile:
+    """One row of int4. splits: programs a processor, which share the rows."""
+    if k > 8192:
+        return Tile(2, k, 4, min(16, _power_of_two(k) // 4096), 1)
+    warps = max(1, _power_of_two(k) // 1024)
+    return Tile(4 if gated else 8, k, 3 if warps >= 4 else 6, min(4, warps), 1)
 
 
 def skinny_tile(
@@ -59,7 +73,9 @@ def skinny_tile(
     else:
         columns, parts = (128 if gated or m > 16 else 256), 1
         columns = min(columns, group) if group else columns
-    rows, stages = 64, 4
+    rows, stages, warps = 64, 4, 4
+    if kind == INT4.value and m > 32:  # a tile of x serves twice the weights
+        rows, warps = 128, 8
     weights = columns * rows * itemsize * (2 if gated else 1)
     while stages > 2 and stages * (weights + columns * parts * m * x_itemsize) > _SHARED:
         stages -= 1
@@ -71,7 +87,7 @@ def skinny_tile(
     splits = 1
     while splits < 16 and 2 * splits * tiles <= target and steps // (2 * splits) >= 2:
         splits *= 2
-    return Tile(rows, columns, splits, 4, stages)
+    return Tile(rows, columns, splits, warps, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +104,7 @@ class DecodeTile:
 
 def decode_tile(sequences: int) -> DecodeTile:
     """Early keys pay where latency is all; they take the registers of a second program."""
-    return DecodeTile(64, True, 8) if sequences <= 8 else DecodeTile(64, False, 4, warps=2, stages=3)
+    return DecodeTile(64, True, 8) if sequences <= 8 else DecodeTile(128, False, 8)
 
 
 def _power_of_two(n: int) -> int:

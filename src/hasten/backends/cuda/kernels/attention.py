@@ -125,24 +125,25 @@ def _cached(cache, table, positions, kv_head, dims, valid, KV_HEADS: tl.constexp
 
 @triton.jit
 def decode(
-    qkv, k_cache, v_cache, out, rope, q_norm, k_norm, parts, counters, rows, sequences, positions, slots, lengths,
-    tables, table_width, ldq, original_max, num_positions, scale, softcap, window, splits, eps,
+    qkv, k_cache, v_cache, out, rope, q_norm, k_norm, parts, counters, owners, firsts, rows, sequences, positions,
+    slots, lengths, tables, table_width, ldq, original_max, num_positions, scale, softcap, window, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, GQ: tl.constexpr,
     ROT: tl.constexpr, LONG: tl.constexpr, NORM: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr, FUSED: tl.constexpr, EARLY: tl.constexpr,
-    AT_ONCE: tl.constexpr, INDIRECT: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    BN: tl.constexpr, FUSED: tl.constexpr, EARLY: tl.constexpr, AT_ONCE: tl.constexpr, INDIRECT: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, heads * D]: attention of single tokens; program (entry, kv_head, split).
+    """out [T, heads * D]: attention of single tokens; program (part of an entry's keys, kv_head).
 
-    rows, sequences: the token, and the row of `tables`, of each entry (INDIRECT; else both are the entry itself).
+    owners [programs]: each one's entry, or -1. firsts [entries + 1]: the first program of each entry, see
+    inputs.share_keys. rows, sequences: the token, and the row of `tables`, of each entry (INDIRECT; else both are the
+    entry itself).
     FUSED (needed for EARLY): qkv is as the projection left it, and the new key and value are stored here; else
     rope_and_store ran before.
-    table_width: a device number, elements between rows of tables. A slot of -1 marks an entry that is padding.
-    parts: float32 [entries, kv_heads, splits, GQ, DP + 2], GQ the
-    group's heads rounded up to a power of two. counters: zeros [entries, kv_heads], zeros again afterwards.
+    table_width: a device number, elements between rows of tables. parts: float32 [programs, kv_heads, GQ, DP + 2], GQ
+    the group's heads rounded up to a power of two; written where an entry has several programs. counters: zeros
+    [entries, kv_heads], zeros again afterwards.
     """
-    entry, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program, kv_head = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     T: tl.constexpr = qkv.dtype.element_ty
     dims, group, keys = tl.arange(0, DP), tl.arange(0, GP), tl.arange(0, BN)
@@ -150,6 +151,14 @@ def decode(
     if PDL and not EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    entry = tl.load(owners + program)
+    if entry < 0:
+        if PDL and EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
+        return
+    split = program - tl.load(firsts + entry)
+    splits = tl.load(firsts + entry + 1) - tl.load(firsts + entry)
     token = tl.load(rows + entry) if INDIRECT else entry
     sequence = tl.load(sequences + entry) if INDIRECT else entry
     position, slot = tl.load(positions + token), tl.load(slots + token).to(tl.int64)
@@ -158,7 +167,7 @@ def decode(
     last = position if FUSED else position + 1  # cached keys are first .. last - 1
     share = tl.cdiv(tl.cdiv(last - first, splits), BN) * BN
     active = tl.maximum(1, tl.cdiv(last - first, tl.maximum(share, 1)))
-    if slot < 0 or split >= active:
+    if split >= active:
         if PDL and EARLY:
             gdc_wait()
             gdc_launch_dependents()
@@ -212,30 +221,31 @@ def decode(
         acc = acc * shrink[:, None] + p[:, None] * kept_v.to(tl.float32)
         m = top
     to = out + token.to(tl.int64) * (HEADS * D)
-    if SPLIT:
+    if active > 1:
         WIDTH: tl.constexpr = DP + 2
         pair = entry * KV_HEADS + kv_head
-        base = parts + ((pair * splits + split) * GQ + group) * WIDTH
+        base = parts + ((program * KV_HEADS + kv_head) * GQ + group) * WIDTH
         real = group < GROUP
         tl.store(base[:, None] + dims[None, :], acc, mask=real[:, None])
         tl.store(base + DP, m, mask=real)
         tl.store(base + DP + 1, total, mask=real)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
-        if arrived != active - 1:
-            return
-        tl.store(counters + pair, 0)
-        _merge(parts + pair * splits * GQ * WIDTH, to, kv_head, active, GROUP, GQ, D, DP, AT_ONCE)
+        if arrived == active - 1:
+            tl.store(counters + pair, 0)
+            its = parts + ((program - split) * KV_HEADS + kv_head) * GQ * WIDTH
+            _merge(its, to, kv_head, active, KV_HEADS * GQ * WIDTH, GROUP, GQ, D, DP, AT_ONCE)
     else:
         tl.store(to + heads + dims[None, :], (acc / total[:, None]).to(T), mask=valid)
 
 
 @triton.jit
 def _merge(
-    parts, to, kv_head, active, GROUP: tl.constexpr, GQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    parts, to, kv_head, active, gap, GROUP: tl.constexpr, GQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The attention of one KV head's queries from `active` partial results, in their order, AT_ONCE at a time."""
+    """The attention of one KV head's queries from `active` partial results, `gap` numbers apart, in their order,
+    AT_ONCE at a time."""
     WIDTH: tl.constexpr = DP + 2
     heads, dims, ahead = tl.arange(0, GQ), tl.arange(0, DP), tl.arange(0, AT_ONCE)
     m = tl.full([GQ], float("-inf"), tl.float32)
@@ -243,7 +253,7 @@ def _merge(
     acc = tl.zeros([GQ, DP], tl.float32)
     for first in tl.range(0, active, AT_ONCE, num_stages=1):
         there = ((first + ahead) < active)[:, None] & (heads < GROUP)[None, :]
-        base = parts + ((first + ahead)[:, None] * GQ + heads[None, :]) * WIDTH
+        base = parts + (first + ahead)[:, None] * gap + heads[None, :] * WIDTH
         its_m = tl.load(base + DP, mask=there, other=float("-inf"), cache_modifier=".cg")
         its_total = tl.load(base + DP + 1, mask=there, other=0.0, cache_modifier=".cg")
         its_acc = tl.load(
@@ -270,7 +280,8 @@ def prefill(
 ):  # fmt: skip
     """out [T, heads * D]: attention of tiles of up to BM / GP successive tokens; program (tile, kv_head).
 
-    Tile i is tile_counts[i] tokens from tile_tokens[i] on, of the sequence in row tile_sequences[i] of `tables`. Row r
+    Tile i is tile_counts[i] (0: nothing to do) tokens from tile_tokens[i] on, of the sequence in row tile_sequences[i]
+    of `tables`. Row r
     of the tile is token r // GP and query head r % GP of the group. Keys and values are in the cache already.
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
@@ -281,6 +292,8 @@ def prefill(
         gdc_wait()
         gdc_launch_dependents()
     token, count = tl.load(tile_tokens + tile), tl.load(tile_counts + tile)
+    if count == 0:
+        return
     table = tables + tl.load(tile_sequences + tile).to(tl.int64) * tl.load(table_width)
     position = tl.load(positions + token)
     there = (rows // GP < count) & (rows % GP < GROUP)

@@ -1,0 +1,164 @@
+"""Measures tiles on the GPU at hand, each in whole decode steps of a loaded model: what is fastest alone may crowd out
+the kernel beside it. And where a stored format's products take longer than those of bf16.
+
+Knows which tiles are worth a try; what they mean is the kernels'. The cache's contents are overwritten.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+
+from hasten.backends.base import Batch
+from hasten.backends.cuda.decoder import Decoder
+from hasten.backends.cuda.inputs import Sizes, Stager
+from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
+from hasten.backends.cuda.sampling import Sampler
+from hasten.backends.cuda.tuning import Tile
+
+TUNED_BATCHES = (1, 8, 64)
+COMPARED_BATCHES = (1, 8, 32, 64, 128, 256)
+_LENGTH = 256  # tokens of each sequence in the steps that are timed
+_GAIN = 0.997  # a tile must be faster by more than what a step's time wavers
+KINDS = {DENSE: "dense", FP8: "fp8", INT8: "int8", INT4: "int4"}
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Times decode steps of a model whose cache has `num_blocks` blocks of block_size tokens."""
+
+    decoder: Decoder
+    sampler: Sampler
+    stager: Stager
+    num_blocks: int
+    block_size: int
+
+    def milliseconds(self, sequences: int) -> float:
+        """Of one step, as a graph."""
+        width = max(1, min(_LENGTH // self.block_size, self.num_blocks // sequences))
+        tables = np.arange(sequences * width, dtype=np.int32).reshape(sequences, width) % self.num_blocks
+        last = np.full(sequences, width * self.block_size - 1, np.int32)
+        ones, rows = np.ones(sequences, np.int32), np.arange(sequences, dtype=np.int32)
+        slots = tables[:, -1] * self.block_size + self.block_size - 1
+        batch = Batch(rows, last, slots, ones, last + 1, tables, rows)
+        sizes = Sizes(sequences, sequences, 0, sequences, sequences)
+        room = self.stager.room(sizes, width)
+        buffer = torch.zeros(room, dtype=torch.int32, device=self.decoder.device.handle)
+        inputs = self.stager.fixed(sizes, width, buffer)
+        assert self.stager.refill(batch, sizes, width, buffer)
+        return graph_ms(lambda: self.sampler.greedy(self.decoder.logits(self.decoder.hidden(inputs), None)))
+
+
+def graph_ms(run: Callable[[], object]) -> float:
+    """Milliseconds that the device takes for what `run` launches."""
+    new_event: Any = torch.cuda.Event
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times: list[float] = []
+    for _ in range(4):
+        start, stop = (new_event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(12):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 12)
+    return median(times[1:])
+
+
+def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, float]:
+    """Try tiles for every shape of product at these batch sizes; those that make the step faster are left in
+    Device.tiles. Milliseconds a step before and after, by name."""
+    tiles = steps.decoder.device.tiles
+    found: dict[str, float] = {}
+    for batch in batches:
+        now = found[f"{batch} before"] = steps.milliseconds(batch)
+        for linear in steps.decoder.shapes():
+            key, default = linear.tile_of(batch)
+            best = tiles.get(key)
+            for tile in _worth_a_try(linear, batch, best or default):
+                tiles[key] = tile
+                took = _tried(steps, batch)
+                if took < now * _GAIN:
+                    now, best = took, tile
+            if best is None:
+                del tiles[key]
+            else:
+                tiles[key] = best
+            tell(f"batch {batch}, {key}: {best or default}, {now:.3f} ms a step")
+        found[f"{batch} after"] = now
+    return found
+
+
+def _tried(steps: Steps, batch: int) -> float:
+    """Infinite for a tile that does not fit the GPU."""
+    try:
+        return steps.milliseconds(batch)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _worth_a_try(linear: Linear, batch: int, now: Tile) -> Iterator[Tile]:
+    matrix = linear.matrices[0]
+    if batch > 1:
+        for rows, warps in ((64, 4), (128, 8), (32, 4)):
+            yield replace(now, rows=rows, warps=warps)
+        for splits in (now.splits * 2, now.splits // 2):
+            if 1 <= splits <= 16:
+                yield replace(now, splits=splits)
+        yield replace(now, stages=max(2, now.stages - 1))
+    elif matrix.kind == INT4:
+        for rows in (2, 4, 8):
+            for warps in (2, 4, 8):
+                # Units of four words that a thread has in flight; more spill, fewer wait.
+                if 2 <= rows * matrix.k // (1024 * warps) <= 16:
+                    yield from (replace(now, rows=rows, warps=warps, splits=splits) for splits in (2, 3, 4, 6))
+    else:
+        for rows in (4, 8, 16):
+            for columns in (512, 1024, 2048):
+                for warps in (1, 2, 4, 8):
+                    share = rows * columns // (32 * warps) * (2 if linear.gated else 1) * matrix.data.itemsize
+                    if columns < 2 * matrix.k and 64 <= share <= 128:
+                        yield replace(now, rows=rows, columns=columns, warps=warps)
+
+
+def signature(decoder: Decoder) -> str:
+    """The kind of layer: formats and shapes of its products."""
+    parts = []
+    for linear in decoder.shapes()[:-1]:
+        matrix = linear.matrices[0]
+        parts.append(f"{KINDS[matrix.kind]}{f'-g{matrix.group}' if matrix.group else ''} {linear.n}x{linear.k}")
+    return ", ".join(parts)
+
+
+def compare_with_dense(decoder: Decoder, batches: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+    """Milliseconds of one layer's products as they are and in bf16, by batch size."""
+    linears = decoder.shapes()[:-1]
+    dense = [_dense_twin(linear) for linear in linears]
+    return {batch: (_products_ms(linears, batch), _products_ms(dense, batch)) for batch in batches}
+
+
+def _dense_twin(linear: Linear) -> Linear:
+    data = torch.randn((linear.n, linear.k), dtype=torch.bfloat16, device=linear.device.handle)
+    return Linear(linear.device, linear.ops, [Matrix(DENSE, linear.n, linear.k, data)], None, linear.gated, False)
+
+
+def _products_ms(linears: list[Linear], rows: int) -> float:
+    """A layer's products one after the other. Where all of its weights fit the GPU's cache that is what is measured."""
+    device = linears[0].device.handle
+    inputs = [torch.randn((rows, linear.k), dtype=torch.bfloat16, device=device) for linear in linears]
+
+    def run() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x, activation="silu" if linear.gated else "none")
+
+    return graph_ms(run)

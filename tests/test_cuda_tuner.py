@@ -1,0 +1,62 @@
+"""What the tuner of kernels keeps, and which tiles it tries; the tuning itself runs on a GPU (tests/gpu)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from cuda_tools import make_linear  # noqa: E402
+
+from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
+from hasten.backends.cuda.tuner import _worth_a_try  # noqa: E402
+from hasten.backends.cuda.tuning import Tile  # noqa: E402
+from hasten.errors import ResourceError  # noqa: E402
+from hasten.model.formats import Format, quantize  # noqa: E402
+
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_written_is_read(cache: Path) -> None:
+    assert read_measured(GPU) == Measured()
+    measured = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
+    assert write_measured(GPU, measured) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
+    assert read_measured(GPU) == measured
+    assert list((cache / "hasten").iterdir()) == [measured_path(GPU)]
+
+
+def test_another_compiler_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_measured(GPU, Measured({"a": Tile(1, 2)}))
+    monkeypatch.setattr("triton.__version__", "0.0")
+    assert read_measured(GPU) == Measured()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{nonsense"])
+def test_a_damaged_file_is_named(text: str) -> None:
+    measured_path(GPU).parent.mkdir(parents=True)
+    measured_path(GPU).write_text(text)
+    with pytest.raises(ResourceError, match="delete it"):
+        read_measured(GPU)
+
+
+@pytest.mark.parametrize("format", [Format("bf16"), Format("int4", 32)], ids=str)
+def test_measured_tiles_go_before_the_table(format: Format) -> None:
+    values = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    linear = make_linear([quantize(values, format)], open_device("cpu"), "bf16")
+    for rows in (1, 5, 64):
+        key, default = linear.tile_of(rows)
+        tries = list(_worth_a_try(linear, rows, default))
+        assert tries
+        assert all(tile.rows & (tile.rows - 1) == 0 for tile in tries)
+        linear.device.tiles[key] = tries[0]
+        width = 1 if rows == 1 else linear._width(rows)
+        assert linear._tile(linear.matrices[0], width, 64, 2, False, rows == 1) == tries[0]
