@@ -48,21 +48,52 @@ def test_bfloat16_is_close(family: str, kv: str, tiny_model: Build) -> None:
     assert error < (0.03 if kv == "bf16" else 0.1)
 
 
+@pytest.mark.parametrize("kind", ["decodes", "runs", "any"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_graph_equals_eager(family: str, tiny_model: Build) -> None:
+def test_graph_equals_eager(family: str, kind: str, tiny_model: Build) -> None:
     backend = load(tiny_model(family, dtype="bfloat16"), "cuda", "bf16")
     pieces(backend, TOKENS[:40], [40], table(1))
     others = [b for b in range(40) if b not in table(1)]
+    count = {"decodes": 1, "runs": 5, "any": 30}[kind]
     step = batch(
         [
             (TOKENS[40:41], 40, table(1)),
-            (TOKENS[41:42], 0, np.int32(others[:10])),
+            (TOKENS[41 : 41 + count], 0, np.int32(others[:10])),
             (TOKENS[42:43], 0, np.int32(others[10:20])),
         ]
     )
-    eager, captured, replayed = (fetched(backend, step) for _ in range(3))
-    assert np.array_equal(eager, captured)
-    assert np.array_equal(eager, replayed)
+    eager = fetched(backend, step)
+    backend.finish_captures()
+    assert backend._graphs is not None
+    assert any(key[0] == kind and bucket.graph for key, bucket in backend._graphs._buckets.items())
+    for _ in range(2):
+        assert np.array_equal(eager, fetched(backend, step))
+
+
+def test_steps_go_on_while_graphs_are_captured(tiny_model: Build) -> None:
+    """Buckets one after the other, none waited for: every result is that of the bucket's first step."""
+    backend = load(tiny_model("qwen3", dtype="bfloat16"), "cuda", "bf16")
+    first: dict[int, np.ndarray] = {}
+    for _ in range(4):
+        for count in (20, 1, 33, 50, 7, 64, 90):
+            got = fetched(backend, batch([(TOKENS[:count], 0, table(1))]))
+            assert np.array_equal(first.setdefault(count, got), got)
+    backend.finish_captures()
+
+
+def test_tuned_kernels_give_the_same(tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tiny_model("qwen3", dtype="bfloat16", num_hidden_layers=1)
+    backend = load(path, "cuda", "bf16")
+    want = pieces(backend, TOKENS, [57, 1, 42], table(1))
+    found = backend.tune_kernels(lambda line: None, batches=(1,))
+    assert found["step_ms"]["1 after"] <= found["step_ms"]["1 before"]  # type: ignore[index]
+    later = load(path, "cuda", "bf16")
+    assert later._device.tiles == backend._device.tiles
+    assert all(ratio > 1 for ratio in later.slower_than_dense().values())
+    for each in (backend, later):
+        got = pieces(each, TOKENS, [57, 1, 42], table(1))
+        assert np.abs(got - want).max() < 3e-2 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("count", [2, 9, 40])
@@ -73,6 +104,7 @@ def test_batch_agrees_with_each_alone(count: int, tiny_model: Build) -> None:
     parts = [(TOKENS[i : i + starts[i]], 0, tables[i]) for i in range(count)]
     fetched(backend, batch(parts))
     for _ in range(3):
+        backend.finish_captures()
         together = fetched(backend, batch([(TOKENS[i : i + 1], starts[i], tables[i]) for i in range(count)]))
     for i in range(count):
         tokens = np.append(TOKENS[i : i + starts[i]], TOKENS[i])

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from cuda_tools import check_product  # noqa: E402
+from cuda_tools import check_normed_int4, check_product  # noqa: E402
 
 from hasten.model.formats import Format  # noqa: E402
 
@@ -44,6 +44,15 @@ def test_odd_sizes(name: str, rows: int) -> None:
         0.05 if name == "fp8" and rows > 1 else 6e-3,
         3,
     )
+
+
+@pytest.mark.parametrize("k", [1152, 4096, 14336])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("int4")])
+def test_one_row_of_int4_with_its_norm(name: str, gated: bool, k: int) -> None:
+    format = FORMATS[name]
+    assert format is not None
+    check_normed_int4(format, gated, "cuda", 1003, k)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])
