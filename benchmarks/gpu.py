@@ -1,9 +1,9 @@
 """Speed on one NVIDIA GPU: whole models with random weights, through the backend and through LLM, beside the bandwidth
 of a copy measured in the same run.
 
-    python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine]
+    python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine] [--runs 3]
 
-Prints a table and writes a JSON named after the GPU. Times are medians of whole runs; tokens are greedy.
+Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one. Times are medians of whole runs; tokens are greedy.
 """
 
 import argparse
@@ -54,6 +54,9 @@ VLLM = {
     ("8b", "fp8"): ({1: 286, 8: 2239, 64: 8765, 256: 12581}, {1024: 17, 4000: 65}),
     ("0.6b", "bf16"): ({1: 612, 8: 4841, 64: 19297, 256: 29120}, {1024: 13, 4000: 15}),
 }
+
+
+VLLM_MIXED = {("8b", "bf16"): 9866, ("8b", "fp8"): 11997, ("0.6b", "bf16"): 23168}
 
 
 def random_weights(spec: ModelSpec, format: str) -> Iterator[tuple[str, Weight]]:
@@ -179,7 +182,7 @@ class Sequences:
         before.result()
 
 
-def measure_backend(model: str, format: str, batches: list[int], prefills: list[int]) -> dict[str, Any]:
+def measure_backend(model: str, format: str, batches: list[int], prefills: list[int], runs: int) -> dict[str, Any]:
     """Tokens/s by batch (prefill included), milliseconds a step, prefill times, watts."""
     spec = spec_from_config(CONFIGS[model])
     backend = CudaBackend(format="fp8" if format == "fp8" else None)
@@ -193,8 +196,9 @@ def measure_backend(model: str, format: str, batches: list[int], prefills: list[
         run = Sequences(backend, spec.vocab_size, batch, prompt, output, 8192)
         run.prefill().result()
         run.decode(5)
+        backend.finish_captures()
         times, decode_times, joules = [], [], []
-        for _ in range(3 if batch < 64 else 2):
+        for _ in range(runs if batch < 64 else max(1, runs - 1)):
             torch.cuda.synchronize()
             energy, start = _energy(), time.perf_counter()
             run.prefill().result()
@@ -215,6 +219,7 @@ def measure_backend(model: str, format: str, batches: list[int], prefills: list[
         run = Sequences(backend, spec.vocab_size, 1, length, 1, 8192)
         times = []
         for _ in range(8):
+            backend.finish_captures()
             torch.cuda.synchronize()
             start = time.perf_counter()
             run.prefill().result()
@@ -255,7 +260,9 @@ def write_folder(folder: Path, model: str) -> None:
     writer.close()
 
 
-def measure_engine(folder: Path, model: str, format: str, batches: list[int], mixed: bool) -> dict[str, Any]:
+def measure_engine(
+    folder: Path, model: str, format: str, batches: list[int], runs: int, mixed: bool = True
+) -> dict[str, Any]:
     """The same runs as whole requests of LLM.generate, and 256 requests of 100 to 1,024 tokens in and out at once."""
     llm = LLM(folder, device="cuda", format="fp8" if format == "fp8" else None)
     rng = np.random.default_rng(3)
@@ -273,7 +280,8 @@ def measure_engine(folder: Path, model: str, format: str, batches: list[int], mi
     for batch in batches:
         prompt, output = RUNS[batch]
         run([(prompt, 8)] * batch)
-        times = [run([(prompt, output)] * batch) for _ in range(3 if batch < 64 else 2)]
+        llm.backend.finish_captures()  # type: ignore[attr-defined]
+        times = [run([(prompt, output)] * batch) for _ in range(runs if batch < 64 else max(1, runs - 1))]
         found["runs"][batch] = {
             "prompt": prompt,
             "output": output,
@@ -281,8 +289,9 @@ def measure_engine(folder: Path, model: str, format: str, batches: list[int], mi
         }
     if mixed:
         lengths = [(int(a), int(b)) for a, b in rng.integers(100, 1025, (256, 2))]
-        times = [run(lengths) for _ in range(2)]
+        times = [run(lengths) for _ in range(2)]  # the first captures graphs beside its steps
         found["mixed_tokens_per_s"] = sum(out for _, out in lengths) / min(times)
+        found["mixed_first_tokens_per_s"] = sum(out for _, out in lengths) / times[0]
     llm.close()
     return found
 
@@ -342,6 +351,7 @@ def main() -> None:
     parser.add_argument("--prefills", default="1024,4000")
     parser.add_argument("--engine", action="store_true", help="also through LLM, with a model folder on disk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--runs", type=int, default=3, help="of each batch size; one less from 64 on")
     options = parser.parse_args()
     name = torch.cuda.get_device_name().replace("NVIDIA ", "").lower().replace(" ", "-")
     bandwidth = copy_bandwidth()
@@ -352,10 +362,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         for format in options.formats.split(","):
-            found = measure_backend(model, format, batches, prefills)
+            found = measure_backend(model, format, batches, prefills, options.runs)
             report(found, bandwidth)
             summary.setdefault("backend", []).append(found)
             torch.cuda.empty_cache()
+            write(options.out / f"{name}.json", summary)
         if options.engine:
             with tempfile.TemporaryDirectory() as folder:
                 write_folder(Path(folder), model)
@@ -365,11 +376,15 @@ def main() -> None:
                 for format in options.formats.split(","):
                     if format not in ("bf16", "fp8"):
                         continue
-                    found = measure_engine(Path(folder), model, format, batches, mixed=True)
+                    found = measure_engine(Path(folder), model, format, batches, options.runs)
                     report_engine(found)
                     summary.setdefault("engine", []).append(found)
                     torch.cuda.empty_cache()
-        (options.out / f"{name}.json").write_text(json.dumps(summary, indent=1))
+                    write(options.out / f"{name}.json", summary)
+
+
+def write(path: Path, summary: dict[str, Any]) -> None:
+    path.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def report_engine(found: dict[str, Any]) -> None:
@@ -377,7 +392,9 @@ def report_engine(found: dict[str, Any]) -> None:
     for batch, run in found["runs"].items():
         versus = f"{run['tokens_per_s'] / speeds[batch]:.2f}x vLLM" if batch in speeds else ""
         print(f"  LLM batch {batch:3}: {run['tokens_per_s']:8.0f} tokens/s  {versus}", flush=True)
-    print(f"  LLM 256 mixed requests: {found['mixed_tokens_per_s']:.0f} tokens/s", flush=True)
+    mixed = VLLM_MIXED.get((found["model"], found["format"]))
+    versus = f"{found['mixed_tokens_per_s'] / mixed:.2f}x vLLM" if mixed else ""
+    print(f"  LLM 256 mixed requests: {found['mixed_tokens_per_s']:.0f} tokens/s  {versus}", flush=True)
 
 
 if __name__ == "__main__":
