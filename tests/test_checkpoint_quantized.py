@@ -211,7 +211,7 @@ def test_int8_with_dynamic_activations(tiny_model: Callable[..., Path], tmp_path
     inputs["dynamic"] = False
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    with pytest.raises(ModelError, match="input activations must be dynamic int8"):
+    with pytest.raises(ModelError, match="input activations must be dynamic int8 or float8"):
         open_checkpoint(path)
 
 
@@ -225,7 +225,7 @@ def test_int8_with_dynamic_activations(tiny_model: Callable[..., Path], tmp_path
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' with 4 bits is not supported"),
         ({**scheme(4, 32), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
         ({**scheme(4, 32), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not supported"),
-        (scheme(4, 32, type="float"), "supported: int of 4 bits"),
+        (scheme(4, 32, type="float"), "supported: int of 4 bits, symmetric int or float of 8"),
         (scheme(3, 32), "weights of 3 bits"),
         (scheme(8, 32, symmetric=False), "asymmetric int weights of 8 bits"),
         (scheme(4, 48), "group size 48 is not supported"),

@@ -35,7 +35,8 @@ class Block:
 
     module: Transformers' decoder layer. linears: by role (q, k, v, o, gate, up, down), each with a weight [N, K].
     norms: by role (attn_norm, ...); the model adds spec.norm_offset to their weights. stored: matrices that have their
-    final form already; their linears hold the numbers that these stand for. config: the model's.
+    final form already; their linears hold the numbers that these stand for. config: the model's. scales: k_scale and
+    v_scale, of a cache of 8-bit floats.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Block:
     call: Call
     stored: dict[str, Weight] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    scales: dict[str, Weight] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [b, T, H] -> those that the block gives."""
@@ -81,6 +83,8 @@ class Block:
             yield self.name(role), self.stored.get(role) or to_weight(linear.weight, self.spec.dtype)
             if linear.bias is not None:
                 yield self.name(f"{role}.bias"), to_weight(linear.bias, "fp32")
+        for name, scale in self.scales.items():
+            yield self.name(name), scale
 
     def settle(self) -> None:
         """Round what is not stored to numbers of the model's dtype: what runs is what is written."""

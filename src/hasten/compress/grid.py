@@ -4,13 +4,13 @@ A number is scale * (code - zero). Symmetric codes of b bits run from -2^(b-1) t
 ones from 0 to 2^b - 1. Knows no method and no model; rtn.py is the same search in numpy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.model.formats import Format, Weight
+from hasten.model.formats import Format, Weight, sparsify
 
 # What a group's largest magnitude is mapped to, as a part of the end of the range: above 1 clips it (see rtn.py).
 REACH = (0.8, 0.875, 0.94, 1.0, 1.06, 1.12, 1.2, 1.3, 1.45)
@@ -85,6 +85,8 @@ class Grid:
 
 def pack(fmt: Format, codes: Tensor, scales: Tensor, zeros: Tensor) -> Weight:
     """A Weight of codes [N, K], scales and zeros [N, G]."""
+    if fmt.sparse24:
+        return sparsify(pack(replace(fmt, sparse24=False), codes, scales, zeros))
     shape = (codes.shape[0], codes.shape[1])
     stored_scales = scales.float().cpu().numpy()
     if fmt.kind == "int8":

@@ -89,8 +89,10 @@ def _(step: Quantize, plan: Plan) -> Plan:
         asked.pop(name, None)
         wanted = stored_as(step, plan.spec, shapes[name][1])
         formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
+        if name in plan.sparse:
+            formats[name] = replace(formats[name], sparse24=True)
         steps[name] = step
-        if formats[name] != wanted:
+        if replace(formats[name], sparse24=False) != wanted:
             asked[name] = wanted
     return replace(plan, formats=formats, steps=steps, asked=asked)
 
@@ -286,7 +288,7 @@ def stored_as(step: Quantize, spec: ModelSpec, num_inputs: int) -> Format:
         group = 32 if spec.hidden_size <= NARROW and num_inputs % 32 == 0 else 0
     else:
         group = 32 if step.format == "int4" else 0
-    return Format(step.format, group, step.symmetric)  # type: ignore[arg-type]
+    return Format(step.format, group, step.symmetric, activations=step.activations)  # type: ignore[arg-type]
 
 
 def describe(fmt: Format) -> str:

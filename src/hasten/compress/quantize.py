@@ -3,6 +3,7 @@ sees the inputs that rounding those before it leaves."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from hasten.compress.tensors import to_weight
 from hasten.compress.threshold import wide
 from hasten.hardware import usable_threads
 from hasten.model.formats import Format
+from hasten.model.fp8 import LARGEST
 from hasten.steps import Quantize
 
+_LEAST = 1e-6  # of a scale of inputs
 Found = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, G]
 
 
@@ -30,8 +33,10 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
         if not roles:
             continue
         if step.method == "rtn":
+            static = step.activations == "fp8-static"
+            largest = collect(block, inputs, roles)[roles[0]].largest if static else None
             for role in roles:
-                _round(step, block, role, context)
+                _round(step, block, role, largest, context)
             continue
         found = collect(block, inputs, roles, hessian=True)[roles[0]]
         if step.method == "awq":
@@ -56,13 +61,18 @@ def _format(step: Quantize, block: Block, role: str, context: Context) -> Format
     return planned if kind == step.format else stored_as(wide(step), block.spec, block.linears[role].weight.shape[1])
 
 
-def _round(step: Quantize, block: Block, role: str, context: Context) -> None:
+def _round(step: Quantize, block: Block, role: str, largest: Tensor | None, context: Context) -> None:
+    """largest [K]: magnitudes of the inputs, where they get a scale beforehand."""
     dense = to_weight(block.linears[role].weight, "fp32")
     fmt = _format(step, block, role, context)
     assert fmt is not None
     bits = step.bits if fmt.kind == step.format else None
     with ThreadPoolExecutor(usable_threads()) as pool:
-        block.store(role, rtn.quantize(block.name(role), dense, fmt, pool, bits=bits))
+        weight = rtn.quantize(block.name(role), dense, fmt, pool, bits=bits)
+    if largest is not None:
+        scale = (largest.max() / LARGEST).clamp(min=_LEAST).bfloat16().float()
+        weight = replace(weight, input_scale=scale.reshape(1).cpu().numpy())
+    block.store(role, weight)
 
 
 def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:

@@ -40,8 +40,11 @@ def quantize(
     group_size must divide K (plan.resolve has seen to it). Scales are what scale_dtype can hold. bits: of a code, where
     they are fewer than the format's.
     """
+    weight = formats.densify(weight)
+    if fmt.sparse24:
+        return formats.sparsify(quantize(name, weight, replace(fmt, sparse24=False), pool, scale_dtype, bits))
     if fmt.kind not in _REACH:
-        return formats.quantize(formats.dequantize(weight), fmt)
+        return formats.quantize(formats.dequantize(weight), fmt, scale_dtype)
     num_rows, num_inputs = weight.shape
     group = fmt.group_size or num_inputs
     num_codes = 1 << (bits or (8 if fmt.kind == "int8" else 4))

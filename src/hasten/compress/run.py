@@ -9,24 +9,24 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from hasten.compress import prune, quantize, reconstruct, rotate, shrink, smooth, threshold
+from hasten.compress import kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, threshold
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences
 from hasten.compress.folder import run_settings
 from hasten.compress.plan import Plan, needs_text
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
-from hasten.errors import ResourceError
+from hasten.errors import RecipeError, ResourceError
 from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
-from hasten.model.formats import bytes_of
+from hasten.model.formats import Weight, bytes_of, sparsify
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
@@ -34,7 +34,7 @@ from hasten.recipe import Recipe
 from hasten.steps import Quantize, Step
 
 # Modules that register their steps as they are imported.
-CHANGES = (prune, quantize, reconstruct, rotate, shrink, smooth, threshold)
+CHANGES = (kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, threshold)
 
 Progress = Callable[[int, int, str], None]
 
@@ -73,6 +73,7 @@ def run(
         context = _remembered(context)
         errors, facts, notes = errors | context.errors, facts | context.facts, [*notes, *context.notes]
         source = target
+    source = _packed(source, work / "packed", plan, notes)
     settings = {
         **receipt.settings,
         "bytes_after": sum(bytes_of(fmt, shape) for _, shape, fmt in open_checkpoint(source).matrices()),
@@ -147,6 +148,26 @@ def _work_folder(out: Path, recipe: Recipe, receipt: Receipt) -> Path:
         except OSError as error:
             raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
     return work
+
+
+def _packed(source: Path, target: Path, plan: Plan, notes: list[str]) -> Path:
+    """The folder with 2:4 matrices stored as such, where a stage behind the pruning wrote them with their zeros."""
+    checkpoint = open_checkpoint(source)
+    left = plan.sparse - {name for name, _, fmt in checkpoint.matrices() if fmt.sparse24}
+    if not left:
+        return source
+
+    def weights() -> Iterator[tuple[str, Weight]]:
+        for name, weight in checkpoint.weights():
+            try:
+                yield name, sparsify(weight) if name in left else weight
+            except RecipeError:
+                notes.append(f"{name} is no longer 2:4 after the steps behind prune, and is stored whole")
+                yield name, weight
+
+    shutil.rmtree(target, ignore_errors=True)
+    write_checkpoint(target, config_of_text(checkpoint.config), weights(), checkpoint.path)
+    return target
 
 
 def _remember(context: Context) -> None:

@@ -18,7 +18,7 @@ from hasten.compress.stage import Context, change_block, survey
 from hasten.errors import ModelError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
-from hasten.model.formats import Weight
+from hasten.model.formats import Weight, sparsify
 from hasten.model.spec import Layer, configured
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import write_text
@@ -102,7 +102,8 @@ def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) ->
     with ThreadPoolExecutor(usable_threads()) as pool:
         yield from carry_out(plan, _outside(checkpoint, before=True), pool)
         for index in range(len(checkpoint.spec.layers)):
-            yield from store.load(_block_file(context, index))[0].items()
+            for name, weight in store.load(_block_file(context, index))[0].items():
+                yield name, sparsify(weight) if name in context.plan.sparse and weight.mask is None else weight
         yield from carry_out(plan, _outside(checkpoint, before=False), pool)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.errors import ModelError
-from hasten.model.formats import Format, Kind, Weight, from_bf16
+from hasten.errors import ModelError, RecipeError
+from hasten.model.formats import Format, Kind, Weight, from_bf16, sparsify
 from hasten.model.jsonfile import read_json
 from hasten.model.names import Part, Source, base_prefix, sources
 from hasten.model.quantized import Expected, Quantization, quantization_of
@@ -30,7 +30,10 @@ _CHECK_CHUNK = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened model folder. config: config.json as written; spec: what it describes, dtype and tied head as found."""
+    """An opened model folder. config: config.json as written; spec: what it describes, dtype and tied head as found.
+
+    Matrices that config.json's `hasten.sparse24` names are stored with their zeros, and come without (formats.py).
+    """
 
     path: Path
     config: dict[str, Any]
@@ -38,6 +41,7 @@ class Checkpoint:
     _tensors: TensorFolder
     _names: dict[str, str]  # module name + parameter, as names.py spells it -> tensor name in the files
     _quantization: Quantization
+    _sparse: frozenset[str] = frozenset()
 
     def weights(self, prefix: str = "") -> Iterator[tuple[str, Weight]]:
         """Every weight whose name begins so, once, in the order of the forward pass. Raises ModelError for numbers that
@@ -59,7 +63,8 @@ class Checkpoint:
                 continue
             for part in source.parts:
                 rows = len(np.arange(source.shape[0])[part.rows])
-                yield part.name, (rows, source.shape[1]), self._format(source)
+                sparse = part.name in self._sparse
+                yield part.name, (rows, source.shape[1]), replace(self._format(source), sparse24=sparse)
 
     def _tensor_names(self, source: Source) -> list[str]:
         keys = (f"{source.module}.{parameter}" for parameter in self._parameters(source))
@@ -83,11 +88,18 @@ class Checkpoint:
         else:
             whole = self._matrix(source)
             for part in source.parts:
-                yield part.name, _take_rows(whole, part)
+                mine = _take_rows(whole, part)
+                yield part.name, self._sparsified(part.name, mine) if part.name in self._sparse else mine
         if source.bias:
             bias = self._vector(f"{source.module}.bias")
             for part in source.parts:
                 yield f"{part.name}.bias", _as_weight(bias[part.rows])
+
+    def _sparsified(self, name: str, weight: Weight) -> Weight:
+        try:
+            return sparsify(weight)
+        except RecipeError as error:
+            raise ModelError(f"{self.path}: {name}, which config.json's hasten.sparse24 names: {error}") from None
 
     def _vector(self, key: str) -> NDArray[np.float32]:
         name = self._names[key]
@@ -131,7 +143,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     quantization = quantization_of(config_of_text(config), frozenset(names))
     spec = _as_stored(spec, config, tensors, names)
     _check_tensors(folder, config, spec, tensors, names, quantization)
-    return Checkpoint(folder, config, spec, tensors, names, quantization)
+    return Checkpoint(folder, config, spec, tensors, names, quantization, _sparse_names(config, spec))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -142,6 +154,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config is None:
         raise ModelError(f"{folder}: no config.json, so this is not a model folder")
     return config
+
+
+def _sparse_names(config: dict[str, Any], spec: ModelSpec) -> frozenset[str]:
+    section = config.get("hasten")
+    names = section.get("sparse24", []) if isinstance(section, dict) else []
+    known = {part.name for source in sources(spec, config) if source.role != "norm" for part in source.parts}
+    if not isinstance(names, list) or not set(names) <= known:
+        raise ModelError(f"config.json: hasten.sparse24 is {names!r:.120}, expected names of matrices of this model")
+    return frozenset(names)
 
 
 def check_finite(values: NDArray[Any], dtype: str, where: str) -> None:
@@ -244,7 +265,7 @@ def _check_tensors(
             if info.dtype not in dtypes:
                 raise ModelError(f"{folder}: tensor {key!r} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
         left -= {f"{source.module}.{parameter}" for parameter in quantization.optional(source)}
-    for key in sorted(left):
+    for key in sorted(key for key in left if not key.endswith(tuple(f".{end}" for end in quantization.kv_scales))):
         raise ModelError(
             f"{folder}: tensor {names[key]!r} is not part of a {spec.family} model with this configuration"
         )

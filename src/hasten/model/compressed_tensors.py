@@ -1,8 +1,10 @@
 """The compressed-tensors scheme, read: config groups, targets, and their packed tensors -> Weights.
 
 Supported: weights of 4 bits (symmetric and asymmetric) and 8 bits (symmetric), a scale for each row or group, stored as
-pack-quantized, naive-quantized or int-quantized, several groups with different formats. Activation quantisation in the
-configuration must be dynamic int8, which backends do of their own accord. The writer's side is in writer.py.
+pack-quantized, naive-quantized or int-quantized; floats of 8 bits (e4m3) with a scale for the whole, each row, group or
+block, stored as float-quantized or naive-quantized; several groups with different formats. Activations may be quantised
+to 8 bits, static ones to floats only; scales of keys and values are passed over: backends do both of their own accord.
+The writer's side is in writer.py.
 """
 
 import re
@@ -14,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError
-from hasten.model.formats import Format, Weight
+from hasten.model.formats import Activations, Format, Kind, Weight
+from hasten.model.fp8 import NAN
 from hasten.model.names import Source
 from hasten.model.quantized import (
     FLOATS,
@@ -28,7 +31,9 @@ from hasten.model.quantized import (
 )
 
 PACKED = "pack-quantized"
-UNPACKED = ("naive-quantized", "int-quantized")
+INTEGERS, FLOATS8 = "int-quantized", "float-quantized"
+UNPACKED = ("naive-quantized", INTEGERS, FLOATS8)
+KV_SCALES = ("k_scale", "v_scale")
 _CHUNK = 1 << 17
 # A module that Transformers keeps as a Conv1D (GPT-2) is not one that compressed-tensors knows. It is stored as the
 # Linear that it stands for, under a format name that makes Transformers refuse the folder, not load half of it.
@@ -37,7 +42,8 @@ CONV1D_PACKED = "hasten-conv1d"
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """One config group. group_size: as stored, None for one scale a row."""
+    """One config group. group_size: as stored, None for one scale a row; block_rows: rows that share a scale, 0 is all.
+    floats: e4m3 rather than integers."""
 
     name: str
     bits: int
@@ -45,15 +51,24 @@ class _Scheme:
     group_size: int | None
     packed: bool
     by_activation: bool
+    floats: bool = False
+    block_rows: int = 1
+    activations: Activations | None = None
 
 
 class CompressedTensors:
     """See quantized.Quantization."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        for key in ("kv_cache_scheme", "transform_config"):
-            if settings.get(key):
-                raise ModelError(f"config.json: quantization_config.{key} is not supported")
+        if settings.get("transform_config"):
+            raise ModelError("config.json: quantization_config.transform_config is not supported")
+        self.kv_scales: tuple[str, ...] = ()
+        if kv := settings.get("kv_cache_scheme"):
+            if kv.get("type") != "float" or kv.get("num_bits") != 8 or kv.get("dynamic"):
+                raise ModelError(
+                    f"config.json: quantization_config.kv_cache_scheme is not supported: {dict(kv)!r:.120}"
+                )
+            self.kv_scales = KV_SCALES
         sparsity = settings.get("sparsity_config") or {}
         if sparsity.get("format", "dense") != "dense":
             raise ModelError(f"config.json: sparse weights ({sparsity['format']}) are not supported")
@@ -71,15 +86,22 @@ class CompressedTensors:
         if scheme.bits == 4 and source.shape[1] % 2:
             raise ModelError(f"{source.module}: 4 bits need an even number of inputs, found {source.shape[1]}")
         group = group_of(scheme.group_size, source.shape[1], source.module)
-        return Format("int8" if scheme.bits == 8 else "int4", group, scheme.symmetric)
+        kind: Kind = "fp8" if scheme.floats else "int8" if scheme.bits == 8 else "int4"
+        return Format(kind, group, scheme.symmetric, activations=scheme.activations)
 
     def expected(self, source: Source) -> Expected:
         scheme = self._scheme(source)
         assert scheme is not None
         rows, columns = source.shape
         groups = -(-columns // scheme.group_size) if scheme.group_size else 1
-        tensors: Expected = {"weight_scale": (FLOATS, (rows, groups))}
-        if scheme.packed:
+        scaled_rows = -(-rows // scheme.block_rows) if scheme.block_rows else 1
+        # One scale for the whole matrix has one dimension.
+        tensors: Expected = {"weight_scale": (FLOATS, (scaled_rows, groups) if scheme.block_rows else (1,))}
+        if scheme.activations == "fp8-static":
+            tensors["input_scale"] = (FLOATS, (1,))
+        if scheme.floats:
+            tensors["weight"] = (("F8_E4M3",), (rows, columns))
+        elif scheme.packed:
             per_word = 32 // scheme.bits
             tensors["weight_packed"] = (("I32",), (rows, -(-columns // per_word)))
             tensors["weight_shape"] = (("I64", "I32"), (2,))
@@ -100,6 +122,8 @@ class CompressedTensors:
         assert scheme is not None
         assert format is not None
         rows, columns = source.shape
+        if scheme.floats:
+            return _read_floats(scheme, format, source.shape, arrays, where)
         if scheme.packed and tuple(arrays["weight_shape"]) != source.shape:
             found = arrays["weight_shape"].tolist()
             raise ModelError(f"{where}: weight_shape is {found}, expected {list(source.shape)}")
@@ -134,6 +158,18 @@ class CompressedTensors:
         return self._targets[found] if found is not None else None
 
 
+def _read_floats(scheme: _Scheme, format: Format, shape: tuple[int, int], arrays: Arrays, where: str) -> Weight:
+    rows, columns = shape
+    data = arrays["weight"]
+    if ((data & np.uint8(NAN)) == NAN).any():
+        raise ModelError(f"{where}: weight holds NaN: the checkpoint is damaged")
+    scales = floats(arrays["weight_scale"]).reshape(-1, 1 if not scheme.block_rows else arrays["weight_scale"].shape[1])
+    scales = np.repeat(scales, scheme.block_rows or rows, axis=0)[:rows]
+    scales = np.ascontiguousarray(spread_groups(scales, scheme.group_size or columns, format.group_size, columns))
+    given = floats(arrays["input_scale"]) if "input_scale" in arrays else None
+    return Weight(format, shape, data, scales, input_scale=given)
+
+
 def _matches(names: set[str], target: str) -> bool:
     if target.startswith("re:"):
         return any(re.match(target[3:], name) for name in names)
@@ -152,29 +188,51 @@ def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
         raise ModelError(f"{where}: format {format!r} is not supported; supported: {', '.join((PACKED, *UNPACKED))}")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     symmetric = bool(weights.get("symmetric", True))
-    if kind != "int" or bits not in (4, 8) or (bits == 8 and not symmetric):
+    eight_bit_float = kind == "float" and bits == 8 and symmetric
+    if not eight_bit_float and (kind != "int" or bits not in (4, 8) or (bits == 8 and not symmetric)):
         sign = "symmetric" if symmetric else "asymmetric"
-        raise ModelError(f"{where}: {sign} {kind} weights of {bits} bits; supported: int of 4 bits, symmetric int of 8")
+        raise ModelError(
+            f"{where}: {sign} {kind} weights of {bits} bits; supported: int of 4 bits, symmetric int or float of 8"
+        )
     size = weights.get("group_size")
     if strategy is None:
         strategy = "group" if isinstance(size, int) and size > 0 else "channel" if size == -1 else "tensor"
-    if strategy not in ("group", "channel"):
-        raise ModelError(f"{where}: strategy {strategy!r} is not supported; supported: group, channel")
+    known = ("group", "channel", *(("tensor", "block") if eight_bit_float else ()))
+    if strategy not in known:
+        raise ModelError(f"{where}: strategy {strategy!r} is not supported; supported: {', '.join(known)}")
+    block_rows = 0 if strategy == "tensor" else 1
+    if strategy == "block":
+        block_rows, size = weights["block_structure"]
     if weights.get("dynamic"):
         raise ModelError(f"{where}: weights quantised dynamically are not supported")
-    _check_activations(group, where)
-    by_activation = weights.get("actorder") in (True, "group", "dynamic")
-    return _Scheme(name, bits, symmetric, size if strategy == "group" else None, format not in UNPACKED, by_activation)
+    return _Scheme(
+        name,
+        bits,
+        symmetric,
+        size if strategy in ("group", "block") else None,
+        packed=format not in UNPACKED and not eight_bit_float,
+        by_activation=weights.get("actorder") in (True, "group", "dynamic"),
+        floats=eight_bit_float,
+        block_rows=block_rows,
+        activations=_read_activations(group, where),
+    )
 
 
-def _check_activations(group: Mapping[str, Any], where: str) -> None:
+def _read_activations(group: Mapping[str, Any], where: str) -> Activations | None:
     inputs = group.get("input_activations")
     if group.get("output_activations"):
         raise ModelError(f"{where}: quantised output activations are not supported")
-    if inputs and not (
-        inputs.get("dynamic") is True and inputs.get("type", "int") == "int" and inputs["num_bits"] == 8
-    ):
-        raise ModelError(f"{where}: input activations must be dynamic int8, found {dict(inputs)!r:.120}")
+    if not inputs:
+        return None
+    kind, dynamic = inputs.get("type", "int"), inputs.get("dynamic") is True
+    if inputs.get("num_bits") == 8 and kind == "int" and dynamic:
+        return "int8"
+    if inputs.get("num_bits") == 8 and kind == "float" and (dynamic or inputs.get("strategy") == "tensor"):
+        return "fp8" if dynamic else "fp8-static"
+    raise ModelError(
+        f"{where}: input activations must be dynamic int8 or float8, or float8 with one static scale, "
+        f"found {dict(inputs)!r:.120}"
+    )
 
 
 def _packed_data(words: NDArray[Any], bits: int, columns: int) -> NDArray[Any]:

@@ -5,15 +5,18 @@ here is the slow numpy reference of what a backend does fast.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError, RecipeError
+from hasten.model import sparse
+from hasten.model.fp8 import LARGEST, from_fp8, to_fp8
 
-Kind = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Kind = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
+Activations = Literal["int8", "fp8", "fp8-static"]
 ScaleDtype = Literal["fp32", "fp16", "bf16"]
 Floats = NDArray[np.float32]
 
@@ -30,11 +33,17 @@ class Format:
 
     group_size: input columns that share a scale; 0 means one scale per output row ("channel"). Dense kinds have none.
     symmetric: int4 only; False stores a zero point beside each scale.
+    sparse24: of each four successive columns at most two are not zero; only two are kept (sparse.py).
+    activations: how a folder says that the product's inputs are to be quantised: to integers or floats of 8 bits as
+    they come, or to such floats with a scale that is known beforehand. Others go by it; our backends do as suits them.
+    It is no part of how the matrix is stored, and does not count when two Formats are compared.
     """
 
     kind: Kind
     group_size: int = 0
     symmetric: bool = True
+    sparse24: bool = False
+    activations: Activations | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +51,13 @@ class Weight:
     """One weight matrix `[N, K]`: N outputs, K inputs; `y = x @ W.T`.
 
     data:   fp32 float32 [N, K]; fp16 float16 [N, K]; bf16 uint16 bits [N, K]; int8 int8 [N, K];
-            int4 uint8 [N, K / 2], column 2j in the low nibble of byte j, values 0..15.
+            fp8 uint8 [N, K], bits of e4m3; int4 uint8 [N, K / 2], column 2j in the low nibble of byte j, values 0..15.
+            sparse24: the same of the K / 2 columns that each row keeps, in their order.
     scales: float32 [N, G], G = ceil(K / group_size) (1 where group_size is 0); None for dense kinds.
     zeros:  uint8 [N, G], values 0..15, for asymmetric int4; None otherwise (symmetric int4 has zero 8, int8 zero 0).
     perm:   int32 [K] or None: column j of `data` multiplies input x[perm[j]] (GPTQ checkpoints with act-order).
+    mask:   sparse24: uint8 [N, ceil(K / 8)], the columns that are kept, low bit first; None otherwise.
+    input_scale: of activations "fp8-static": float32 [1], an input is this times an e4m3 number.
     A number is scale * (value - zero).
     """
 
@@ -55,6 +67,8 @@ class Weight:
     scales: NDArray[np.float32] | None = None
     zeros: NDArray[np.uint8] | None = None
     perm: NDArray[np.int32] | None = None
+    mask: NDArray[np.uint8] | None = None
+    input_scale: NDArray[np.float32] | None = None
 
 
 def to_bf16(values: Floats) -> NDArray[np.uint16]:
@@ -107,6 +121,8 @@ def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def check_format(format: Format, shape: tuple[int, int]) -> None:
     """Raise RecipeError where a matrix of this shape cannot be stored so."""
     columns = shape[1]
+    if format.sparse24 and columns % 4:
+        raise RecipeError(f"2:4 does not fit a matrix of {columns} columns: a multiple of 4 is needed")
     if format.kind in DENSE_BYTES:
         return
     if format.group_size not in GROUP_SIZES:
@@ -120,8 +136,10 @@ def check_format(format: Format, shape: tuple[int, int]) -> None:
         )
     if format.kind == "int4" and columns % 2:
         raise RecipeError(f"int4 does not fit a matrix of {columns} columns: an even number is needed; take int8")
-    if format.kind == "int8" and not format.symmetric:
-        raise RecipeError("int8 weights are always symmetric here; take symmetric int8 or asymmetric int4")
+    if format.kind != "int4" and not format.symmetric:
+        raise RecipeError(f"{format.kind} weights are always symmetric here; take asymmetric int4")
+    if format.sparse24 and not format.symmetric:
+        raise RecipeError("2:4 weights are always symmetric here: a zero point would make zeros of no use")
 
 
 def num_groups(format: Format, columns: int) -> int:
@@ -132,9 +150,13 @@ def num_groups(format: Format, columns: int) -> int:
 def bytes_of(format: Format, shape: tuple[int, int]) -> int:
     """Bytes that a product reads of one matrix: numbers, scales (2 bytes each) and zero points (1 byte each)."""
     rows, columns = shape
+    if format.sparse24:
+        whole = bytes_of(replace(format, sparse24=False), (rows, columns // 2))
+        more = num_groups(format, columns) - num_groups(format, columns // 2)  # scales are not halved
+        return whole + rows * (-(-columns // 8) + (0 if format.kind in DENSE_BYTES else 2 * more))
     if format.kind in DENSE_BYTES:
         return rows * columns * DENSE_BYTES[format.kind]
-    data = rows * columns if format.kind == "int8" else rows * -(-columns // 2)
+    data = rows * -(-columns // 2) if format.kind == "int4" else rows * columns
     return data + rows * num_groups(format, columns) * (2 if format.symmetric else 3)
 
 
@@ -147,9 +169,13 @@ def quantize(values: Floats, format: Format, scale_dtype: ScaleDtype = "bf16", s
     or whose scale overflows scale_dtype.
     """
     rows, columns = values.shape
+    if format.sparse24:
+        return sparsify(quantize(values, replace(format, sparse24=False), scale_dtype, search))
     if format.kind in DENSE_BYTES:
-        return dense_weight(values, format.kind)
+        return replace(dense_weight(values, format.kind), format=format)
     check_format(format, (rows, columns))
+    if format.kind == "fp8":
+        return _quantize_fp8(values, format, scale_dtype)
     groups = num_groups(format, columns)
     numbers = np.empty((rows, columns), np.int8 if format.kind == "int8" else np.uint8)
     scales = np.empty((rows, groups), np.float32)
@@ -162,6 +188,65 @@ def quantize(values: Floats, format: Format, scale_dtype: ScaleDtype = "bf16", s
         numbers[part], scales[part], zeros[part] = q.reshape(-1, columns), scale, zero
     data = pack_nibbles(numbers.view(np.uint8)) if format.kind == "int4" else numbers
     return Weight(format, (rows, columns), data, scales, None if format.symmetric else zeros)
+
+
+def _quantize_fp8(values: Floats, format: Format, scale_dtype: ScaleDtype) -> Weight:
+    rows, columns = values.shape
+    groups = num_groups(format, columns)
+    data, scales = np.empty((rows, columns), np.uint8), np.empty((rows, groups), np.float32)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        grouped = np.asarray(values[part], np.float32).reshape(-1, groups, columns // groups)
+        reach = np.abs(grouped).max(axis=2)
+        if not np.isfinite(reach).all():
+            raise ModelError("cannot quantise a matrix that holds NaN or infinity")
+        scale = round_to(reach / np.float32(LARGEST), scale_dtype)
+        scale[scale == 0] = 1
+        data[part], scales[part] = to_fp8(grouped / scale[..., None]).reshape(-1, columns), scale
+    return Weight(format, (rows, columns), data, scales)
+
+
+def sparsify(weight: Weight) -> Weight:
+    """A Weight that holds two zeros in each four successive columns -> only the others. RecipeError for one without."""
+    check_format(replace(weight.format, sparse24=True), weight.shape)
+    whole = _elements(weight)
+    mask = sparse.mask_of(_nonzero(weight))
+    if mask is None:
+        raise RecipeError("a matrix that is to be 2:4 has three numbers in four successive columns that are not zero")
+    kept = sparse.take(whole, mask)
+    data = pack_nibbles(kept) if weight.format.kind == "int4" else kept
+    return replace(weight, format=replace(weight.format, sparse24=True), data=data, mask=mask)
+
+
+def densify(weight: Weight) -> Weight:
+    """The same Weight with its zeros, where it is sparse24."""
+    if weight.mask is None:
+        return weight
+    data: NDArray[Any] = weight.data
+    if weight.format.kind == "int4":  # a zero is stored as 8
+        kept = unpack_nibbles(data) ^ np.uint8(8)
+        whole = pack_nibbles(sparse.spread(kept, weight.mask) ^ np.uint8(8))
+    else:
+        whole = sparse.spread(data, weight.mask)
+    return replace(weight, format=replace(weight.format, sparse24=False), data=whole, mask=None)
+
+
+def _elements(weight: Weight) -> NDArray[Any]:
+    """One array element a column, [N, K]."""
+    return unpack_nibbles(weight.data.view(np.uint8)) if weight.format.kind == "int4" else weight.data
+
+
+def _nonzero(weight: Weight) -> NDArray[np.bool_]:
+    values = _elements(weight)
+    match weight.format.kind:
+        case "bf16":
+            return np.asarray((values & np.uint16(0x7FFF)) != 0)
+        case "fp8":
+            return np.asarray((values & np.uint8(0x7F)) != 0)
+        case "int4":
+            return np.asarray(values != 8)
+    return np.asarray(values != 0)
 
 
 def _quantize_groups(
@@ -214,6 +299,7 @@ def _scales(low: Floats, high: Floats, format: Format, scale_dtype: ScaleDtype) 
 
 def dequantize(weight: Weight) -> Floats:
     """The numbers a Weight stands for, float32 [N, K], columns in the order of the input (perm undone)."""
+    weight = densify(weight)
     kind = weight.format.kind
     data: NDArray[Any] = weight.data
     if kind == "fp32":
@@ -239,12 +325,16 @@ def _integer_chunks(weight: Weight) -> Iterator[tuple[slice, Floats]]:
     step = max(1, _CHUNK // columns)
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
-        numbers = centred(weight, part).astype(np.float32)
+        if weight.format.kind == "fp8":
+            numbers = from_fp8(weight.data.view(np.uint8)[part])
+        else:
+            numbers = centred(weight, part).astype(np.float32)
         yield part, numbers * np.repeat(weight.scales[part], group, axis=1)[:, :columns]
 
 
 def centred(weight: Weight, rows: slice = slice(None)) -> NDArray[np.int8]:
     """The integers of a quantised Weight less their zero points, int8 [n, K], columns in the order of `data`."""
+    assert weight.mask is None
     data: NDArray[Any] = weight.data[rows]
     if weight.format.kind == "int8":
         return data
@@ -286,9 +376,10 @@ def product(x: Floats, weight: Weight, input_bits: int | None = 8) -> Floats:
     """x [T, K] times W.T -> float32 [T, N]: what a backend's product must give, up to the rounding of its sums.
 
     Integer formats multiply inputs quantised to 8 or 16 bits by group (input_bits None: as they are); the sums of each
-    group are exact integers, scaled and added in float64.
+    group are exact integers, scaled and added in float64. Others multiply inputs as they are.
     """
-    if weight.scales is None or input_bits is None:
+    weight = densify(weight)
+    if weight.scales is None or input_bits is None or weight.format.kind == "fp8":
         return x @ dequantize(weight).T
     columns = weight.shape[1]
     size = activation_group(weight.format)

@@ -31,6 +31,8 @@ _SCALES = ("F16", "BF16", "F32")
 class Gptq:
     """See quantized.Quantization."""
 
+    kv_scales: tuple[str, ...] = ()
+
     def __init__(self, settings: Mapping[str, Any], tensor_names: frozenset[str]) -> None:
         self._names = tensor_names
         self._bits = settings.get("bits")
@@ -109,6 +111,8 @@ class Gptq:
 
 class Awq:
     """See quantized.Quantization."""
+
+    kv_scales: tuple[str, ...] = ()
 
     def __init__(self, settings: Mapping[str, Any], tensor_names: frozenset[str]) -> None:
         self._names = tensor_names

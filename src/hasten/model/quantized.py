@@ -22,7 +22,10 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class Quantization(Protocol):
-    """How the modules of one checkpoint are stored."""
+    """How the modules of one checkpoint are stored. kv_scales: names that tensors of an attention module end in, which
+    are no weights."""
+
+    kv_scales: tuple[str, ...]
 
     def format_of(self, source: Source) -> Format | None:
         """The Format of a module's matrix; None where it is dense."""
@@ -39,6 +42,8 @@ class Quantization(Protocol):
 
 class Dense:
     """No module is quantised."""
+
+    kv_scales: tuple[str, ...] = ()
 
     def format_of(self, source: Source) -> Format | None:
         return None
@@ -74,7 +79,8 @@ def quantization_of(config: Mapping[str, Any], tensor_names: frozenset[str]) -> 
             return gptq_awq.Awq(settings, tensor_names)
         case other:
             raise ModelError(
-                f"quantisation method {other!r} is not supported; supported: compressed-tensors (int4, int8), gptq, awq"
+                f"quantisation method {other!r} is not supported; supported: compressed-tensors (int4, int8, fp8), "
+                "gptq, awq"
             )
 
 

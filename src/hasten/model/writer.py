@@ -10,6 +10,10 @@ How each Format is stored (docs/format.md has the same in full):
 - A tied, quantised head: the matrix is stored once, as the embedding's `weight`; the head's weight_scale (and zero
   points) are repeated, since Transformers scales the two modules apart. tie_word_embeddings stays true.
 - Modules that Transformers fuses (Phi-3, GPT-2, GPT-NeoX) are fused again; their parts must have one format.
+- fp8: "float-quantized", `weight` as F8_E4M3 and weight_scale; input_scale where activations are static. int8 with
+  activations of 8 bits: "int-quantized", one byte a number. Scales of keys and values: k_scale and v_scale of the
+  attention module.
+- 2:4 matrices are written with their zeros, for everybody, and named in config.json's `hasten.sparse24`.
 - GPT-2's Conv1D modules cannot be quantised by Transformers. They are stored as Linear ones, under the format
   "hasten-conv1d", which Transformers refuses with an error.
 - Vectors, and what is not quantised: the model's dtype, or float32 where that would lose something.
@@ -26,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError, ResourceError
-from hasten.model.compressed_tensors import CONV1D_PACKED, PACKED
-from hasten.model.formats import Format, Weight, dequantize, from_bf16, to_bf16, unpack_nibbles
+from hasten.model.compressed_tensors import CONV1D_PACKED, FLOATS8, INTEGERS, KV_SCALES, PACKED
+from hasten.model.formats import Activations, Format, Weight, densify, dequantize, from_bf16, to_bf16, unpack_nibbles
 from hasten.model.names import Source, sources
 from hasten.model.spec import ModelSpec, config_of_text, spec_from_config
 from hasten.model.tensor_file import SHARD_BYTES, TensorWriter, new_folder
@@ -39,17 +43,19 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _DENSE = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _BYTES_PER_TENSOR = 160  # of header, beside the name
+_Key = tuple[Format, str, Activations | None]  # how modules of one config group are stored
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
     """How one module was written, for the configuration. scales: a quantised embedding's Weight without its data, which
-    a tied head repeats."""
+    a tied head repeats. sparse: its matrices that are 2:4."""
 
     source: Source
     format: Format | None = None
     container: str = ""
     scales: Weight | None = None
+    sparse: tuple[str, ...] = ()
 
 
 def write_checkpoint(
@@ -64,7 +70,8 @@ def write_checkpoint(
 
     config: config.json of the original (a multimodal one is written as its text part). weights: canonical names, in any
     order; a module that Transformers fuses is held in memory until its parts are there. A "head" makes the model
-    untied, whatever config says. tokenizer_files_from: a model folder whose tokenizer, chat template and
+    untied, whatever config says. "layers.I.k_scale" and "layers.I.v_scale", each one number, are scales of keys and
+    values stored as fp8. tokenizer_files_from: a model folder whose tokenizer, chat template and
     generation_config.json are copied. extra_files: file name -> content.
 
     Raises ResourceError where the folder exists, the disk is full or permission is missing; ModelError for weights that
@@ -78,15 +85,34 @@ def write_checkpoint(
         room = sum(5 * (len(s.module) + 20 + _BYTES_PER_TENSOR) for s in table.values()) + 4096
         writer = TensorWriter(folder, room, shard_bytes)
         try:
-            stored = list(_write_modules(writer, spec, table, weights))
+            kv_scales: list[str] = []
+            stored = list(_write_modules(writer, spec, table, _without_kv(writer, spec, table, weights, kv_scales)))
             tied = _finish_head(writer, spec, stored, tied=_is_tied(text))
             writer.finish()
         finally:
             writer.close()
-        _write_config(folder, text, stored, tied)
+        _write_config(folder, text, stored, tied, bool(kv_scales))
         _copy_tokenizer(folder, tokenizer_files_from)
         for name, content in (extra_files or {}).items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _without_kv(
+    writer: TensorWriter,
+    spec: ModelSpec,
+    table: Mapping[str, Source],
+    weights: Iterable[tuple[str, Weight]],
+    written: list[str],
+) -> Iterator[tuple[str, Weight]]:
+    """The weights but for scales of keys and values, which are written, and their names noted."""
+    for name, weight in weights:
+        layer, _, end = name.rpartition(".")
+        if end not in KV_SCALES:
+            yield name, weight
+            continue
+        attention = table[f"{layer}.k"].module.rpartition(".")[0]
+        _add_vector(writer, spec, f"{attention}.{end}", dequantize(weight)[:, 0])
+        written.append(name)
 
 
 def _write_modules(
@@ -120,20 +146,29 @@ def _write_module(writer: TensorWriter, spec: ModelSpec, source: Source, parts: 
         vector = dequantize(parts[source.parts[0].name])[:, 0] - np.float32(spec.norm_offset)
         _add_vector(writer, spec, f"{source.module}.weight", vector)
         return _Stored(source)
-    weight = _join(source, parts)
+    sparse = tuple(part.name for part in source.parts if parts[part.name].mask is not None)
+    weight = _join(source, {name: densify(part) for name, part in parts.items()})
     kind = weight.format.kind
     if kind in _DENSE:
         data: NDArray[Any] = weight.data.T if source.transposed else weight.data
         writer.add(f"{source.module}.weight", _DENSE[kind], data)
-        return _Stored(source)
+        return _Stored(source, sparse=sparse)
     if weight.perm is not None:
         raise ModelError(f"{source.parts[0].name}: columns in GPTQ's act-order cannot be written; requantise it")
-    container = CONV1D_PACKED if source.transposed else PACKED
-    if source.role == "embedding" or not (weight.format.symmetric or source.transposed):
-        container = NAIVE
-    _add_quantized(writer, spec, source.module, weight, packed=container != NAIVE)
+    container = _container(source, weight.format)
+    _add_quantized(writer, spec, source.module, weight, packed=container in (PACKED, CONV1D_PACKED))
     scales = replace(weight, data=weight.data[:0]) if source.parts[0].name == "embed" else None
-    return _Stored(source, weight.format, container, scales)
+    return _Stored(source, weight.format, container, scales, sparse)
+
+
+def _container(source: Source, format: Format) -> str:
+    if source.transposed:
+        return CONV1D_PACKED
+    if format.kind == "fp8":
+        return FLOATS8
+    if source.role == "embedding" or not format.symmetric:
+        return NAIVE
+    return INTEGERS if format.kind == "int8" and format.activations else PACKED
 
 
 def _join(source: Source, parts: Mapping[str, Weight]) -> Weight:
@@ -158,7 +193,8 @@ def _join(source: Source, parts: Mapping[str, Weight]) -> Weight:
 
     scales = None if first.scales is None else joined([w.scales for w in weights if w.scales is not None])
     zeros = None if first.zeros is None else joined([w.zeros for w in weights if w.zeros is not None])
-    return Weight(first.format, source.shape, joined([w.data for w in weights]), scales, zeros)
+    data = joined([w.data for w in weights])
+    return Weight(first.format, source.shape, data, scales, zeros, input_scale=first.input_scale)
 
 
 def _add_vector(writer: TensorWriter, spec: ModelSpec, name: str, values: NDArray[np.float32]) -> None:
@@ -180,7 +216,11 @@ def _floats(values: NDArray[np.float32], spec: ModelSpec) -> tuple[str, NDArray[
 
 def _add_quantized(writer: TensorWriter, spec: ModelSpec, module: str, weight: Weight, packed: bool) -> None:
     data: NDArray[Any] = weight.data
-    if packed:
+    if weight.format.kind == "fp8":
+        writer.add(f"{module}.weight", "F8_E4M3", data)
+        if weight.input_scale is not None:
+            _add_vector(writer, spec, f"{module}.input_scale", weight.input_scale)
+    elif packed:
         octets = data if weight.format.kind == "int4" else data.view(np.uint8) ^ np.uint8(0x80)
         writer.add(f"{module}.weight_packed", "I32", _words(octets))
         writer.add(f"{module}.weight_shape", "I64", np.array(weight.shape, np.int64))
@@ -235,12 +275,20 @@ def _finish_head(writer: TensorWriter, spec: ModelSpec, stored: list[_Stored], t
     return True
 
 
-def _write_config(folder: Path, text: Mapping[str, Any], stored: list[_Stored], tied: bool) -> None:
+def _write_config(folder: Path, text: Mapping[str, Any], stored: list[_Stored], tied: bool, kv_scales: bool) -> None:
     config = {key: value for key, value in text.items() if key != "quantization_config"}
     config["tie_word_embeddings"] = tied
     if config.get("model_type") == "gemma3_text":
         config["architectures"] = ["Gemma3ForCausalLM"]
+    section = {key: value for key, value in dict(config.get("hasten") or {}).items() if key != "sparse24"}
+    if sparse := [name for entry in stored for name in entry.sparse]:
+        section["sparse24"] = sparse
+    if section:
+        config["hasten"] = section
     settings = _quantization_config(stored, tied)
+    if kv_scales:
+        settings = settings or {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+        settings["kv_cache_scheme"] = _float_args({"strategy": "tensor", "dynamic": False})
     if settings is not None:
         config["quantization_config"] = settings
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -249,8 +297,8 @@ def _write_config(folder: Path, text: Mapping[str, Any], stored: list[_Stored], 
 def _quantization_config(stored: list[_Stored], tied: bool) -> dict[str, Any] | None:
     """Config groups, one for each way in which modules are stored. The Linear modules of the largest go by their class,
     all others by name."""
-    groups: dict[tuple[Format, str], list[str]] = {}
-    classes: dict[tuple[Format, str], int] = {}
+    groups: dict[_Key, list[str]] = {}
+    classes: dict[_Key, int] = {}
     dense: list[str] = []
     for entry in stored:
         names = _names_in_transformers(entry.source, tied)
@@ -258,7 +306,7 @@ def _quantization_config(stored: list[_Stored], tied: bool) -> dict[str, Any] | 
         if entry.format is None:
             dense += names if is_linear else names[1:]
             continue
-        key = (entry.format, entry.container)
+        key = (replace(entry.format, sparse24=False), entry.container, entry.format.activations)
         classes[key] = classes.get(key, 0) + is_linear
         groups.setdefault(key, []).extend(names)
     if not groups:
@@ -270,13 +318,18 @@ def _quantization_config(stored: list[_Stored], tied: bool) -> dict[str, Any] | 
         groups[common] = ["Linear", *(name for name in groups[common] if name not in linear)]
     # compressed-tensors warns of every named target that a class matched first: the class comes last.
     ordered = sorted(groups.items(), key=lambda item: item[0] == common)
-    containers = {container for _, container in groups}
+    containers = {container for _, container, _ in groups}
     return {
         "quant_method": "compressed-tensors",
         "format": containers.pop() if len(containers) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": {"targets": targets, "weights": _weight_args(key[0]), "format": key[1]}
+            f"group_{index}": {
+                "targets": targets,
+                "weights": _weight_args(key[0]),
+                "format": key[1],
+                **({"input_activations": _activation_args(key[2])} if key[2] else {}),
+            }
             for index, (key, targets) in enumerate(ordered)
         },
         "ignore": dense if by_class else [],
@@ -292,8 +345,22 @@ def _names_in_transformers(source: Source, tied: bool) -> list[str]:
 
 def _weight_args(format: Format) -> dict[str, Any]:
     grouped = {"strategy": "group", "group_size": format.group_size} if format.group_size else {"strategy": "channel"}
+    if format.kind == "fp8":
+        return _float_args({"dynamic": False, **grouped})
     bits = 4 if format.kind == "int4" else 8
     return {"num_bits": bits, "type": "int", "symmetric": format.symmetric, "dynamic": False, **grouped}
+
+
+def _activation_args(activations: Activations) -> dict[str, Any]:
+    if activations == "int8":
+        return {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    if activations == "fp8":
+        return _float_args({"dynamic": True, "strategy": "token"})
+    return _float_args({"dynamic": False, "strategy": "tensor"})
+
+
+def _float_args(more: Mapping[str, Any]) -> dict[str, Any]:
+    return {"num_bits": 8, "type": "float", "symmetric": True, **more}
 
 
 def _copy_tokenizer(folder: Path, origin: str | Path | None) -> None:

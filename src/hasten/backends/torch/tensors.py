@@ -12,6 +12,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 def to_tensor(weight: Weight, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
     """The numbers that a Weight stands for [N, K], a copy; in its own dtype where it is dense and none is asked for."""
+    weight = formats.densify(weight)
     kind = weight.format.kind
     if kind == "bf16":
         values = torch.from_numpy(np.array(weight.data).view(np.int16)).view(torch.bfloat16)
