@@ -10,13 +10,14 @@ from test_compress_strip import logits as reference_logits
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from hasten import load_torch  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
 from hasten.model import formats  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.tokenizer import Tokenizer  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Prune, Quantize, Recover, Step  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, Recover, Shrink, SplitExperts, Step  # noqa: E402
 
 WORDS = ["".join(np.random.default_rng(seed).choice(list("etaoinshrdlu"), seed % 7 + 1)) for seed in range(3000)]
 
@@ -39,8 +40,12 @@ def made(model: Path, wanted: Recipe, out: Path) -> Path:
 
 def logits(folder: Path) -> np.ndarray:
     checkpoint = open_checkpoint(folder)
-    unseen = Tokenizer(folder).encode(" ".join(WORDS[2500:]))[:48]
-    return reference_logits(checkpoint.spec, checkpoint.weights(), unseen)
+    return reference_logits(checkpoint.spec, checkpoint.weights(), unseen(folder))
+
+
+def unseen(folder: Path) -> list[int]:
+    """Tokens that are not in the calibration text."""
+    return Tokenizer(folder).encode(" ".join(WORDS[2500:]))[:48]
 
 
 def numbers(folder: Path) -> dict[str, np.ndarray]:
@@ -122,10 +127,120 @@ def test_recovering_norms_alone_and_what_does_not_help(
     assert any("recover did not help on held-out sequences" in note for note in receipt.notes)
 
 
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3", "phi3", "gpt2", "gpt_neox"])
+def test_low_rank_folders_keep_the_budget_and_reload(
+    family: str, tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    steps = (Factorize(keep=0.6, ignore=("layers.0.*",)), Quantize("int8", 0, targets=("mlp",)))
+    receipt = compress(tiny_model(family), recipe(text, *steps), tmp_path / "out", device="cpu")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    before = {
+        n: s for n, s, _ in open_checkpoint(tiny_model(family)).matrices() if n.startswith(("layers.1", "layers.2"))
+    }
+    after = {n: (s, f) for n, s, f in checkpoint.matrices() if n.startswith(("layers.1", "layers.2"))}
+    assert 0.5 < sum(n * k for (n, k), _ in after.values()) / sum(n * k for n, k in before.values()) <= 0.6
+    assert not checkpoint.spec.layers[0].ranks
+    assert sum(len(layer.ranks) for layer in checkpoint.spec.layers) == len(
+        [name for name in after if name.endswith(".a")]
+    )
+    for name, (_, fmt) in after.items():
+        assert fmt.kind == ("int8" if name.split(".")[2] in ("gate", "up", "down") else "fp32"), name
+    assert all(error < 1 for error in receipt.settings["errors"].values())
+    want = logits(tmp_path / "out")
+    with torch.no_grad():
+        ids = torch.tensor([unseen(tmp_path / "out")])
+        found = load_torch(tmp_path / "out", dtype=torch.float32)(ids).logits[0].numpy()
+    np.testing.assert_allclose(found, want, atol=1e-3 * np.abs(want).max())
+
+
+def test_whitening_beats_plain_svd(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    wanted, lost = logits(tiny_model("llama")), {}
+    for method in ("svd", "svd-llm"):
+        out = made(tiny_model("llama"), recipe(text, Factorize(rank=24, method=method)), tmp_path / method)
+        assert all(rank == 24 for layer in open_checkpoint(out).spec.layers for _, rank in layer.ranks)
+        lost[method] = np.square(logits(out) - wanted).mean()
+    assert lost["svd-llm"] < lost["svd"]
+
+
+def test_what_would_not_shrink_stays_whole(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """k and v are 24 x 72: 18 ranks hold as many numbers as they do."""
+    receipt = compress(tiny_model("llama"), recipe(text, Factorize(rank=20)), tmp_path / "out", device="cpu")
+    roles = {role for layer in open_checkpoint(tmp_path / "out").spec.layers for role, _ in layer.ranks}
+    assert roles == {"q", "o", "gate", "up", "down"}
+    assert any("layers.0.k stays as it is" in note for note in receipt.notes)
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "gpt2"])
+def test_all_experts_are_the_model_and_fewer_reload(
+    family: str, tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    model, every = tiny_model(family), SplitExperts(experts=4, active=4)
+    found, want = logits(made(model, recipe(text, every), tmp_path / "all")), logits(model)
+    np.testing.assert_allclose(found, want, atol=1e-4 * np.abs(want).max())
+    out = made(model, recipe(text, SplitExperts(4, 2), Quantize("int8", 0)), tmp_path / "some")
+    checkpoint = open_checkpoint(out)
+    assert {(layer.experts, layer.active_experts) for layer in checkpoint.spec.layers} == {(4, 2)}
+    want = logits(out)
+    with torch.no_grad():
+        found = load_torch(out, dtype=torch.float32)(torch.tensor([unseen(out)])).logits[0].numpy()
+    np.testing.assert_allclose(found, want, atol=2e-3 * np.abs(want).max())
+
+
+def test_spectral_experts_lose_less_than_random_ones(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    lost = {}
+    for method in ("spectral", "random"):
+        step = SplitExperts(4, 1, method=method)
+        receipt = compress(planted(tiny_model("llama"), tmp_path), recipe(text, step), tmp_path / method, device="cpu")
+        lost[method] = receipt.settings["errors"]["layers.0.experts"]
+    assert lost["spectral"] < 0.7 * lost["random"]
+
+
+def planted(model: Path, tmp_path: Path) -> Path:
+    """The model with neurons that fire together four by four: gates of a group look the same way."""
+    out = tmp_path / "planted"
+    if not out.exists():
+        changed = load_torch(model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in changed.model.layers:
+                ways = torch.randn(4, 72, generator=generator) * 1.2
+                group = torch.randperm(172, generator=generator) % 4
+                layer.mlp.gate_proj.weight.copy_(ways[group] + 0.05 * torch.randn(172, 72, generator=generator) - 0.1)
+        changed.save_pretrained(out)
+        (out / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    return out
+
+
+def test_an_interrupted_recipe_of_forms_goes_on(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    steps = (Factorize(keep=0.7, targets=("attention",)), SplitExperts(4, 2), Recover(steps=3), Quantize("int8", 0))
+    wanted, model = recipe(text, *steps), tiny_model("qwen3")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    whole = compress(model, wanted, tmp_path / "whole", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, wanted, tmp_path / "out", device="cpu", progress=stop)
+    assert len(list((tmp_path / "out.work").rglob("block-*.npz"))) == 2
+    resumed = compress(model, wanted, tmp_path / "out", device="cpu")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert resumed.settings["errors"] == whole.settings["errors"]
+
+
 @pytest.mark.parametrize(
     ("changes", "step", "message"),
     [
         ({"intermediate_size": 174}, Prune(pattern="2:4"), r"layers.0.down has 174 inputs, 2:4 needs a multiple of 4"),
+        ({}, Factorize(rank=25), r"rank is 25, layers.0.k is a matrix of \(24, 72\): at most 24"),
+        (
+            {},
+            SplitExperts(experts=3, active=1),
+            r"experts is 3, layer 0 has 172 neurons: take a number that divides it",
+        ),
+        ({}, Factorize(targets=("embedding",)), r"factorize works on matrices of decoder layers, found embed"),
         ({}, Recover(), r"put it right behind prune, factorize or split_experts"),
         ({}, Prune(targets=("Linear", "head")), r"prune works on matrices of decoder layers, found head: ignore it"),
     ],
@@ -136,3 +251,22 @@ def test_what_does_not_fit_is_said_before_any_weight_is_read(
     with pytest.raises(RecipeError, match=message):
         compress(tiny_model("llama", **changes), Recipe((step,)), tmp_path / "out", device="cpu")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((Factorize(), SplitExperts(4, 2)), "layer 0's mlp is factorised, which is not split"),
+        ((SplitExperts(4, 2), Factorize()), "layers.0.gate belongs to experts, which are not factorised"),
+        ((Factorize(), Factorize(method="svd")), "layers.0.q is factorised already"),
+        ((SplitExperts(4, 2), SplitExperts(4, 2)), "layer 0 is split into 4 experts already"),
+        ((Factorize(), Prune()), "prune comes after factorize, and would undo it"),
+        ((SplitExperts(4, 2), Shrink(neurons=0.5)), "shrink comes after split_experts"),
+        ((Factorize(), Quantize("int4", method="awq")), "awq and threshold are for matrices that are not factorised"),
+    ],
+)
+def test_steps_that_do_not_go_together(
+    steps: tuple[Step, ...], message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        compress(tiny_model("llama"), Recipe(steps), tmp_path / "out", device="cpu")

@@ -30,7 +30,8 @@ def into_norm(block: Block, roles: Sequence[str], scales: Tensor) -> None:
     bias = getattr(norm, "bias", None)
     if bias is not None:
         bias.data = (bias.float() / left).to(bias.dtype)
-    for role in roles:
+    readers = (*roles, "router") if NORM_OF[roles[0]] == "mlp_norm" and "router" in block.linears else roles
+    for role in readers:
         _multiply(block.linears[role], left)
 
 

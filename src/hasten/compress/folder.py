@@ -130,7 +130,8 @@ def check_out(out: Path) -> None:
 
 def requantised(plan: Plan, before: Mapping[str, Format]) -> tuple[str, ...]:
     """A line where matrices that were quantised already are quantised again: what was lost stays lost."""
-    again = [n for n, fmt in plan.formats.items() if before[n].kind in ("int8", "int4") and before[n] != fmt]
+    formats = {name: fmt for name, fmt in plan.formats.items() if name in before}
+    again = [n for n, fmt in formats.items() if before[n].kind in ("int8", "int4") and before[n] != fmt]
     if not again:
         return ()
     return (

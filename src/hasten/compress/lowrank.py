@@ -117,9 +117,3 @@ def _greedy(spectra: Mapping[str, Spectrum], budget: float, multiples: Mapping[s
             ranks[name] += step
             offer(name)
     return ranks
-
-
-def rank_multiple(shape: tuple[int, int]) -> int:
-    """Ranks are multiples of this: what groups of scales and vector units like, where the matrix is large enough."""
-    smallest = min(shape)
-    return 32 if smallest >= 512 else 8 if smallest >= 64 else 1

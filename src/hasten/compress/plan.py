@@ -30,6 +30,13 @@ from hasten.steps import (
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
+# What a step cannot follow.
+_UNDONE: Mapping[type, tuple[type, ...]] = {
+    Rotate: (Prune, Factorize, SplitExperts),
+    Shrink: (Factorize, SplitExperts),
+    Prune: (Factorize,),
+    Smooth: (Factorize,),
+}
 _RECOVERED = (Prune, Factorize, SplitExperts)  # steps that Recover by block can follow
 CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 
@@ -40,6 +47,7 @@ class Plan:
 
     spec: the architecture after the steps so far. formats: of every matrix that a step quantises; steps: which one it
     is.
+    factorized: matrices that become two of a rank that is a multiple of this, or stay whole.
     asked: what the recipe wanted where that did not fit and the step allowed a fallback. sparse: matrices that are to
     hold two zeros in each four successive inputs.
     """
@@ -49,6 +57,7 @@ class Plan:
     steps: Mapping[str, Quantize] = field(default_factory=dict)
     asked: Mapping[str, Format] = field(default_factory=dict)
     sparse: frozenset[str] = frozenset()
+    factorized: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,10 +94,19 @@ def _(step: Quantize, plan: Plan) -> Plan:
     names = targeted(step, plan.spec)
     if step.threshold is not None and any(not name.startswith("layers.") for name in names):
         raise RecipeError("threshold is for the layers' matrices: give head and embedding a step of their own")
+    if any(name in plan.factorized for name in names) and (step.method == "awq" or step.threshold is not None):
+        raise RecipeError(
+            "awq and threshold are for matrices that are not factorised: use gptq or rtn without threshold"
+        )
+    inputs = {name: shapes[name][1] for name in names}
     for name in names:
+        if name in plan.factorized:
+            inputs |= {f"{name}.a": inputs[name], f"{name}.b": plan.factorized[name]}
+    for name, num_inputs in inputs.items():
         asked.pop(name, None)
-        wanted = stored_as(step, plan.spec, shapes[name][1])
-        formats[name] = _legal_format(name, shapes[name][1], wanted, step.fallback)
+        wanted = stored_as(step, plan.spec, num_inputs)
+        fallback = "int8" if name.endswith(".b") else step.fallback  # its inputs are ranks, which nobody chose
+        formats[name] = _legal_format(name, num_inputs, wanted, fallback)
         if name in plan.sparse:
             formats[name] = replace(formats[name], sparse24=True)
         steps[name] = step
@@ -111,6 +129,48 @@ def _(step: Prune, plan: Plan) -> Plan:
 
 
 @plan_step.register
+def _(step: Factorize, plan: Plan) -> Plan:
+    names, shapes = targeted(step, plan.spec), matrix_shapes(plan.spec)
+    _in_layers(step, names)
+    split = {index for index, layer in enumerate(plan.spec.layers) if layer.experts}
+    for name in names:
+        parts = name.split(".")
+        if len(parts) > 3 or name in plan.factorized:
+            raise RecipeError(f"{name} is factorised already: ignore it")
+        if int(parts[1]) in split and parts[2] in MLP:
+            raise RecipeError(f"{name} belongs to experts, which are not factorised: ignore mlp, or do one of the two")
+        if step.rank is not None and step.rank > min(shapes[name]):
+            raise RecipeError(f"rank is {step.rank}, {name} is a matrix of {shapes[name]}: at most {min(shapes[name])}")
+    multiples = {name: step.rank or rank_multiple(shapes[name]) for name in names}
+    return replace(plan, factorized={**plan.factorized, **multiples})
+
+
+@plan_step.register
+def _(step: SplitExperts, plan: Plan) -> Plan:
+    layers = []
+    for index, layer in enumerate(plan.spec.layers):
+        width, names = layer.intermediate_size, {f"layers.{index}.{role}" for role in MLP}
+        if layer.experts:
+            raise RecipeError(f"layer {index} is split into {layer.experts} experts already: remove split_experts")
+        if any(layer.rank_of(role) for role in MLP) or names & plan.factorized.keys():
+            raise RecipeError(
+                f"layer {index}'s mlp is factorised, which is not split: ignore mlp there, or do one of the two"
+            )
+        if width % step.experts:
+            raise RecipeError(
+                f"experts is {step.experts}, layer {index} has {width} neurons: take a number that divides it"
+            )
+        layers.append(replace(layer, experts=step.experts, active_experts=step.active))
+    return replace(plan, spec=replace(plan.spec, layers=tuple(layers)))
+
+
+def rank_multiple(shape: tuple[int, int]) -> int:
+    """Ranks are multiples of this: what groups of scales and registers like, where the matrix is large enough."""
+    smallest = min(shape)
+    return 32 if smallest >= 512 else 8 if smallest >= 64 else 2
+
+
+@plan_step.register
 def _(step: Smooth, plan: Plan) -> Plan:
     if not plan.spec.pre_norm:
         raise RecipeError(f"smooth folds into the norm before a matrix, and {plan.spec.family} has none: remove it")
@@ -130,6 +190,8 @@ def _(step: Rotate, plan: Plan) -> Plan:
 @plan_step.register
 def _(step: Shrink, plan: Plan) -> Plan:
     spec = plan.spec
+    if any(layer.ranks or layer.experts for layer in spec.layers):
+        raise RecipeError("shrink takes models without low rank and experts: put it before factorize and split_experts")
     if step.hidden and not family_of(spec.family).own_head_dim:
         raise RecipeError(f"hidden is {step.hidden}: {spec.family} ties the width of heads to it, leave it at 0")
     layers = shrunk_layers(step, spec)
@@ -227,10 +289,10 @@ def _check_order(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{name} comes after quantize, and would work on rounded numbers: move quantize to the end"
             )
-        if isinstance(step, Rotate):
-            for kind in (Prune, Factorize, SplitExperts):
-                if kind in done:
-                    raise RecipeError(f"rotate comes after {done[kind]}, and would undo it: move rotate to the front")
+        for kind, undone in _UNDONE.items():
+            for other in undone if isinstance(step, kind) else ():
+                if other in done:
+                    raise RecipeError(f"{name} comes after {done[other]}, and would undo it: move {name} to the front")
         done[type(step)] = name
 
 
@@ -245,6 +307,9 @@ def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
             own["gate"] = (layer.intermediate_size, spec.hidden_size)
         own["up"] = (layer.intermediate_size, spec.hidden_size)
         own["down"] = (spec.hidden_size, layer.intermediate_size)
+        for role, rank in layer.ranks:
+            rows, columns = own.pop(role)
+            own |= {f"{role}.a": (rank, columns), f"{role}.b": (rows, rank)}
         shapes |= {f"layers.{index}.{key}": shape for key, shape in own.items()}
     if not spec.tied_head:
         shapes["head"] = (spec.vocab_size, spec.hidden_size)
@@ -313,6 +378,8 @@ def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | No
 
 
 def _matches(name: str, target: str, tied_head: bool) -> bool:
+    if name.endswith((".a", ".b")) and _matches(name[:-2], target, tied_head):
+        return True  # a thin matrix is meant where the whole one is
     part = name.rsplit(".", 1)[-1]
     match target:
         case "Linear":

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import torch
 
-from hasten.compress import kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, threshold
+from hasten.compress import (
+    factorize,
+    kv_scales,
+    prune,
+    quantize,
+    reconstruct,
+    rotate,
+    shrink,
+    smooth,
+    split,
+    threshold,
+)
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences
 from hasten.compress.folder import run_settings
@@ -34,7 +45,7 @@ from hasten.recipe import Recipe
 from hasten.steps import Quantize, Step
 
 # Modules that register their steps as they are imported.
-CHANGES = (kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, threshold)
+CHANGES = (factorize, kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, split, threshold)
 
 Progress = Callable[[int, int, str], None]
 

@@ -74,8 +74,14 @@ def rows_of(block: Block, inputs: Inputs, role: str, most: int) -> Tensor:
 
 
 def groups_of(block: Block) -> list[tuple[str, ...]]:
-    """The block's roles in groups that read the same input, in the order of use."""
-    return [found for group in INPUT_GROUPS if (found := tuple(role for role in group if role in block.linears))]
+    """The block's roles in groups that read the same input, in the order of use; the second of two thin matrices, which
+    reads what the first gives, is a group of its own."""
+    groups: list[tuple[str, ...]] = []
+    for group in INPUT_GROUPS:
+        names = [name for role in group for name in (role, f"{role}.a") if name in block.linears]
+        groups += [tuple(names)] if names else []
+        groups += [(f"{role}.b",) for role in group if f"{role}.b" in block.linears]
+    return groups
 
 
 @contextmanager

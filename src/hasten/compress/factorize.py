@@ -1,0 +1,83 @@
+"""Factorize, block by block: ranks from one look at the whole model, factors on what the changed matrices give."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.compress import lowrank
+from hasten.compress.blocks import Block, Inputs
+from hasten.compress.plan import rank_multiple, targeted
+from hasten.compress.prune import relative_error
+from hasten.compress.stage import Context, change_block, survey
+from hasten.compress.statistics import collect, groups_of
+from hasten.steps import Factorize
+
+
+@survey.register
+@torch.no_grad()
+def _(step: Factorize, blocks: Iterator[tuple[Block, Inputs]], context: Context) -> dict[str, Any]:
+    """Ranks by name, None for a matrix that stays whole; empty where the step gives one rank for all."""
+    if step.rank is not None:
+        return {}
+    spectra = {}
+    for block, inputs in blocks:
+        names = set(targeted(step, block.spec))
+        roles = [role for role in block.linears if block.name(role) in names]
+        seen = collect(block, inputs, roles, hessian=True) if step.method == "svd-llm" else {}
+        for role in roles:
+            hessian = seen[role].hessian if seen else None
+            spectra[block.name(role)] = lowrank.spectrum(block.linears[role].weight, hessian)
+    multiples = {name: rank_multiple(found.shape) for name, found in spectra.items()}
+    return dict(lowrank.allocate(spectra, step.keep, multiples))
+
+
+@change_block.register
+@torch.no_grad()
+def _(step: Factorize, block: Block, inputs: Inputs, context: Context) -> None:
+    names, ranks = set(targeted(step, block.spec)), context.surveys[step]
+    for group in groups_of(block):
+        chosen: dict[str, int] = {}
+        for role in group:
+            name = block.name(role)
+            if name in names:
+                rank = rank_of(step, block.linears[role].weight, ranks.get(name))
+                if rank:
+                    chosen[role] = rank
+                else:
+                    context.notes.append(f"{name} stays as it is: two matrices would hold no fewer numbers")
+        if chosen:
+            found = collect(block, inputs, list(chosen), hessian=True)
+            _replace(step, block, chosen, {role: found[role].hessian for role in chosen}, context)
+
+
+def rank_of(step: Factorize, weight: Tensor, given: int | None) -> int:
+    """The rank of a matrix, or 0 where it stays whole."""
+    rank = step.rank or given or 0
+    return rank if rank * sum(weight.shape) < weight.numel() else 0
+
+
+def _replace(
+    step: Factorize, block: Block, ranks: dict[str, int], hessians: dict[str, Tensor], context: Context
+) -> None:
+    linears: dict[str, nn.Linear] = {}
+    for role, linear in block.linears.items():
+        if role not in ranks:
+            linears[role] = linear
+            continue
+        weight, rank = linear.weight.float(), ranks[role]
+        b, a = lowrank.svd_llm(weight, hessians[role], rank) if step.method == "svd-llm" else lowrank.svd(weight, rank)
+        context.errors[block.name(role)] = relative_error(weight, b @ a, hessians[role])
+        linears[f"{role}.a"], linears[f"{role}.b"] = _linear(a, None, linear), _linear(b, linear.bias, linear)
+    ranked = tuple(sorted((*block.layer.ranks, *ranks.items())))
+    block.reshape(replace(block.layer, ranks=ranked), linears)
+
+
+def _linear(weight: Tensor, bias: nn.Parameter | None, like: nn.Linear) -> nn.Linear:
+    out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    out.weight = nn.Parameter(weight.to(like.weight.dtype), requires_grad=False)
+    if bias is not None:
+        out.bias = bias
+    return out
