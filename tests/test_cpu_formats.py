@@ -28,6 +28,10 @@ FORMATS = [
     Format("int4", 32),
     Format("int4", 64, symmetric=False),
     Format("int4", 128),
+    Format("fp8"),
+    Format("bf16", sparse24=True),
+    Format("int8", sparse24=True),
+    Format("int4", 32, sparse24=True),
 ]
 
 
@@ -43,7 +47,11 @@ def stored(weights: dict[str, Weight], formats: dict[str, Format]) -> Iterator[t
         form = formats.get(name.split(".")[-1], formats.get(""))
         if weight.shape[1] == 1 or form is None:
             yield name, weight
-        elif form.kind in ("int8", "int4"):
+        elif form.sparse24:
+            values = dequantize(weight).copy()
+            values.reshape(len(values), -1, 4)[..., 1::2] = 0
+            yield name, quantize(values, form)
+        elif form.kind in ("fp8", "int8", "int4"):
             yield name, quantize(dequantize(weight), form)
         else:
             yield name, dense_weight(dequantize(weight), form.kind)

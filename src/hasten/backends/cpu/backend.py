@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
 from hasten.errors import HastenError, ModelError, ResourceError
 from hasten.hardware import memory_available, usable_threads
-from hasten.model.formats import Weight
+from hasten.model.formats import Weight, dense_weight, densify, dequantize
 from hasten.model.spec import ModelSpec
 
 # Matrices of a layer that read the same input, in the order in which their outputs lie side by side.
@@ -166,7 +166,7 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
         parts = waiting.setdefault((role, layer), {})
         if name in parts:
             raise ModelError(f"weight {name} was given twice")
-        parts[name] = weight
+        parts[name] = _multiplied(weight)
         if len(parts) == len(members):
             decoder.add_matrices(role, layer, [(member, parts[member]) for member in members])
             for part in waiting.pop((role, layer)).values():
@@ -174,6 +174,12 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
     for (role, layer), parts in waiting.items():
         missing = [name for name in _place(next(iter(parts)), spec)[2] if name not in parts]
         raise ModelError(f"weight {missing[0]} is missing (of {role} in layer {layer})")
+
+
+def _multiplied(weight: Weight) -> Weight:
+    """A weight in a form that the core multiplies: it keeps no zeros out, and has no 8-bit floats."""
+    weight = densify(weight)
+    return dense_weight(dequantize(weight), "bf16") if weight.format.kind == "fp8" else weight
 
 
 def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
