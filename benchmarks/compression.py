@@ -32,7 +32,6 @@ from compression_tools import (
     middle,
     nll_of,
     plant_outliers,
-    reinitialise,
     speeds_of,
     texts_for,
     windows_of,
@@ -176,7 +175,7 @@ def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result |
     result = Result(row.name)
     started = time.monotonic()
     try:
-        folder = make(row, bench, folders)
+        folder = make(row, bench)
         folders[row.name] = folder
         result.megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
         nll, *other = nll_of(folder, [bench.heldout, bench.other], bench.device, row.int8_inputs)
@@ -196,10 +195,10 @@ def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result |
     return result
 
 
-def make(row: Row, bench: Bench, folders: dict[str, Path]) -> Path:
+def make(row: Row, bench: Bench) -> Path:
     """The folder of a row."""
     out = bench.work / row.name.replace(" ", "-").replace("%", "percent").replace(":", "of").replace(",", "")
-    start = starting_point(row, bench, folders)
+    start = starting_point(row, bench)
     if not row.steps:
         return start
     if not out.is_dir():
@@ -207,16 +206,12 @@ def make(row: Row, bench: Bench, folders: dict[str, Path]) -> Path:
     return out
 
 
-def starting_point(row: Row, bench: Bench, folders: dict[str, Path]) -> Path:
-    if row.start == "model":
+def starting_point(row: Row, bench: Bench) -> Path:
+    if not row.planted:
         return bench.model
-    kind, _, other = row.start.partition(" ")
-    folder = bench.work / f"start-{row.start.replace(' ', '-')}"
+    folder = bench.work / "planted"
     if not folder.is_dir():
-        if kind == "planted":
-            plant_outliers(bench.model, folder)
-        else:
-            reinitialise(folders[other], folder)
+        plant_outliers(bench.model, folder)
     return folder
 
 

@@ -9,13 +9,12 @@ from hasten.steps import Step
 
 @dataclass(frozen=True)
 class Row:
-    """A way to change a model. start: "model", "planted" (the model with outlier channels, which computes the same), or
-    "fresh NAME" (random weights in the shapes that the row NAME left). int8_inputs: what its matrices read is rounded
-    to int8, one scale a token, when its quality is measured."""
+    """A way to change a model. planted: it starts from the model with outlier channels, which computes the same.
+    int8_inputs: what its matrices read is rounded to int8, one scale a token, when its quality is measured."""
 
     name: str
     steps: tuple[Step, ...] = ()
-    start: str = "model"
+    planted: bool = False
     int8_inputs: bool = False
 
 
@@ -43,6 +42,9 @@ class Training:
 
     def alone(self, learning_rate: float) -> Finetune:
         return Finetune(learning_rate=learning_rate, **vars(self))
+
+    def fresh(self, learning_rate: float) -> Finetune:
+        return Finetune(learning_rate=learning_rate, fresh=True, **vars(self))
 
     def taught(self, learning_rate: float) -> Distill:
         return Distill(learning_rate=learning_rate, **vars(self))
@@ -75,7 +77,7 @@ ORDERS = (
 
 
 def rows(group_size: int, training: Training | None, layers: int) -> Iterator[Row]:
-    """All rows, those without training first; a row that starts from another's shapes comes after it."""
+    """All rows, those without training first."""
     yield Row(ORIGINAL)
     for bits in (4, 3):
         for method in ("rtn", "gptq", "awq"):
@@ -95,10 +97,10 @@ def rows(group_size: int, training: Training | None, layers: int) -> Iterator[Ro
 def _activations() -> Iterator[Row]:
     w8a8 = Quantize("int8", 0, activations="int8")
     yield Row("w8a8", (w8a8,), int8_inputs=True)
-    yield Row("outliers planted", start="planted")
-    yield Row("w8a8, outliers", (w8a8,), "planted", int8_inputs=True)
-    yield Row("smoothquant w8a8, outliers", (Smooth(0.5), w8a8), "planted", int8_inputs=True)
-    yield Row("rotated w8a8, outliers", (Rotate(), w8a8), "planted", int8_inputs=True)
+    yield Row("outliers planted", planted=True)
+    yield Row("w8a8, outliers", (w8a8,), planted=True, int8_inputs=True)
+    yield Row("smoothquant w8a8, outliers", (Smooth(0.5), w8a8), planted=True, int8_inputs=True)
+    yield Row("rotated w8a8, outliers", (Rotate(), w8a8), planted=True, int8_inputs=True)
 
 
 def _trained(training: Training, layers: int) -> Iterator[Row]:
@@ -109,4 +111,4 @@ def _trained(training: Training, layers: int) -> Iterator[Row]:
     yield Row("half the layers, distilled", (half, training.taught(TRAINED_RATE)))
     yield Row("half the width", (narrow,))
     yield Row("half the width, distilled", (narrow, training.taught(TRAINED_RATE)))
-    yield Row("half the width, from scratch", (training.alone(FRESH_RATE),), "fresh half the width")
+    yield Row("half the width, from scratch", (narrow, training.fresh(FRESH_RATE)))

@@ -91,19 +91,6 @@ def plant_outliers(model: Path, out: Path) -> None:
     write_checkpoint(out, config_of_text(checkpoint.config), changed(), model)
 
 
-def reinitialise(shapes: Path, out: Path) -> None:
-    """Random weights in the shapes of the folder `shapes`, as Transformers initialises them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shapes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out)
-    for file in shapes.iterdir():
-        if "token" in file.name or file.name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
-            (out / file.name).write_bytes(file.read_bytes())
-
-
 def nll_of(folder: Path, texts: Sequence[Sequence[Window]], device: str, int8_inputs: bool) -> list[np.ndarray]:
     """Nats of each window of each text under the model in `folder`, in float32 with torch."""
     import torch
