@@ -123,12 +123,12 @@ def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float])
     bench = prepare(args, work)
     results: dict[str, Result] = {}
     folders: dict[str, Path] = {}
-    layers = len(open_checkpoint(bench.model).spec.layers)
+    spec = open_checkpoint(bench.model).spec
     length = bench.calibration.sequence_len
     training = None
     if args.train_steps:
         training = Training(str(work / "train.txt"), args.train_steps, args.train_batch, length)
-    for row in rows(group_size(bench.model), training, layers):
+    for row in rows(spec, training):
         if not wanted(row, args):
             continue
         if seconds_left() < 0:
@@ -162,12 +162,6 @@ def prepare(args: argparse.Namespace, work: Path) -> Bench:
 def wanted(row: Row, args: argparse.Namespace) -> bool:
     words = [word for word in args.only.split(",") if word]
     return row.name == ORIGINAL or not words or any(word in row.name for word in words)
-
-
-def group_size(model: Path) -> int:
-    """128 inputs a scale, as GPTQ and AWQ are usually compared, where that divides every matrix; else a whole row."""
-    shapes = [shape for name, shape, _ in open_checkpoint(model).matrices() if name.startswith("layers.")]
-    return 0 if any(inputs % 128 for _, inputs in shapes) else 128
 
 
 def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result | None) -> Result:

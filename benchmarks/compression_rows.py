@@ -1,9 +1,12 @@
 """What benchmarks/compression.py tries, and which order the papers let one expect. Data; measures nothing."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hasten import Distill, Factorize, Finetune, Prune, Quantize, Rotate, Shrink, Smooth, SplitExperts
+from hasten.compress.plan import matrix_shapes
+from hasten.model.spec import ModelSpec
 from hasten.steps import Step
 
 
@@ -76,8 +79,11 @@ ORDERS = (
 )
 
 
-def rows(group_size: int, training: Training | None, layers: int) -> Iterator[Row]:
+def rows(spec: ModelSpec, training: Training | None) -> Iterator[Row]:
     """All rows, those without training first."""
+    group_size = group_of(spec)
+    neurons = math.gcd(*(layer.intermediate_size for layer in spec.layers))
+    experts = next((count for count in (8, 6, 4, 3, 2) if neurons % count == 0), 1)
     yield Row(ORIGINAL)
     for bits in (4, 3):
         for method in ("rtn", "gptq", "awq"):
@@ -89,9 +95,15 @@ def rows(group_size: int, training: Training | None, layers: int) -> Iterator[Ro
     for method in ("svd", "svd-llm"):
         yield Row(f"{method} 60 %", (Factorize(keep=0.6, method=method),))
     for method in ("random", "kmeans", "spectral"):
-        yield Row(f"{method} experts", (SplitExperts(experts=8, active=4, method=method),))
+        yield Row(f"{method} experts", (SplitExperts(experts, experts // 2, method),))
     if training is not None:
-        yield from _trained(training, layers)
+        yield from _trained(training, len(spec.layers))
+
+
+def group_of(spec: ModelSpec) -> int:
+    """128 inputs a scale, as GPTQ and AWQ are usually compared, where that divides every matrix; else a whole row."""
+    matrices = (shape for name, shape in matrix_shapes(spec).items() if name.startswith("layers."))
+    return 0 if any(inputs % 128 for _, inputs in matrices) else 128
 
 
 def _activations() -> Iterator[Row]:
