@@ -98,9 +98,16 @@ def _run(stream: Tensor, args: argparse.Namespace, steps: int) -> tuple[LlamaFor
         if int(part * 20) != int((part - 1 / steps) * 20):
             print(f"{part:4.0%} {what}", flush=True)
 
-    with tempfile.TemporaryDirectory() as work, dropped(model, args.dropout):
+    with tempfile.TemporaryDirectory() as work, dropped(_additions(model), args.dropout):
         trained = fit(model, sequences, training, Around(Path(work), tell=tell, compile=args.compile, saves=0))
     return model, trained
+
+
+def _additions(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+    """The modules whose outputs are, or are added to, the residual stream."""
+    layers = model.model.layers
+    added = [module for layer in layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    return [model.model.embed_tokens, *added]
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from hasten import errors
 
 if TYPE_CHECKING:
     from hasten.backends.torch.load import load_torch
-    from hasten.compress.folder import compress
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
     from hasten.measure.evaluate import evaluate
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
         Smooth,
         SplitExperts,
     )
+    from hasten.train.run import compress
     from hasten.tune.run import tune
 
 __version__ = "0.1.0"
@@ -74,7 +74,7 @@ _HOME = {
     "Calibration": "hasten.recipe",
     "Receipt": "hasten.receipt",
     "tune": "hasten.tune.run",
-    "compress": "hasten.compress.folder",
+    "compress": "hasten.train.run",
     "evaluate": "hasten.measure.evaluate",
     "load_torch": "hasten.backends.torch.load",
     **dict.fromkeys(_STEPS, "hasten.steps"),

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
+from pathlib import Path
 
 from hasten.checks import did_you_mean
 from hasten.errors import RecipeError
 from hasten.model.families import family_of
 from hasten.model.formats import NARROW, Format, bytes_of
-from hasten.model.spec import Layer, ModelSpec
+from hasten.model.jsonfile import read_json
+from hasten.model.spec import Layer, ModelSpec, spec_from_config
 from hasten.recipe import Recipe
 from hasten.steps import (
     Distill,
@@ -235,8 +237,28 @@ def shrunk_width(width: int, share: float) -> int:
     return min(max(round(width * (1 - share) / multiple), 1) * multiple, width)
 
 
+@plan_step.register
+def _(step: Distill, plan: Plan) -> Plan:
+    spec = plan.spec
+    if step.keep_layers:
+        if step.keep_layers[-1] >= len(spec.layers):
+            raise RecipeError(f"keep_layers names layer {step.keep_layers[-1]}, the model has {len(spec.layers)}")
+        return replace(plan, spec=replace(spec, layers=tuple(spec.layers[index] for index in step.keep_layers)))
+    if step.student is None:
+        return plan
+    config = read_json(Path(step.student))
+    if config is None:
+        raise RecipeError(f"student is {step.student}, and there is no such file: give a config.json")
+    student = spec_from_config(config)
+    if student.vocab_size != spec.vocab_size:
+        raise RecipeError(
+            f"student {step.student} has a vocabulary of {student.vocab_size}, the model of {spec.vocab_size}: "
+            "make them the same, the student takes the model's tokenizer"
+        )
+    return replace(plan, spec=student)
+
+
 @plan_step.register(Finetune)
-@plan_step.register(Distill)
 @plan_step.register(Recover)
 @plan_step.register(QuantizeKv)
 def _(step: object, plan: Plan) -> Plan:

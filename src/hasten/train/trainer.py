@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import WEIGHTS_NAME
 
 from hasten.errors import ResourceError
 from hasten.steps import Training
@@ -83,8 +84,6 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
     trainer.loss = around.loss or text_loss
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over a batch: Trainer divides by the number of them
     before = _last_checkpoint(around.work)
-    if around.after is not None and before is None:
-        around.after(0)
     trainer.train(resume_from_checkpoint=None if before is None else str(before))
     model.eval()
     curve = tuple((int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
@@ -154,6 +153,13 @@ class _Trainer(transformers.Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         loss = self.loss(model, inputs["input_ids"], self.state.global_step)
         return (loss, None) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The bare numbers: Transformers' own way knows its own modules only."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.model
+        torch.save(model.state_dict(), folder / WEIGHTS_NAME)
 
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         sequences: Any = self.train_dataset

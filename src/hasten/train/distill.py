@@ -1,0 +1,174 @@
+"""Distill: the student learns the teacher's next-token distributions, and what goes on inside it, on some text.
+
+    loss = (1 - weight) text's own + weight T^2 D(teacher || student) + hidden ... + attention ...
+
+With weight 0.5 that is (student + teacher) / 2. Which text is learned from is samples: the given one; one that the
+teacher wrote (sequence-level, Kim & Rush 2016); or what the student writes just then (on-policy, GKD, Agarwal et al.
+2023), of which the teacher's opinion alone counts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hasten.backends.torch.load import load_torch
+from hasten.backends.torch.tensors import TORCH_DTYPES
+from hasten.compress.calibration import generate
+from hasten.compress.stage import Context, run_step
+from hasten.model.checkpoint import open_checkpoint
+from hasten.model.hub import resolve
+from hasten.recipe import Calibration
+from hasten.steps import Distill
+from hasten.train.data import Sequences
+from hasten.train.finetune import train
+from hasten.train.folder import open_folder, write_folder
+from hasten.train.losses import divergence
+from hasten.train.match import attention_loss, hidden_loss, layer_map, projection
+from hasten.train.student import student_of
+from hasten.train.teacher import check_teacher
+from hasten.train.text import rows_as_sequences, sequences_of
+from hasten.train.trainer import sequences_needed
+
+_MOST_WRITTEN = 2048  # sequences that a teacher writes at most; a longer training sees them again
+_PROMPT_SHARE = 4  # of a sequence that is given, where a model goes on with it: one part in so many
+
+
+@run_step.register
+def _(step: Distill, source: Path, target: Path, context: Context) -> None:
+    teacher_folder = context.original if step.teacher is None else resolve(step.teacher)
+    student_folder = student_of(step, source, context.work)
+    vocab = check_teacher(teacher_folder, student_folder)
+    opened = open_folder(student_folder, context.device)
+    teacher = load_teacher(teacher_folder, context.device)
+    sequences, training = sequences_of(step, opened.checkpoint, context)
+    if step.samples == "teacher":
+        rows = written_by(teacher_folder, sequences, training, context)
+        sequences, training = rows_as_sequences(rows, training, context.device)
+    student = opened.model
+    if step.attention:
+        plain_attention(student)
+        plain_attention(teacher)
+    project = projection(student.config.hidden_size, teacher.config.hidden_size, step.seed).to(context.device)
+    if step.hidden:
+        student.projection_to_teacher = project  # a part of the student while it learns: trained and saved with it
+    train(step, training, opened, sequences, context, Lesson(step, teacher, project, vocab))
+    write_folder(opened, target)
+
+
+def load_teacher(folder: Path, device: str) -> Any:
+    """Frozen; in float32 on a CPU, in its own dtype elsewhere."""
+    spec = open_checkpoint(folder).spec
+    teacher = load_torch(folder, torch.float32 if device == "cpu" else TORCH_DTYPES[spec.dtype], device)
+    return teacher.eval().requires_grad_(False)
+
+
+def plain_attention(model: Any) -> None:
+    """Transformers' attention that gives its weights, the others do not."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+
+
+@dataclass(eq=False)
+class Lesson:
+    """The loss of one batch. vocab: tokens that both models know; their matrices may have more rows."""
+
+    step: Distill
+    teacher: Any
+    project: nn.Module
+    vocab: int
+
+    def __call__(self, student: nn.Module, tokens: Tensor, number: int) -> Tensor:
+        step, start = self.step, 0
+        if step.samples == "student" and self._writes(number):
+            start = max(1, tokens.shape[1] // _PROMPT_SHARE)
+            tokens = go_on(student, tokens[:, :start], tokens.shape[1] - start)
+        wanted = {"output_hidden_states": step.hidden > 0, "output_attentions": step.attention > 0, "use_cache": False}
+        wanted = {key: value for key, value in wanted.items() if value or key == "use_cache"}
+        out = student(input_ids=tokens, labels=None if start or step.weight == 1 else tokens, **wanted)
+        with torch.no_grad():
+            known = self.teacher(input_ids=tokens, **wanted)
+        at = slice(max(start - 1, 0), -1)  # positions whose next token counts
+        total = divergence(
+            self._rows(out.logits, at), self._rows(known.logits, at), step.loss, step.temperature, step.beta
+        )
+        if out.loss is not None:
+            total = step.weight * total + (1 - step.weight) * out.loss
+        return total + self._inside(out, known)
+
+    def _rows(self, logits: Tensor, at: slice) -> Tensor:
+        return logits[:, at, : self.vocab].flatten(0, 1)
+
+    def _inside(self, out: Any, known: Any) -> Tensor | float:
+        total: Tensor | float = 0.0
+        if self.step.hidden:
+            states, wanted = out.hidden_states, known.hidden_states
+            layers = layer_map(len(states) - 1, len(wanted) - 1)
+            total = total + self.step.hidden * hidden_loss(states, wanted, layers, self.project)
+        if self.step.attention:
+            layers = layer_map(len(out.attentions), len(known.attentions))
+            total = total + self.step.attention * attention_loss(out.attentions, known.attentions, layers)
+        return total
+
+    def _writes(self, number: int) -> bool:
+        """Whether the student writes the batch of this step: by the seed and the step's number alone."""
+        draw = np.random.default_rng((self.step.seed, number)).random()
+        return bool(draw < self.step.student_share)
+
+
+@torch.no_grad()
+def go_on(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
+    """`tokens` [b, n] with `count` more each, drawn from the model at temperature 1."""
+    was_training = model.training
+    model.eval()
+    new, past = tokens, None
+    for _ in range(count):
+        out: Any = model(input_ids=new, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1)
+        tokens = torch.cat([tokens, new], dim=1)
+    model.train(was_training)
+    return tokens
+
+
+def written_by(teacher: Path, sequences: Sequences, step: Distill, context: Context) -> Tensor:
+    """Sequences [n, T] that the teacher wrote at temperature 1, kept for a run that goes on. It goes on with the
+    beginnings of the text's sequences; where the recipe names no text, it writes all."""
+    file = context.work / "written.npy"
+    if not file.is_file():
+        context.tell(0, "distill: the teacher writes")
+        count = min(sequences_needed(step), _MOST_WRITTEN)
+        if step.text is None and context.recipe.calibration.text is None:
+            rows = generate(Calibration(None, count, step.sequence_len, step.seed), teacher, context.device)
+        else:
+            rows = _continued(teacher, sequences, count, step, context.device)
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as stream:
+            np.save(stream, rows)
+        partial.rename(file)
+    return torch.from_numpy(np.load(file).astype(np.int64))
+
+
+def _continued(teacher: Path, sequences: Sequences, count: int, step: Distill, device: str) -> Any:
+    from hasten.engine.llm import LLM
+    from hasten.engine.request import SamplingParams
+
+    length = step.sequence_len
+    start = max(1, length // _PROMPT_SHARE)
+    prompts: list[list[int]] = [sequences[index]["input_ids"][:start].tolist() for index in range(count)]
+    params = [
+        SamplingParams(
+            max_tokens=length - start, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
+            ignore_eos=True, seed=step.seed + index,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+    kind: Any = "cuda" if device.startswith("cuda") else "cpu"
+    with LLM(teacher, device=kind, max_len=length) as llm:
+        outputs = llm.generate(prompts, params)
+    rows = [[*prompt, *out.outputs[0].token_ids] for prompt, out in zip(prompts, outputs, strict=True)]
+    return np.array(rows, np.int32)

@@ -1,0 +1,39 @@
+"""Finetune: the text's own loss; from the model's weights, or from random ones. What all training steps share, too."""
+
+from pathlib import Path
+
+from hasten.compress.stage import Context, run_step
+from hasten.errors import HastenError
+from hasten.steps import Finetune, Step, Training, step_name
+from hasten.train.data import Sequences
+from hasten.train.dropout import dropped
+from hasten.train.folder import Opened, initialise, open_folder, write_folder
+from hasten.train.masks import Masks
+from hasten.train.text import sequences_of
+from hasten.train.trainer import Around, Loss, fit
+
+
+@run_step.register
+def _(step: Finetune, source: Path, target: Path, context: Context) -> None:
+    opened = open_folder(source, context.device)
+    if step.fresh:
+        initialise(opened, step.seed)
+    sequences, training = sequences_of(step, opened.checkpoint, context)
+    train(step, training, opened, sequences, context)
+    write_folder(opened, target)
+
+
+def train(
+    step: Step, training: Training, opened: Opened, sequences: Sequences, context: Context, loss: Loss | None = None
+) -> None:
+    """Train what is opened in place, zeros of pruned matrices held, with checkpoints in the stage's work folder; the
+    curve goes into the receipt. HastenError where the loss is lost."""
+    name = step_name(step)
+    masks = Masks(opened.weights(), training.sparsity)
+    around = Around(context.work, loss, masks, lambda part, what: context.tell(part, f"{name}: {what}"))
+    with dropped(opened.additions(), training.dropout):
+        trained = fit(opened.model, sequences, training, around)
+    last = trained.curve[-1][1] if trained.curve else 0.0
+    if not last < float("inf"):
+        raise HastenError(f"{name} ended at a loss of {last}: lower learning_rate, which is {training.learning_rate}")
+    context.facts[f"{name}-{context.recipe.steps.index(step)}"] = trained.facts()

@@ -1,0 +1,60 @@
+"""`hasten.compress`: a recipe carried out, those steps too that train. Loads what they need only where they occur."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten.compress.folder import ProgressCallback
+from hasten.compress.folder import compress as carry_out
+from hasten.errors import ResourceError
+from hasten.model.hub import resolve
+from hasten.receipt import Receipt
+from hasten.recipe import Recipe
+from hasten.steps import Distill, Finetune, Recover, Step
+
+_PACKAGES = ("torch", "transformers", "accelerate")
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    progress: ProgressCallback | None = None,
+) -> Receipt:
+    """Carry out `recipe` (a Recipe, plain data, a preset's name or a YAML file) on `model` and write the folder `out`,
+    with recipe.yaml and receipt.json in it.
+
+    device: "cpu", "cuda" or "auto", of steps that need more than rounding. progress(done, total, name) is told of each
+    matrix, or of each block. The recipe is checked before any weight is read. Raises RecipeError, ModelError, and
+    ResourceError where `out` exists or cannot be written, or torch is missing; nothing half-written is left under that
+    name, and what takes long goes on where it was interrupted.
+    """
+    recipe = Recipe.load(recipe)
+    training = [step for step in recipe.steps if trains(step)]
+    if training:
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ResourceError(
+                f"this recipe needs {' and '.join(missing)}, not installed here: pip install 'hasten[compress]'"
+            )
+        _check_teachers(training, resolve(str(model)))
+        for module in ("finetune", "distill", "lora"):
+            importlib.import_module(f"hasten.train.{module}")
+    return carry_out(model, recipe, out, device=device, progress=progress)
+
+
+def trains(step: Step) -> bool:
+    """Whether a step is one of this package."""
+    return isinstance(step, Finetune | Distill) or (isinstance(step, Recover) and step.method == "lora")
+
+
+def _check_teachers(steps: list[Step], model: Path) -> None:
+    from hasten.train.teacher import check_teacher
+
+    for step in steps:
+        if isinstance(step, Distill) and step.teacher is not None:
+            check_teacher(resolve(step.teacher), model)
