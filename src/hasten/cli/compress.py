@@ -59,8 +59,8 @@ def compress(
       2of4-sparsegpt[-int8]         two of four weights are zero; -int8: and the rest 8 bits
     docs/recipes.md has every step and its numbers.
     """
-    from hasten.train.run import compress as carry_out
     from hasten.model.hub import folder_beside, name_of
+    from hasten.train.run import compress as carry_out
 
     out = out or folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem)
     with progress_bar() as progress:

@@ -4,20 +4,25 @@ from pathlib import Path
 
 from hasten.compress.stage import Context, run_step
 from hasten.errors import HastenError
+from hasten.model.checkpoint import open_checkpoint
 from hasten.steps import Finetune, Step, Training, step_name
 from hasten.train.data import Sequences
 from hasten.train.dropout import dropped
-from hasten.train.folder import Opened, initialise, open_folder, write_folder
+from hasten.train.folder import Opened, open_folder, write_folder
 from hasten.train.masks import Masks
+from hasten.train.student import from_config
 from hasten.train.text import sequences_of
 from hasten.train.trainer import Around, Loss, fit
 
 
 @run_step.register
 def _(step: Finetune, source: Path, target: Path, context: Context) -> None:
-    opened = open_folder(source, context.device)
     if step.fresh:
-        initialise(opened, step.seed)
+        fresh = context.work / "fresh"
+        if not fresh.is_dir():
+            from_config(open_checkpoint(source).config, source, fresh, step.seed)
+        source = fresh
+    opened = open_folder(source, context.device)
     sequences, training = sequences_of(step, opened.checkpoint, context)
     train(step, training, opened, sequences, context)
     write_folder(opened, target)

@@ -61,23 +61,6 @@ def open_folder(folder: Path, device: str, dtype: torch.dtype = torch.float32) -
     return Opened(model, checkpoint, dict(_modules(model, checkpoint)))
 
 
-def initialise(opened: Opened, seed: int) -> None:
-    """Random weights in the place of the model's own: normal ones of the configuration's initializer_range, norms that
-    change nothing. What layers add to the residual stream starts at zero, for stability."""
-    spread = float(getattr(opened.model.config, "initializer_range", 0.02))
-    generator = torch.Generator().manual_seed(seed)
-    for name, module in opened.modules.items():
-        weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))
-        if bias is not None:
-            bias.data.zero_()
-        if weight.ndim == 1:
-            weight.data.fill_(1.0 - opened.checkpoint.spec.norm_offset)
-        elif name.removesuffix(".b").rsplit(".", 1)[-1] in ("o", "down"):
-            weight.data.zero_()
-        else:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * spread)
-
-
 def write_folder(opened: Opened, target: Path) -> None:
     """The model as it is now, in the dtype that it was read in, as a folder with the same configuration."""
     checkpoint = opened.checkpoint

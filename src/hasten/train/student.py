@@ -1,17 +1,19 @@
-"""Where a student comes from: the folder that the steps before made, some layers of it, or a configuration alone."""
+"""Where a training starts: the folder that the steps before made, some layers of it, or a configuration alone."""
 
-import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 from hasten.compress.strip import everything, strip, stripped_config
 from hasten.model.checkpoint import open_checkpoint
+from hasten.model.formats import Weight, dense_weight
+from hasten.model.jsonfile import read_json
+from hasten.model.names import sources
 from hasten.model.spec import config_of_text, spec_from_config
-from hasten.model.writer import TOKENIZER_FILES, write_checkpoint
+from hasten.model.writer import write_checkpoint
 from hasten.steps import Distill
 
 
@@ -23,7 +25,7 @@ def student_of(step: Distill, source: Path, work: Path) -> Path:
     if step.keep_layers:
         take_layers(source, folder, step.keep_layers)
     else:
-        from_config(Path(str(step.student)), source, folder, step.seed)
+        from_config(read_json(Path(str(step.student))) or {}, source, folder, step.seed)
     return folder
 
 
@@ -35,16 +37,26 @@ def take_layers(source: Path, target: Path, layers: tuple[int, ...]) -> None:
     write_checkpoint(target, config, strip(checkpoint.weights(), checkpoint.spec, kept), source)
 
 
-def from_config(file: Path, source: Path, target: Path, seed: int) -> None:
+def from_config(config: Mapping[str, Any], source: Path, target: Path, seed: int) -> None:
     """Random weights in the shapes of a configuration, with the tokenizer of `source`."""
-    text = config_of_text(json.loads(file.read_text(encoding="utf-8")))
-    spec_from_config(text)
-    config = transformers.CONFIG_MAPPING[text["model_type"]].from_dict(text)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    partial = target.with_name(target.name + ".partial")
-    model.save_pretrained(partial)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (partial / name).write_bytes((source / name).read_bytes())
-    partial.rename(target)
+    text = config_of_text(config)
+    write_checkpoint(target, text, random_weights(text, seed), source)
+
+
+def random_weights(config: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Weight]]:
+    """Normal ones of the configuration's initializer_range, norms that change nothing, no bias. What layers add to the
+    residual stream starts at zero, for stability."""
+    spec, generator = spec_from_config(config), np.random.default_rng(seed)
+    spread = float(config.get("initializer_range") or 0.02)
+    for source in sources(spec, config):
+        for part in source.parts:
+            shape = (len(np.arange(source.shape[0])[part.rows]), source.shape[1])
+            if source.role == "norm":
+                yield part.name, dense_weight(np.ones(shape, np.float32), "fp32")
+            elif part.name.removesuffix(".b").rsplit(".", 1)[-1] in ("o", "down"):
+                yield part.name, dense_weight(np.zeros(shape, np.float32), spec.dtype)
+            else:
+                values = generator.standard_normal(shape, np.float32) * np.float32(spread)
+                yield part.name, dense_weight(values, spec.dtype)
+            if source.bias:
+                yield f"{part.name}.bias", dense_weight(np.zeros((shape[0], 1), np.float32), "fp32")

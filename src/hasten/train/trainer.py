@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import WEIGHTS_NAME
+from transformers.utils import WEIGHTS_NAME, logging
 
 from hasten.errors import ResourceError
 from hasten.steps import Training
@@ -84,7 +84,12 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
     trainer.loss = around.loss or text_loss
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over a batch: Trainer divides by the number of them
     before = _last_checkpoint(around.work)
-    trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # nothing that the user could act on
+    try:
+        trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    finally:
+        logging.set_verbosity(verbosity)
     model.eval()
     curve = tuple((int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     batch = training.batch_size * training.gradient_accumulation * training.sequence_len
