@@ -85,7 +85,7 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over a batch: Trainer divides by the number of them
     before = _last_checkpoint(around.work)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # nothing that the user could act on
+    logging.set_verbosity(40)  # errors alone: what else it says, users cannot act on
     try:
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
     finally:

@@ -1,0 +1,228 @@
+"""Steps that train, in recipes: what comes out, what stays, what is said, and that a killed one goes on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import hasten  # noqa: E402
+from hasten.errors import HastenError, RecipeError  # noqa: E402
+from hasten.model.checkpoint import open_checkpoint  # noqa: E402
+from hasten.model.formats import dequantize  # noqa: E402
+from hasten.recipe import Calibration, Recipe  # noqa: E402
+from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Step  # noqa: E402
+from hasten.train.data import Sequences, tokens_of  # noqa: E402
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
+Model = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT * 40)
+    return str(file)
+
+
+def run(model: Path, out: Path, text: str | None, *steps: Step, progress: Any = None) -> Any:
+    """The receipt."""
+    recipe = Recipe(steps, calibration=Calibration(text, num_sequences=8, sequence_len=24))
+    return hasten.compress(model, recipe, out, device="cpu", progress=progress)
+
+
+def short(text: str, **changes: Any) -> dict[str, Any]:
+    return {"text": text, "steps": 6, "batch_size": 2, "sequence_len": 24, "learning_rate": 1e-3, **changes}
+
+
+def numbers(folder: Path) -> dict[str, np.ndarray]:
+    return {name: dequantize(weight) for name, weight in open_checkpoint(folder).weights()}
+
+
+def test_sequences_are_a_function_of_seed_and_number() -> None:
+    stream = torch.arange(100)
+    some = Sequences(stream, 8, 40, seed=3, first=99)
+    again = Sequences(stream, 8, 40, seed=3, first=99)
+    last = again[39]["input_ids"]
+    assert torch.equal(some.__getitems__(list(range(40)))["input_ids"][39], last)
+    assert last[0] == 99
+    assert (last[2:] - last[1:-1] == 1).all()
+    one_epoch = some.__getitems__(list(range(some.per_epoch)))["input_ids"][:, 1:].flatten()
+    assert len(one_epoch.unique()) == len(one_epoch)  # nothing twice
+    with pytest.raises(RecipeError, match="training text has 5 tokens, a sequence has 8: give more text"):
+        Sequences(torch.arange(5), 8, 1)
+
+
+def test_finetuning_learns_its_text_and_logs(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    step = Finetune(**short(text, steps=16, learning_rate=8e-3, logs=str(tmp_path / "logs"), gradient_accumulation=2))
+    receipt = run(tiny_model("llama"), tmp_path / "out", text, step)
+    losses = [loss for _, loss in receipt.settings["finetune-0"]["loss"]]
+    assert losses[-1] < losses[0] - 1.5
+    assert list((tmp_path / "logs").glob("events*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "out"]
+
+
+def test_fresh_starts_at_the_loss_of_guessing(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    receipt = run(tiny_model("qwen3"), tmp_path / "out", text, Finetune(fresh=True, **short(text, steps=2)))
+    (_, first), *_ = receipt.settings["finetune-0"]["loss"]
+    assert first == pytest.approx(np.log(307), abs=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
+def test_training_nothing_changes_nothing(family: str, tiny_model: Model, text: str, tmp_path: Path) -> None:
+    """Through load_torch, Trainer and back: every weight finds its place."""
+    model = tiny_model(family)
+    run(model, tmp_path / "out", text, Finetune(**short(text, steps=1, learning_rate=1e-30)))
+    before, after = numbers(model), numbers(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        np.testing.assert_allclose(after[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_killed_training_goes_on_to_the_same_end(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    step = Distill(
+        keep_layers=(0, 2), samples="student", dropout=0.1, hidden=1.0, sparsity=Gradual(0.5, 1, 9, every=2),
+        **short(text, steps=10),
+    )  # fmt: skip
+    whole = run(tiny_model("llama"), tmp_path / "whole", text, step)
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    told: list[str] = []
+
+    def kill(done: int, total: int, what: str) -> None:
+        told.append(what)
+        if "step 7" in what:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tiny_model("llama"), tmp_path / "out", text, step, progress=kill)
+    assert not (tmp_path / "out").exists()
+    told.clear()
+    resumed = run(
+        tiny_model("llama"), tmp_path / "out", text, step, progress=lambda done, total, what: told.append(what)
+    )
+    assert told[0].startswith("distill: step 7")
+    assert resumed.settings["distill-0"]["loss"] == whole.settings["distill-0"]["loss"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_gradual_pruning_ends_exactly_and_is_stripped(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    gradual = Gradual(0.5, 1, 4, every=1, pattern="2:4", targets=("mlp",))
+    run(tiny_model("llama"), tmp_path / "out", text, Finetune(**short(text, sparsity=gradual)))
+    for name, values in numbers(tmp_path / "out").items():
+        if name.endswith(("gate", "up", "down")):
+            assert ((values.reshape(-1, 4) != 0).sum(1) == 2).all(), name
+        elif name.endswith((".q", ".o")):
+            assert (values != 0).all(), name
+
+
+@pytest.mark.parametrize("how", ["finetune", "lora"])
+def test_pruned_weights_stay_pruned_and_others_move(how: str, tiny_model: Model, text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    prune = Prune(method="magnitude")
+    after: Step = Finetune(**short(text))
+    if how == "lora":
+        after = Recover("lora", rank=4, **short(text))
+    run(model, tmp_path / "pruned", text, prune)
+    run(model, tmp_path / "out", text, prune, after)
+    pruned, trained = numbers(tmp_path / "pruned"), numbers(tmp_path / "out")
+    for name in pruned:
+        if name.startswith("layers.") and pruned[name].shape[1] > 1:
+            np.testing.assert_array_equal(trained[name] == 0, pruned[name] == 0, err_msg=name)
+            assert not np.array_equal(trained[name], pruned[name]), name
+
+
+def test_lora_adds_its_rank_and_no_more(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    run(model, tmp_path / "out", text, Recover("lora", rank=3, **short(text)))
+    before, after = numbers(model), numbers(tmp_path / "out")
+    difference = np.linalg.svd(after["layers.1.up"] - before["layers.1.up"], compute_uv=False)
+    assert difference[2] > 100 * difference[3]
+    np.testing.assert_array_equal(after["embed"], before["embed"])
+
+
+def test_shrink_distill_factorize_quantize(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    steps = (
+        Shrink(heads=0.5, neurons=0.5),
+        Distill(hidden=1.0, attention=1.0, loss="jensen-shannon", beta=0.3, temperature=2.0, **short(text)),
+        Factorize(rank=8, targets=("mlp",)),
+        Recover("lora", rank=2, **short(text)),
+        Quantize("int8", 0),
+    )
+    receipt = run(tiny_model("llama"), tmp_path / "out", text, *steps)
+    assert {"distill-1", "recover-3"} <= receipt.settings.keys()
+    spec = open_checkpoint(tmp_path / "out").spec
+    assert spec.layers[0].num_heads == 3
+    assert spec.layers[0].rank_of("down") == 8
+    tokens = torch.arange(5, 25)[None]
+    assert torch.isfinite(hasten.load_torch(tmp_path / "out")(input_ids=tokens).logits).all()
+
+
+def test_a_teacher_writes_what_a_student_of_its_own_shape_learns(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    step = Distill(student=str(tmp_path / "config.json"), samples="teacher", loss="reverse-kl", **short(text))
+    run(model, tmp_path / "out", text, step)
+    assert len(open_checkpoint(tmp_path / "out").spec.layers) == 1
+    run(model, tmp_path / "without", None, replace(step, text=None, steps=2))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    for loss in ("forward-kl", "reverse-kl", "jensen-shannon"):
+        step = Distill(loss=loss, weight=1.0, hidden=1.0, attention=1.0, **short(text, steps=1, learning_rate=1e-12))
+        receipt = run(tiny_model("llama"), tmp_path / loss, text, step)
+        assert abs(receipt.settings["distill-0"]["loss"][0][1]) < 1e-4
+
+
+def test_distilled_is_better_than_alone(shared_data: Path, tmp_path: Path) -> None:
+    """Every other layer of a small model, trained on little text for the same steps, with its teacher and without."""
+    model = shared_data / "stories260K"
+    stories = (shared_data / "tinystories-slice" / "tinystories_slice.txt").read_text()
+    (tmp_path / "text.txt").write_text(stories[:60_000])
+    (tmp_path / "unseen.txt").write_text(stories[-30_000:])
+    unseen = tokens_of(str(tmp_path / "unseen.txt"), model)[0][: 64 * 128].view(64, 128).long()
+    found = {}
+    for name, weight in (("alone", 0.0), ("distilled", 0.5)):
+        step = Distill(
+            keep_layers=(0, 2, 4), weight=weight, steps=50, batch_size=4, sequence_len=64, learning_rate=4e-3,
+            text=str(tmp_path / "text.txt"),
+        )  # fmt: skip
+        run(model, tmp_path / name, None, step)
+        student = hasten.load_torch(tmp_path / name, torch.float32)
+        with torch.no_grad():
+            found[name] = student(input_ids=unseen, labels=unseen).loss.item()
+    assert found["distilled"] < found["alone"] - 0.01
+
+
+def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    one, two = list(vocab)[40:42]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RecipeError, match=r"the vocabulary of the teacher .* they must be the same, take a teacher"):
+        run(model, tmp_path / "out", text, Shrink(layers=0.34), Distill(teacher=str(other), **short(text)))
+    with pytest.raises(RecipeError, match="keep_layers names layer 7, the model has 3"):
+        run(model, tmp_path / "out", text, Distill(keep_layers=(0, 7)))
+    with pytest.raises(RecipeError, match="and there is no such file"):
+        run(model, tmp_path / "out", text, Distill(student=str(tmp_path / "none.json")))
+    assert not (tmp_path / "out.work").exists()
+    with pytest.raises(RecipeError, match=r"rank is 60, layers\.0\.k is"):
+        run(model, tmp_path / "out", text, Recover("lora", rank=60, **short(text)))
+    with pytest.raises(HastenError, match="training sequences have 512 tokens, the model at most 256"):
+        run(model, tmp_path / "out2", text, Finetune(**short(text, sequence_len=512)))
