@@ -90,6 +90,14 @@ def test_low_rank_and_experts(family: str, tiny_model: Callable[..., Path], tmp_
     assert np.abs(in_reference(tmp_path / "out") - in_reference(tiny_model(family))).max() > 0.1
 
 
+def test_a_hidden_width_that_is_no_multiple_of_the_heads(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_model("llama"))
+    kept = replace(strip.everything(checkpoint.spec), hidden=np.arange(64))
+    config = strip.stripped_config(checkpoint.config, checkpoint.spec, kept)
+    write_checkpoint(tmp_path / "out", config, strip.strip(checkpoint.weights(), checkpoint.spec, kept))
+    agree(tmp_path / "out")
+
+
 def test_quantised_folders_are_the_numbers_that_they_stand_for(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     recipe = {"steps": [{"quantize": {"format": "int4", "fallback": "int8", "targets": ["Linear", "embedding"]}}]}
     compress(tiny_model("llama3"), recipe, tmp_path / "out")

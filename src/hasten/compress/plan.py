@@ -1,6 +1,7 @@
 """A recipe against an architecture: which matrix takes which Format. Sees names and shapes, never a weight."""
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -205,7 +206,7 @@ def _(step: Shrink, plan: Plan) -> Plan:
     widths = {(layer.num_heads, layer.num_kv_heads, layer.intermediate_size) for layer in layers}
     if gone and len(widths) > 1:
         raise RecipeError("shrink removes layers of different widths: remove layers in a shrink step before the others")
-    hidden = shrunk_width(spec.hidden_size, step.hidden)
+    hidden = shrunk_hidden(step, spec)
     return replace(plan, spec=replace(spec, layers=layers[: len(layers) - gone], hidden_size=hidden))
 
 
@@ -229,11 +230,20 @@ def shrunk_layers(step: Shrink, spec: ModelSpec) -> tuple[Layer, ...]:
     return tuple(out)
 
 
-def shrunk_width(width: int, share: float) -> int:
+def shrunk_hidden(step: Shrink, spec: ModelSpec) -> int:
+    """Hidden units that are left: where it is not too coarse a multiple of the heads, which some of Transformers'
+    architectures want."""
+    heads = shrunk_layers(step, spec)[0].num_heads
+    return shrunk_width(spec.hidden_size, step.hidden, heads)
+
+
+def shrunk_width(width: int, share: float, multiple_of: int = 1) -> int:
     """What is left of `width` numbers less a share: the nearest multiple that groups of scales and registers like."""
     if not share:
         return width
     multiple = 64 if width >= 1024 else 32 if width >= 256 else 8 if width >= 64 else 1
+    both = math.lcm(multiple, multiple_of)
+    multiple = both if 2 * both <= width else multiple
     return min(max(round(width * (1 - share) / multiple), 1) * multiple, width)
 
 

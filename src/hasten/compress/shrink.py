@@ -20,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from hasten.compress import taylor
 from hasten.compress.blocks import Block, Inputs, Skeleton
-from hasten.compress.plan import matrix_shapes, shrunk_layers, shrunk_width, targeted
+from hasten.compress.plan import matrix_shapes, shrunk_hidden, shrunk_layers, targeted
 from hasten.compress.stage import Context, run_step
 from hasten.compress.statistics import collect
 from hasten.compress.strip import Kept, strip, stripped_config
@@ -66,7 +66,7 @@ def choose(step: Shrink, spec: ModelSpec, scores: Scores) -> Kept:
         np.setdiff1d(np.arange(len(spec.layers)), weakest),
         tuple(best(found, layer.num_kv_heads) for found, layer in zip(scores.groups, after, strict=True)),
         tuple(best(found, layer.intermediate_size) for found, layer in zip(scores.neurons, after, strict=True)),
-        best(scores.hidden, shrunk_width(spec.hidden_size, step.hidden)),
+        best(scores.hidden, shrunk_hidden(step, spec)),
     )
 
 

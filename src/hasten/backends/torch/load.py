@@ -58,7 +58,12 @@ def empty_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     for key in ("quantization_config", "hasten"):
         text.pop(key, None)
     text["tie_word_embeddings"] = checkpoint.spec.tied_head
-    config = transformers.CONFIG_MAPPING[text["model_type"]].from_dict(text)
+    # Some of Transformers' configurations refuse a hidden width that is no multiple of the heads; it runs all the same.
+    known = ("num_attention_heads", "num_key_value_heads") if "head_dim" in text else ()
+    heads = {key: text[key] for key in known if key in text}
+    config = transformers.CONFIG_MAPPING[text["model_type"]].from_dict({**text, **dict.fromkeys(heads, 1)})
+    for key, count in heads.items():
+        setattr(config, key, count)
     with _MatricesOnMeta():
         model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.eval()
