@@ -23,7 +23,7 @@ import yaml
 
 from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys, mapping
 from hasten.errors import RecipeError
-from hasten.steps import STEPS, Prune, Quantize, Rotate, Smooth, Step, step_name
+from hasten.steps import STEPS, Distill, Factorize, Prune, Quantize, Rotate, Shrink, Smooth, Step, step_name
 
 KV_CACHES = ("fp32", "bf16", "int8")
 SPECULATIONS = ("none", "ngram")
@@ -154,6 +154,8 @@ def method_presets() -> dict[str, Recipe]:
         "fp8-static": (Quantize("fp8", activations="fp8-static"),),
         "2of4-sparsegpt": (Prune(pattern="2:4"),),
         "2of4-sparsegpt-int8": (Prune(pattern="2:4"), Quantize("int8", 0, method="gptq")),
+        "lowrank-svd-llm": (Factorize(keep=0.8),),
+        "prune-width-distill": (Shrink(neurons=0.5), Distill()),
     }
     return {name: Recipe(found) for name, found in steps.items()}
 

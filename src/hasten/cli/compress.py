@@ -57,6 +57,8 @@ def compress(
       w8a8-smoothquant, w8a8-gptq   8-bit weights and activations
       fp8-static                    8-bit floats, scales of activations from text
       2of4-sparsegpt[-int8]         two of four weights are zero; -int8: and the rest 8 bits
+      lowrank-svd-llm               products of two thin matrices, 80 % of the numbers
+      prune-width-distill           half of the neurons go, then 1,000 steps of distillation
     docs/recipes.md has every step and its numbers.
     """
     from hasten.model.hub import folder_beside, name_of

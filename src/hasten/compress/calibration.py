@@ -119,7 +119,6 @@ class Sequences:
 
     def __init__(self, calibration: Calibration, folder: Path, file: Path, device: str, held_out: bool = False) -> None:
         extra = max(4, calibration.num_sequences // 8) if held_out else 0
-        self._calibration = calibration
         self._wanted = replace(calibration, num_sequences=calibration.num_sequences + extra)
         self._folder, self._file, self._device = folder, file, device
         self._extra = np.linspace(0, self._wanted.num_sequences - 1, extra).astype(int)
@@ -137,7 +136,7 @@ class Sequences:
         """For the receipt; empty where nothing asked for text."""
         if self._found is None and not self._file.is_file():
             return {}
-        return {**asdict(self._calibration), "sha256": digest(self._all())}
+        return {**asdict(self._wanted), "sha256": digest(self._all())}
 
     def _all(self) -> Int32:
         if self._found is None and self._file.is_file():
