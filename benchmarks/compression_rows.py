@@ -43,17 +43,17 @@ class Training:
     batch_size: int
     sequence_len: int
 
-    def alone(self, learning_rate: float) -> Finetune:
-        return Finetune(learning_rate=learning_rate, **vars(self))
+    def alone(self) -> Finetune:
+        return Finetune(learning_rate=LEARNING_RATE, **vars(self))
 
-    def fresh(self, learning_rate: float) -> Finetune:
-        return Finetune(learning_rate=learning_rate, fresh=True, **vars(self))
+    def fresh(self) -> Finetune:
+        return Finetune(learning_rate=LEARNING_RATE, fresh=True, **vars(self))
 
-    def taught(self, learning_rate: float) -> Distill:
-        return Distill(learning_rate=learning_rate, **vars(self))
+    def taught(self) -> Distill:
+        return Distill(learning_rate=LEARNING_RATE, **vars(self))
 
 
-TRAINED_RATE, FRESH_RATE = 5e-4, 3e-3  # weights that were trained already need less, random ones more
+LEARNING_RATE = 2e-3  # of all rows with training: small models take it, trained or fresh
 
 ORIGINAL = "original"
 
@@ -119,8 +119,8 @@ def _trained(training: Training, layers: int) -> Iterator[Row]:
     half = Shrink(layers=(layers // 2) / layers)
     narrow = Shrink(heads=0.5, neurons=0.5)
     yield Row("half the layers", (half,))
-    yield Row("half the layers, trained alone", (half, training.alone(TRAINED_RATE)))
-    yield Row("half the layers, distilled", (half, training.taught(TRAINED_RATE)))
+    yield Row("half the layers, trained alone", (half, training.alone()))
+    yield Row("half the layers, distilled", (half, training.taught()))
     yield Row("half the width", (narrow,))
-    yield Row("half the width, distilled", (narrow, training.taught(TRAINED_RATE)))
-    yield Row("half the width, from scratch", (narrow, training.fresh(FRESH_RATE)))
+    yield Row("half the width, distilled", (narrow, training.taught()))
+    yield Row("half the width, from scratch", (narrow, training.fresh()))
