@@ -41,7 +41,7 @@ def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cp
     length = calibration.sequence_len - len(first)
     pieces: list[list[int]] = []
     for text in read(calibration.text):
-        ids = _encode(tokenizer, text)
+        ids = encode(tokenizer, text)
         pieces += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     wanted = calibration.num_sequences
     if len(pieces) < wanted:
@@ -154,7 +154,7 @@ def digest(tokens: Int32) -> str:
     return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a long text, piece by piece, cut at white space."""
     ids: list[int] = []
     start = 0

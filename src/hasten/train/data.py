@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hasten.compress.calibration import Int32, read
+from hasten.compress.calibration import encode, read
 from hasten.errors import RecipeError
 from hasten.model.tokenizer import Tokenizer
-
-_PIECE = 1 << 16  # characters that are made into tokens at a time
 
 
 def tokens_of(text: str, folder: Path) -> tuple[Tensor, int | None]:
@@ -25,25 +23,9 @@ def tokens_of(text: str, folder: Path) -> tuple[Tensor, int | None]:
     bos = tokenizer.bos_token_id
     first = bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
     between = first if first is not None else next(iter(sorted(tokenizer.eos_token_ids)), None)
-    parts: list[Int32] = []
-    for piece in read(text):
-        parts += _encode(tokenizer, piece)
-        if between is not None:
-            parts.append(np.array([between], np.int32))
-    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int32), first
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[Int32]:
-    """Tokens of a long text, piece by piece, cut at white space."""
-    parts: list[Int32] = []
-    start = 0
-    while start < len(text):
-        end = min(start + _PIECE, len(text))
-        cut = text.rfind(" ", start + 1, end) if end < len(text) else end
-        end = cut if cut > start else end
-        parts.append(np.array(tokenizer.encode_plain(text[start:end]), np.int32))
-        start = end
-    return parts
+    end = [] if between is None else [between]
+    parts = [np.array([*encode(tokenizer, piece), *end], np.int32) for piece in read(text)]
+    return torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.int32)])), first
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
