@@ -7,7 +7,8 @@ papers let one expect, held or not.
 DIR holds the books that examples/demo names, wikitext-2/test.txt (another kind of text) and tinystories-slice/ (for
 stories260K). Calibration and training read one part of the text, quality is measured on another. Differences are
 paired: of two ways on the same windows, with their 95 % interval. Asserts nothing. The file is written after each row,
-so that a run that is cut short loses nothing; --minutes ends it, rows that were not reached are named.
+so that a run that is cut short loses nothing; --minutes ends it, rows that were not reached are named. Several runs of
+different rows (--only) at once, then --join, make use of a GPU that one run leaves idle.
 
 Speed is measured at the end through the engine, all rows in turn; on a CPU it needs the compiled core.
 """
@@ -32,6 +33,7 @@ from compression_tools import (
     middle,
     nll_of,
     plant_outliers,
+    slices,
     speeds_of,
     texts_for,
     windows_of,
@@ -86,6 +88,9 @@ class Bench:
 
 def main() -> None:
     args = arguments()
+    if args.join:
+        print(render(join(args)))
+        return
     started = time.monotonic()
     work = args.work or Path(tempfile.mkdtemp(prefix="hasten-compression-"))
     work.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
+    parser.add_argument("--data", type=Path, help="folder with the texts")
     parser.add_argument("--model", default="demo", help="a model folder, or demo")
     parser.add_argument("--train", type=Path, help="text to calibrate and train on; by default see texts_for")
     parser.add_argument("--heldout", type=Path, help="text to measure on")
@@ -115,8 +120,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="rows whose name holds one of these words, by comma")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of speed; 0: speed is not measured")
     parser.add_argument("--json", type=Path, default=Path("compression.json"), help="file that is written")
+    parser.add_argument("--join", type=Path, nargs="+", help="print, and write, what runs of one model found together")
     parser.add_argument("--work", type=Path, help="keep the folders that are made here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data is None and not args.join:
+        parser.error("--data is needed: the folder with the texts")
+    return args
 
 
 def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float]) -> dict[str, Any]:
@@ -146,6 +155,7 @@ def prepare(args: argparse.Namespace, work: Path) -> Bench:
     model = ROOT / "src" / "hasten" / "demo" if args.model == "demo" else Path(args.model)
     texts = texts_for(model, args.data, args.train, args.heldout)
     (work / "train.txt").write_text(texts.train, encoding="utf-8")
+    (work / "calibration.txt").write_text(slices(texts.train), encoding="utf-8")
     length = min(args.window, open_checkpoint(model).spec.max_position)
     return Bench(
         model=model,
@@ -154,7 +164,7 @@ def prepare(args: argparse.Namespace, work: Path) -> Bench:
         texts=texts,
         heldout=windows_of(model, texts.heldout, length, args.windows),
         other=windows_of(model, texts.other, length, args.windows // 3) if texts.other else (),
-        calibration=Calibration(str(work / "train.txt"), args.sequences, length),
+        calibration=Calibration(str(work / "calibration.txt"), args.sequences, length),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
@@ -232,12 +242,27 @@ def save(args: argparse.Namespace, bench: Bench, results: dict[str, Result]) -> 
         "threads": usable_threads(),
         "versions": versions(),
         "conditions": conditions(),
-        "text": {"windows": len(bench.heldout), "bytes": int(bench.num_bytes.sum())},
+        "text": {"windows": len(bench.heldout), "bytes": bench.num_bytes.tolist()},
         "rows": {name: plain(asdict(result)) for name, result in results.items()},
-        "orders": [verdict(order, bench, results) for order in ORDERS],
     }
-    write_text(args.json, json.dumps(report, indent=1) + "\n")
+    return write(args.json, report)
+
+
+def write(file: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """With what became of the orders."""
+    report["orders"] = [verdict(order, report) for order in ORDERS]
+    write_text(file, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def join(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs over different rows of one model on one text as one report; of a row in several, the first is taken."""
+    first, *others = [json.loads(file.read_text()) for file in args.join]
+    for other in others:
+        if (other["model"], other["text"]) != (first["model"], first["text"]):
+            sys.exit(f"{other['model']} and {first['model']}: not one model on one text")
+        first["rows"] |= {name: row for name, row in other["rows"].items() if name not in first["rows"]}
+    return write(args.json, first)
 
 
 def device_name(device: str) -> str:
@@ -248,13 +273,13 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
-def verdict(order: Order, bench: Bench, results: dict[str, Result]) -> dict[str, Any]:
+def verdict(order: Order, report: dict[str, Any]) -> dict[str, Any]:
     """Whether an expected order held: the difference in bits per byte on the same windows, with its interval."""
-    better, worse = (results.get(name) for name in (order.better, order.worse))
-    if better is None or worse is None or not better.nll or not worse.nll:
+    better, worse = (report["rows"].get(name, {}).get("nll") for name in (order.better, order.worse))
+    if not better or not worse:
         return {"claim": order.claim, "verdict": "not measured", "difference": None}
-    change = (np.array(better.nll) - np.array(worse.nll)) / LOG2
-    found = ratio_interval(change, bench.num_bytes, "bits/byte")
+    change = (np.array(better) - np.array(worse)) / LOG2
+    found = ratio_interval(change, np.array(report["text"]["bytes"], np.float64), "bits/byte")
     return {"claim": order.claim, "verdict": judge(order, found), "difference": plain(found)}
 
 
@@ -273,7 +298,8 @@ def render(report: dict[str, Any]) -> str:
     """Both tables in Markdown."""
     text = report["text"]
     lines = [
-        f"{report['model']}, {report['device']}: {text['windows']} windows, {text['bytes']:,} bytes of held-out text",
+        f"{report['model']}, {report['device']}: {text['windows']} windows of held-out text, "
+        f"{sum(text['bytes']):,.0f} bytes",
         "",
         "| | bits per byte | against the original | other text | MB | tokens/s, 1 stream | 8 streams | s |",
         "|---|---|---|---|---|---|---|---|",

@@ -58,6 +58,13 @@ def texts_for(model: Path, data: Path, train: Path | None, heldout: Path | None)
     return Texts("\n\n".join(split.train), read_text(heldout or BUNDLED), other)
 
 
+def slices(text: str, count: int = 32, length: int = 1 << 15) -> str:
+    """Pieces evenly over a long text, enough to calibrate on."""
+    if len(text) <= count * length:
+        return text
+    return "\n\n".join(text[start : start + length] for start in range(0, len(text) - length, len(text) // count))
+
+
 def _if_there(path: Path) -> Path | None:
     return path if path.is_file() else None
 
