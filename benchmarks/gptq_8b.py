@@ -23,7 +23,7 @@ import torch
 from hasten.compress.folder import compress
 from hasten.compress.plan import matrix_shapes
 from hasten.hardware import cpu_model, versions
-from hasten.model.formats import Format, Weight, to_bf16
+from hasten.model.formats import Format, Weight
 from hasten.model.spec import spec_from_config
 from hasten.model.writer import write_checkpoint
 from hasten.recipe import Calibration, Recipe
@@ -47,13 +47,13 @@ class OutOfTimeError(Exception):
     """The budget has ended."""
 
 
-def random_weights(config: dict[str, Any]) -> Iterator[tuple[str, Weight]]:
+def random_weights(config: dict[str, Any], device: str) -> Iterator[tuple[str, Weight]]:
     """Canonical weights of normal numbers, each a stretch of one random array that begins elsewhere."""
     spec = spec_from_config(config)
     shapes = matrix_shapes(spec)
     largest = max(rows * columns for rows, columns in shapes.values())
-    random = np.random.default_rng(0)
-    pool = to_bf16(random.standard_normal(largest + len(shapes), np.float32) * np.float32(0.02))
+    normal = torch.randn(largest + len(shapes), device=device, generator=torch.Generator(device).manual_seed(0))
+    pool = (normal * 0.02).bfloat16().view(torch.int16).cpu().numpy().view(np.uint16)
     for index, (name, (rows, columns)) in enumerate(shapes.items()):
         yield name, Weight(Format("bf16"), (rows, columns), pool[index : index + rows * columns].reshape(rows, columns))
     ones = np.ones((spec.hidden_size, 1), np.float32)
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     sequences, length = (8, 64) if arguments.tiny else (128, 2048)
     started = time.monotonic()
     model = work / "model"
-    write_checkpoint(model, config, random_weights(config))
+    write_checkpoint(model, config, random_weights(config, arguments.device))
     tokens = np.random.default_rng(1).integers(config["vocab_size"], size=(sequences, length), dtype=np.int32)
     np.save(work / "tokens.npy", tokens)
     made = time.monotonic() - started

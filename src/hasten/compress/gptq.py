@@ -6,10 +6,15 @@ e = (w_j - q_j) / U_jj, and the columns behind it become W_k - e U_jk, which is 
 can reach (Optimal Brain Surgeon). 128 columns are handled at a time; what lies behind them is updated once.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hasten.compress.grid import Grid, spread
+
+Solve = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _COLUMNS = 128  # a multiple of every group size
 
@@ -33,36 +38,82 @@ def quantize(
     group = group_size or columns
     free = weight != 0
     metric = hessian.diagonal()
-    scales = torch.empty((rows, columns // group), dtype=weight.dtype, device=weight.device)
-    zeros = torch.empty_like(scales)
     early = act_order or not group_size
-    if early:
-        for index in range(columns // group):
-            part = slice(index * group, (index + 1) * group)
-            scales[:, index : index + 1], zeros[:, index : index + 1] = grid.fit(weight[:, part], metric[part])
+    scales, zeros = _fitted(weight, metric, grid, group) if early else _room(weight, columns // group)
     order = metric.argsort(descending=True) if act_order else torch.arange(columns, device=weight.device)
-    group_of = (order // group).tolist()
     if act_order:
         weight, free, hessian = weight[:, order], free[:, order], hessian[order][:, order]
+    group_of = order // group
     factor = inverse_factor(hessian, damping)
     codes = torch.empty_like(weight)
-    for start in range(0, columns, _COLUMNS):
-        stop = min(start + _COLUMNS, columns)
-        block, inner = weight[:, start:stop], factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            column = start + j
-            index = group_of[column]
-            if not early and column % group == 0:
-                found = grid.fit(block[:, j : j + group], metric[column : column + group])
-                scales[:, index : index + 1], zeros[:, index : index + 1] = found
-            scale, zero, w = scales[:, index], zeros[:, index], block[:, j]
-            code = torch.where(free[:, column], grid.codes(w, scale, zero), zero)
-            codes[:, column] = code
-            errors[:, j] = (w - (code - zero) * scale) / inner[j, j]
-            block[:, j:] -= errors[:, j, None] * inner[j, j:]
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    step = _COLUMNS if early else group
+    solve = _solver(grid, weight.device, rows, min(step, columns), columns)
+    for start in range(0, columns, step):
+        part = slice(start, min(start + step, columns))
+        if not early:
+            here = slice(start // group, start // group + 1)
+            scales[:, here], zeros[:, here] = grid.fit(weight[:, part], metric[part])
+        mine = group_of[part]
+        codes[:, part], errors = solve(
+            weight[:, part], factor[part, part], scales[:, mine], zeros[:, mine], free[:, part]
+        )
+        weight[:, part.stop :] -= errors @ factor[part, part.stop :]
     return codes[:, order.argsort()], scales, zeros
+
+
+def solve_columns(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, free: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Codes [N, c] of a run of columns, and what each one's rounding leaves to those behind the run, [N, c].
+
+    weight, scales, zeros, free: [N, c], a scale for each number; factor: the run's own part of U, [c, c].
+    """
+    weight, codes, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+    for j in range(weight.shape[1]):
+        w, scale, zero = weight[:, j], scales[:, j], zeros[:, j]
+        code = torch.where(free[:, j], grid.codes(w, scale, zero), zero)
+        codes[:, j] = code
+        errors[:, j] = (w - (code - zero) * scale) / factor[j, j]
+        weight[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
+    return codes, errors
+
+
+def _solver(grid: Grid, device: torch.device, rows: int, run: int, columns: int) -> Solve:
+    """solve_columns; on a GPU as a graph for runs of this shape, since launching a dozen small kernels a column, one by
+    one, takes longer than what they do."""
+    plain: Solve = partial(solve_columns, grid=grid)
+    if device.type != "cuda" or columns < 2 * run:
+        return plain
+    shapes = [(rows, run), (run, run), (rows, run), (rows, run)]
+    weight, factor, scales, zeros = (torch.ones(shape, device=device) for shape in shapes)
+    free = torch.ones((rows, run), dtype=torch.bool, device=device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        found = plain(weight, factor, scales, zeros, free)
+
+    def replayed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if tensors[0].shape != weight.shape:  # the last run may be shorter
+            return plain(*tensors)
+        for target, tensor in zip((weight, factor, scales, zeros, free), tensors, strict=True):
+            target.copy_(tensor)
+        graph.replay()
+        return found
+
+    return replayed
+
+
+def _fitted(weight: Tensor, metric: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
+    scales, zeros = _room(weight, weight.shape[1] // group)
+    for index in range(scales.shape[1]):
+        part, here = slice(index * group, (index + 1) * group), slice(index, index + 1)
+        scales[:, here], zeros[:, here] = grid.fit(weight[:, part], metric[part])
+    return scales, zeros
+
+
+def _room(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    scales = weight.new_empty((len(weight), groups))
+    return scales, torch.empty_like(scales)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -15,6 +15,8 @@ from hasten.model.formats import Format, Weight, sparsify
 # What a group's largest magnitude is mapped to, as a part of the end of the range: above 1 clips it (see rtn.py).
 REACH = (0.8, 0.875, 0.94, 1.0, 1.06, 1.12, 1.2, 1.3, 1.45)
 
+_CPU_NUMBERS, _GPU_NUMBERS = 1 << 18, 1 << 26  # that are tried at once: in a core's own cache; few launches
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -48,25 +50,26 @@ class Grid:
         such as the inputs' second moments. Of each mapping of the range to the codes, the scale of least error under
         the codes that it gives is tried.
         """
-        best_error = torch.full_like(values[:, :1], torch.inf)
-        best = torch.ones_like(best_error), torch.zeros_like(best_error)
-        for part in reach:
-            scales, zeros = self._mapped(values, part)
-            centred = self.codes(values, scales, zeros) - zeros
-            scales = self._storable(_best_scale(values, centred, metric, scales))
-            left = values - self.nearest(values, scales, zeros)
-            error = (_times(left, metric) * left).sum(1, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
-        return best
+        rows = max(1, (_CPU_NUMBERS if values.device.type == "cpu" else _GPU_NUMBERS) // values.shape[1] // len(reach))
+        parts = [self._fit(part, metric, reach) for part in torch.split(values, rows)]
+        return torch.cat([scales for scales, _ in parts]), torch.cat([zeros for _, zeros in parts])
+
+    def _fit(self, values: Tensor, metric: Tensor | None, reach: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """All reaches [R] at once."""
+        parts = torch.tensor(reach, dtype=values.dtype).to(values.device)[:, None, None]
+        scales, zeros = self._mapped(values, parts)  # [R, M, 1]
+        centred = self.codes(values, scales, zeros) - zeros  # [R, M, g]
+        scales = self._storable(_best_scale(values, centred, metric, scales))
+        left = values - self.nearest(values, scales, zeros)
+        best = (_times(left, metric) * left).sum(2, keepdim=True).argmin(0, keepdim=True)
+        return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
     def rounded(self, weight: Tensor, group_size: int = 0, reach: tuple[float, ...] = REACH) -> Tensor:
         """A matrix [N, K] rounded to nearest, each group's range fitted to its weights."""
         grouped = weight.reshape(-1, group_size or weight.shape[1])
         return self.nearest(grouped, *self.fit(grouped, reach=reach)).reshape(weight.shape)
 
-    def _mapped(self, values: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    def _mapped(self, values: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.ends
         smallest, largest = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
         if self.symmetric:
@@ -104,8 +107,8 @@ def spread(per_group: Tensor, group: int) -> Tensor:
 
 def _best_scale(values: Tensor, centred: Tensor, metric: Tensor | None, otherwise: Tensor) -> Tensor:
     weighted = _times(centred, metric)
-    size = (weighted * centred).sum(1, keepdim=True)
-    fitted = (weighted * values).sum(1, keepdim=True) / size
+    size = (weighted * centred).sum(2, keepdim=True)
+    fitted = (weighted * values).sum(2, keepdim=True) / size
     return torch.where((size > 0) & fitted.isfinite() & (fitted != 0), fitted, otherwise)
 
 
