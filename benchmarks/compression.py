@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of speed; 0: speed is not measured")
     parser.add_argument("--json", type=Path, default=Path("compression.json"), help="file that is written")
     parser.add_argument("--join", type=Path, nargs="+", help="print, and write, what runs of one model found together")
-    parser.add_argument("--work", type=Path, help="keep the folders that are made here")
+    parser.add_argument("--work", type=Path, help="keep folders here; run again, rows are not made again")
     args = parser.parse_args()
     if args.data is None and not args.join:
         parser.error("--data is needed: the folder with the texts")
@@ -133,12 +133,16 @@ def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float])
     results: dict[str, Result] = {}
     folders: dict[str, Path] = {}
     spec = open_checkpoint(bench.model).spec
+    known = earlier(args)
     length = bench.calibration.sequence_len
     training = None
     if args.train_steps:
         training = Training(str(work / "train.txt"), args.train_steps, args.train_batch, length)
     for row in rows(spec, training):
         if not wanted(row, args):
+            continue
+        if row.name in known:
+            results[row.name], folders[row.name] = known[row.name], make(row, bench)
             continue
         if seconds_left() < 0:
             results[row.name] = Result(row.name, error="not reached: out of time")
@@ -149,6 +153,21 @@ def run(args: argparse.Namespace, work: Path, seconds_left: Callable[[], float])
     if args.rounds and seconds_left() > 0:
         add_speed(bench, folders, results, args.rounds)
     return save(args, bench, results)
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Result]:
+    """Rows that a run with the same settings finished, where its folders were kept."""
+    if args.work is None or not args.json.is_file():
+        return {}
+    report = json.loads(args.json.read_text())
+    free = ("minutes", "rounds", "only")
+    if any(report["settings"].get(key) != str(value) for key, value in vars(args).items() if key not in free):
+        return {}
+    return {
+        name: Result(**{**row, **{key: row[key] and Measurement(**row[key]) for key in ("bits", "rise", "other")}})
+        for name, row in report["rows"].items()
+        if row["nll"]
+    }
 
 
 def prepare(args: argparse.Namespace, work: Path) -> Bench:
