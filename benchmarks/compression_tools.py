@@ -76,7 +76,8 @@ def windows_of(model: Path, text: str, length: int, most: int) -> tuple[Window, 
 
 def plant_outliers(model: Path, out: Path) -> None:
     """The same function with a few input channels of q, k, v and gate, up made OUTLIER times as large, as large models
-    have them by themselves: up in the norm, down in the columns that read it."""
+    have them by themselves: up in the norm, down in the columns that read it. Exact but for norms that store their
+    weights less one."""
     checkpoint = open_checkpoint(model)
     size = checkpoint.spec.hidden_size
     channels = np.random.default_rng(0).choice(size, max(2, size // 64), replace=False)
