@@ -8,6 +8,7 @@ extrapolation, named so. --tiny is a shape of a few hundred kilobytes, to see th
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import shutil
@@ -99,7 +100,8 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "checkpoint_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
     }  # fmt: skip
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the making of the model
+    with contextlib.suppress(OSError):  # not every container lets it be forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the making of the model
     try:
         receipt = compress(model, recipe, work / "out", device=arguments.device, progress=tell)
     except OutOfTimeError:

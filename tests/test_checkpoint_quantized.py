@@ -219,7 +219,7 @@ def test_int8_with_dynamic_activations(tiny_model: Callable[..., Path], tmp_path
     ("settings", "message"),
     [
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes' is not supported; supported: compressed-tensors"),
-        ({"quant_method": "fp8"}, "'fp8' is not supported"),
+        ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme 'none' is not supported"),
         ({"quant_method": "gptq", "bits": 3}, "3 bits is not supported; supported: 4, 8"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not supported"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv' with 4 bits is not supported"),

@@ -1,6 +1,9 @@
 """Eight-bit floats against torch's own, and 2:4 matrices against the dense ones that they stand for."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +86,33 @@ def test_three_of_four_are_refused() -> None:
 def test_activations_are_no_part_of_how_a_matrix_is_stored() -> None:
     assert Format("int8", activations="int8") == Format("int8")
     assert Format("int8", sparse24=True) != Format("int8")
+
+
+@pytest.mark.parametrize("block", [None, [128, 128]])
+def test_folders_of_8_bit_floats_as_others_publish_them(
+    block: list[int] | None, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    from hasten.model.checkpoint import open_checkpoint
+
+    folder = tiny_model("llama", hidden_size=192, intermediate_size=256)
+    tensors = load_file(folder / "model.safetensors")
+    expected = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name]
+        rows, columns = block or weight.shape
+        scale = torch.rand(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)) + 0.5
+        spread = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]]
+        tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[name + ("_scale_inv" if block else "_scale")] = scale if block else scale[0]
+        expected[name] = (tensors[name].float() * spread).numpy()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = dict(open_checkpoint(tmp_path).weights())
+    assert found["layers.1.down"].format == Format("fp8", 128 if block else 0)
+    assert np.array_equal(formats.dequantize(found["layers.1.down"]), expected["model.layers.1.mlp.down_proj.weight"])
+    assert np.array_equal(formats.dequantize(found["layers.0.k"]), expected["model.layers.0.self_attn.k_proj.weight"])

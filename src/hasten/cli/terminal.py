@@ -80,13 +80,15 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     """A function progress(done, total, what) that shows a bar with the time left on a terminal, and elsewhere a line,
     at most one a second. It is drawn only as work is done: a thread that draws would disturb what is measured."""
     if not sys.stderr.isatty():
-        last = -math.inf
+        began, last = time.monotonic(), -math.inf
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal last
-            if time.monotonic() - last >= 1:
-                last = time.monotonic()
-                note(f"[{done}/{total}] {what}")
+            now = time.monotonic()
+            if now - last >= 1:
+                last = now
+                left = f", {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
+                note(f"[{done}/{total}{left}] {what}")
 
         yield tell
         return

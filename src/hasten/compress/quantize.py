@@ -33,10 +33,9 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
         if not roles:
             continue
         if step.method == "rtn":
-            static = step.activations == "fp8-static"
-            largest = collect(block, inputs, roles)[roles[0]].largest if static else None
+            found = collect(block, inputs, roles, hessian=True)[roles[0]]
             for role in roles:
-                _round(step, block, role, largest, context)
+                _round(step, block, role, found, context)
             continue
         found = collect(block, inputs, roles, hessian=True)[roles[0]]
         if step.method == "awq":
@@ -61,18 +60,19 @@ def _format(step: Quantize, block: Block, role: str, context: Context) -> Format
     return planned if kind == step.format else stored_as(wide(step), block.spec, block.linears[role].weight.shape[1])
 
 
-def _round(step: Quantize, block: Block, role: str, largest: Tensor | None, context: Context) -> None:
-    """largest [K]: magnitudes of the inputs, where they get a scale beforehand."""
-    dense = to_weight(block.linears[role].weight, "fp32")
+def _round(step: Quantize, block: Block, role: str, found: Statistics, context: Context) -> None:
+    before = block.linears[role].weight.float().clone()
+    dense = to_weight(before, "fp32")
     fmt = _format(step, block, role, context)
     assert fmt is not None
     bits = step.bits if fmt.kind == step.format else None
     with ThreadPoolExecutor(usable_threads()) as pool:
         weight = rtn.quantize(block.name(role), dense, fmt, pool, bits=bits)
-    if largest is not None:
-        scale = (largest.max() / LARGEST).clamp(min=_LEAST).bfloat16().float()
+    if step.activations == "fp8-static":
+        scale = (found.largest.max() / LARGEST).clamp(min=_LEAST).bfloat16().float()
         weight = replace(weight, input_scale=scale.reshape(1).cpu().numpy())
     block.store(role, weight)
+    _note(block, role, before, block.linears[role].weight.float(), found.hessian, context)
 
 
 def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:
@@ -96,10 +96,15 @@ def _store(
     block: Block, role: str, fmt: Format, before: Tensor, found: Found, hessian: Tensor, context: Context
 ) -> None:
     numbers = gptq.numbers(*found)
-    whole = float(gptq.output_error(before, hessian))
-    error = float(gptq.output_error(numbers - before, hessian))
-    context.errors[block.name(role)] = error / whole if whole > 0 else 0.0
+    _note(block, role, before, numbers, hessian, context)
     block.store(role, pack(fmt, *found), numbers)
+
+
+def _note(block: Block, role: str, before: Tensor, after: Tensor, hessian: Tensor, context: Context) -> None:
+    """The squared error of a matrix's outputs over their square, for the receipt."""
+    whole = float(gptq.output_error(before, hessian))
+    error = float(gptq.output_error(after - before, hessian))
+    context.errors[block.name(role)] = error / whole if whole > 0 else 0.0
 
 
 def _scale_channels(

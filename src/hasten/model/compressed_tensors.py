@@ -123,7 +123,7 @@ class CompressedTensors:
         assert format is not None
         rows, columns = source.shape
         if scheme.floats:
-            return _read_floats(scheme, format, source.shape, arrays, where)
+            return read_floats(scheme.block_rows, scheme.group_size or 0, format, source.shape, arrays, where)
         if scheme.packed and tuple(arrays["weight_shape"]) != source.shape:
             found = arrays["weight_shape"].tolist()
             raise ModelError(f"{where}: weight_shape is {found}, expected {list(source.shape)}")
@@ -158,14 +158,17 @@ class CompressedTensors:
         return self._targets[found] if found is not None else None
 
 
-def _read_floats(scheme: _Scheme, format: Format, shape: tuple[int, int], arrays: Arrays, where: str) -> Weight:
+def read_floats(
+    block_rows: int, block_columns: int, format: Format, shape: tuple[int, int], arrays: Arrays, where: str
+) -> Weight:
+    """A matrix of 8-bit floats with a weight_scale for each block; 0 is all rows, or all columns."""
     rows, columns = shape
     data = arrays["weight"]
     if ((data & np.uint8(NAN)) == NAN).any():
         raise ModelError(f"{where}: weight holds NaN: the checkpoint is damaged")
-    scales = floats(arrays["weight_scale"]).reshape(-1, 1 if not scheme.block_rows else arrays["weight_scale"].shape[1])
-    scales = np.repeat(scales, scheme.block_rows or rows, axis=0)[:rows]
-    scales = np.ascontiguousarray(spread_groups(scales, scheme.group_size or columns, format.group_size, columns))
+    scales = floats(arrays["weight_scale"])
+    scales = np.repeat(scales.reshape(len(scales), -1), block_rows or rows, axis=0)[:rows]
+    scales = np.ascontiguousarray(spread_groups(scales, block_columns or columns, format.group_size, columns))
     given = floats(arrays["input_scale"]) if "input_scale" in arrays else None
     return Weight(format, shape, data, scales, input_scale=given)
 

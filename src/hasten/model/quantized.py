@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint hold a quantised matrix, and how they turn into a Weight: the choice among the schemes.
 
-Reads compressed-tensors (compressed_tensors.py), GPTQ and AWQ (gptq_awq.py); anything else is refused by name. Each
+Reads compressed-tensors (compressed_tensors.py), GPTQ and AWQ (gptq_awq.py) and 8-bit floats (fp8_folders.py); anything
+else is refused by name. Each
 scheme answers the same four questions about a Source; what they share about integers and groups is here.
 """
 
@@ -63,7 +64,7 @@ def quantization_of(config: Mapping[str, Any], tensor_names: frozenset[str]) -> 
 
     Raises ModelError for a scheme, or an option of one, that is not supported.
     """
-    from hasten.model import compressed_tensors, gptq_awq
+    from hasten.model import compressed_tensors, fp8_folders, gptq_awq
 
     settings = config.get("quantization_config")
     if settings is None:
@@ -77,10 +78,12 @@ def quantization_of(config: Mapping[str, Any], tensor_names: frozenset[str]) -> 
             return gptq_awq.Gptq(settings, tensor_names)
         case "awq":
             return gptq_awq.Awq(settings, tensor_names)
+        case "fp8":
+            return fp8_folders.Fp8(settings, tensor_names)
         case other:
             raise ModelError(
                 f"quantisation method {other!r} is not supported; supported: compressed-tensors (int4, int8, fp8), "
-                "gptq, awq"
+                "gptq, awq, fp8"
             )
 
 
