@@ -78,7 +78,7 @@ def _used(receipt: Receipt) -> Iterator[Path]:
     about: dict[str, Any] = receipt.settings.get("calibration") or {}
     named = [about.get("text")]
     if receipt.recipe is not None:
-        named += [getattr(step, "text", None) for step in receipt.recipe.steps]
+        named += [receipt.recipe.calibration.text, *(getattr(step, "text", None) for step in receipt.recipe.steps)]
     for text in dict.fromkeys(text for text in named if text):
         path = Path(text)
         yield from sorted(path.rglob("*.txt")) if path.is_dir() else [path]
