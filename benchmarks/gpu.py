@@ -3,7 +3,8 @@ of a copy measured in the same run.
 
     python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine] [--runs 3]
 
-Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one. Times are medians of whole runs; tokens are greedy.
+Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one.
+Times are medians of whole runs; tokens are greedy.
 """
 
 import argparse
