@@ -71,13 +71,15 @@ def test_graph_equals_eager(family: str, kind: str, tiny_model: Build) -> None:
 
 
 def test_steps_go_on_while_graphs_are_captured(tiny_model: Build) -> None:
-    """Buckets one after the other, none waited for: every result is that of the bucket's first step."""
+    """Buckets one after the other, none waited for: every result is that of the first step of so many tokens, up to
+    what a larger bucket's tiles round otherwise."""
     backend = load(tiny_model("qwen3", dtype="bfloat16"), "cuda", "bf16")
     first: dict[int, np.ndarray] = {}
     for _ in range(4):
         for count in (20, 1, 33, 50, 7, 64, 90):
             got = fetched(backend, batch([(TOKENS[:count], 0, table(1))]))
-            assert np.array_equal(first.setdefault(count, got), got)
+            want = first.setdefault(count, got)
+            assert np.abs(got - want).max() < 2e-2 * np.abs(want).max()
     backend.finish_captures()
 
 

@@ -2,8 +2,9 @@
 (drafts that are verified), in which keys are stored before attention; and other small ones, with prompts.
 
 A bucket runs kernel by kernel at first, so no token waits for a capture: captures are made by a thread of their own, on
-a stream of its own, while steps go on; the one after a capture replays it. Large steps need no graph: the device takes
-longer for them than the host does to launch them.
+a stream of its own, while steps go on; the one after a capture replays it. Where a larger bucket has a graph already,
+that one stands in, until the bucket has come so often that a step kernel by kernel pays. Large steps need no graph: the
+device takes longer for them than the host does to launch them.
 """
 
 import threading
@@ -21,6 +22,7 @@ from hasten.backends.cuda.sampling import Sampler
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _LAUNCH_FLOPS = 8e12  # what a device does about as fast as the host launches a step's kernels
 _MOST_TOKENS = 4096
+_STAND_INS = 24  # steps that a larger bucket's graph runs before a bucket gets its own
 _MOST_PROMPTS = 64  # in a step with other than single tokens
 
 
@@ -34,6 +36,7 @@ class _Bucket:
     logits: torch.Tensor | None = None
     hidden: Hidden | None = None
     asked: bool = False
+    uses: int = 0
 
 
 class Graphs:
@@ -70,7 +73,7 @@ class Graphs:
             kind, size = "decodes" if is_decode(batch) else "runs", _decode_bucket(count)
         if size is None or batch.block_tables.shape[1] > self._max_blocks:
             return None
-        bucket = self._bucket(kind, size)
+        bucket = self._chosen(kind, size)
         if not self._stager.refill(batch, bucket.sizes, self._max_blocks, self._buffer):
             return None
         if bucket.graph is not None:
@@ -113,6 +116,19 @@ class Graphs:
             return Sizes(size, size, 0, size, size, kind == "runs")
         tiles = -(-size // self._tile_tokens) + min(size, _MOST_PROMPTS)
         return Sizes(size, BUCKETS[-1], tiles, self._max_rows, BUCKETS[-1])
+
+    def _chosen(self, kind: str, size: int) -> _Bucket:
+        """The bucket of a step, or one that stands in for it."""
+        bucket = self._bucket(kind, size)
+        bucket.uses += 1
+        if bucket.graph is not None or (bucket.uses > _STAND_INS and not bucket.asked):
+            return bucket
+        larger = [
+            at
+            for at, other in self._buckets.items()
+            if at[0] == kind and size < at[1] <= 2 * size and other.graph is not None
+        ]
+        return self._buckets[min(larger)] if larger else bucket
 
     def _bucket(self, kind: str, size: int) -> _Bucket:
         bucket = self._buckets.get((kind, size))
