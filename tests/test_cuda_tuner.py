@@ -1,5 +1,8 @@
 """What the tuner of kernels keeps, and which tiles it tries; the tuning itself runs on a GPU (tests/gpu)."""
 
+import os
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +11,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from cuda_tools import make_linear  # noqa: E402
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
+from cpu_tools import BLOCK, NUM_BLOCKS  # noqa: E402
+from cuda_tools import load, make_linear  # noqa: E402
+
+from hasten.backends.cuda import CudaBackend, tuner  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
-from hasten.backends.cuda.tuner import _worth_a_try  # noqa: E402
+from hasten.backends.cuda.tuner import Steps, _worth_a_try, compare_with_dense, signature, tune_tiles  # noqa: E402
 from hasten.backends.cuda.tuning import Tile  # noqa: E402
-from hasten.errors import ResourceError  # noqa: E402
+from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.formats import Format, quantize  # noqa: E402
 
 GPU = "NVIDIA H200"
@@ -60,3 +68,30 @@ def test_measured_tiles_go_before_the_table(format: Format) -> None:
         linear.device.tiles[key] = tries[0]
         width = 1 if rows == 1 else linear._width(rows)
         assert linear._tile(linear.matrices[0], width, 64, 2, False, rows == 1) == tries[0]
+
+
+def test_tuning_walks_a_model(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which everything is faster than what was before: tiles are kept, where there are any to try."""
+    times = (1 / n for n in count(1))
+    monkeypatch.setattr(tuner, "graph_ms", lambda run: next(times))
+    backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
+    assert backend._decoder is not None
+    assert backend._sampler is not None
+    assert backend._stager is not None
+    steps = Steps(backend._decoder, backend._sampler, backend._stager, NUM_BLOCKS, BLOCK)
+    said: list[str] = []
+    found = tune_tiles(steps, (1, 8), said.append)
+    assert found["8 after"] < found["8 before"]
+    assert len(said) == 2 * len(backend._decoder.shapes())
+    assert all(key.startswith("skinny") for key in backend._device.tiles)  # one row is too narrow for any other tile
+    assert backend._device.tiles
+    assert signature(backend._decoder).startswith("dense ")
+    (pair,) = compare_with_dense(backend._decoder, (1,)).values()
+    assert pair[0] > pair[1]
+
+
+def test_where_a_format_loses_is_told() -> None:
+    backend = CudaBackend(device="cpu")
+    assert backend.slower_than_dense() == {}
+    with pytest.raises(ModelError, match="on a GPU"):
+        backend.tune_kernels(lambda line: None)

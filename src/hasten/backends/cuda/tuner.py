@@ -91,7 +91,7 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
                 if took < now * _GAIN:
                     now, best = took, tile
             if best is None:
-                del tiles[key]
+                tiles.pop(key, None)
             else:
                 tiles[key] = best
             tell(f"batch {batch}, {key}: {best or default}, {now:.3f} ms a step")
