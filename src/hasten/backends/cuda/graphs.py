@@ -8,6 +8,7 @@ device takes longer for them than the host does to launch them.
 """
 
 import threading
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class _Bucket:
 
 class Graphs:
     """Runs steps that fit a bucket: of up to BUCKETS[-1] sequences of up to max_blocks blocks; max_rows rows of logits
-    in a step. programs: see Stager."""
+    in a step. tile_tokens: of an attention tile."""
 
     def __init__(
         self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int, max_rows: int, tile_tokens: int
@@ -156,8 +157,9 @@ class Graphs:
         """Have the bucket captured: its kernels are compiled, for it has run."""
         if not bucket.asked:
             bucket.asked = True
-            self._jobs = [job for job in self._jobs if not job.done() or job.exception()]
-            self._jobs.append(self._thread.submit(self._capture, bucket))
+            job = self._thread.submit(self._capture, bucket)
+            job.add_done_callback(_warn_of_failure)
+            self._jobs = [other for other in self._jobs if not other.done() or other.exception()] + [job]
 
     @torch.inference_mode()
     def _capture(self, bucket: _Bucket) -> None:
@@ -181,6 +183,13 @@ class Graphs:
                 graph.capture_end()
         self._pool = graph.pool()
         bucket.graph = graph
+
+
+def _warn_of_failure(job: Future[None]) -> None:
+    """Such steps go on kernel by kernel, which is right but slow: not in silence."""
+    error = None if job.cancelled() else job.exception()
+    if error is not None:
+        warnings.warn(f"a CUDA graph was not captured, its steps run kernel by kernel: {error}", stacklevel=2)
 
 
 def _decode_bucket(count: int) -> int | None:
