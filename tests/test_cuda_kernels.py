@@ -45,7 +45,7 @@ def test_product(name: str, rows: int) -> None:
     check_product("cpu", format, dtype, rows, 70, 320, rows == 3, tolerance, rows)
 
 
-@pytest.mark.parametrize("group,symmetric", [(0, True), (32, True), (64, False), (128, True), (0, False)])
+@pytest.mark.parametrize(("group", "symmetric"), [(0, True), (32, True), (64, False), (128, True), (0, False)])
 def test_one_row_of_int4(group: int, symmetric: bool) -> None:
     """Its own kernel, with the input's norm in it, for bfloat16; the result is rounded to 8 bits."""
     format = Format("int4", group, symmetric)
