@@ -89,7 +89,7 @@ class Gpu:
     """An NVIDIA GPU. Sizes in bytes.
 
     bandwidth: bytes/s of a large copy on the device, read and written. peak_ops: operations/s of large products by
-    kind ("bf16", "fp32").
+    kind ("bf16", "fp32", and where the GPU has them "fp8", "int8").
     """
 
     name: str
@@ -102,8 +102,13 @@ class Gpu:
     peak_ops: dict[str, float]
 
     def peak(self, kind: str) -> float:
-        """Operations/s of products with weights of this kind: fp32 itself, the rest in 16 bits, integers widened."""
-        return self.peak_ops["fp32" if kind == "fp32" else "bf16"]
+        """Operations/s of products with weights of this kind: what has none of its own is widened to 16 bits."""
+        return self.peak_ops.get(kind, self.peak_ops["bf16"])
+
+    @property
+    def key(self) -> str:
+        """What makes numbers comparable."""
+        return f"{self.name} {self.capability} {self.cuda}"
 
 
 def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:

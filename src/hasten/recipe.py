@@ -25,7 +25,7 @@ from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys
 from hasten.errors import RecipeError
 from hasten.steps import STEPS, Distill, Factorize, Prune, Quantize, Rotate, Shrink, Smooth, Step, step_name
 
-KV_CACHES = ("fp32", "bf16", "int8")
+KV_CACHES = ("fp32", "bf16", "int8", "fp8")
 SPECULATIONS = ("none", "ngram")
 
 
@@ -33,7 +33,7 @@ SPECULATIONS = ("none", "ngram")
 class Run:
     """How the result is run: what LLM does where its caller says nothing. None leaves it to the machine.
 
-    kv_cache: "fp32", "bf16" or "int8". speculation: "none" or "ngram" (prompt lookup). threads: worker threads.
+    kv_cache: "fp32", "bf16", "int8" or, on a GPU, "fp8". speculation: "none" or "ngram" (prompt lookup). threads: worker threads.
     """
 
     kv_cache: str | None = None

@@ -19,7 +19,7 @@ OutOption = Annotated[
 MaxLossOption = Annotated[
     str, typer.Option(metavar="SHARE", help="Most that bits per byte may rise, at the upper end of the interval.")
 ]
-GoalOption = Annotated[Goal, typer.Option(help="What to make best: one stream, eight streams, or bytes.")]
+GoalOption = Annotated[Goal, typer.Option(help="What to make best: one stream, eight streams (64 on a GPU), or bytes.")]
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -55,6 +55,7 @@ def tune(
     data: DataOption = None,
     minutes: MinutesOption = 5,
     rounds: RoundsOption = 5,
+    device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     transformers: TransformersOption = True,
     json: options.JsonOption = False,
@@ -81,6 +82,7 @@ def tune(
                 minutes=minutes,
                 rounds=rounds,
                 threads=threads,
+                device=device,
                 transformers=transformers,
                 progress=progress,
             )

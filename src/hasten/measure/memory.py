@@ -1,4 +1,5 @@
-"""A model in use in a fresh process, where nothing that was loaded before counts: its peak memory, and what it says."""
+"""A model in use in a fresh process, where nothing that was loaded before counts: its peak memory, and what it says.
+On a GPU, peak memory is the GPU's."""
 
 import json
 import subprocess
@@ -14,7 +15,7 @@ NUM_TOKENS = 64
 @dataclass(frozen=True, slots=True)
 class FreshRun:
     """Peak resident bytes, and the tokens that continue the prompt greedily. The weights' file is mapped; its pages
-    count while they are resident."""
+    count while they are resident. On a GPU the peak is of what torch has allocated there."""
 
     peak: int
     tokens: list[int]
@@ -26,11 +27,16 @@ def peak_memory(folder: str | Path, prompt: list[int], threads: int | None = Non
 
 
 def run_fresh(
-    folder: str | Path, prompt: list[int], threads: int | None = None, kv_cache: str | None = None
+    folder: str | Path,
+    prompt: list[int],
+    threads: int | None = None,
+    kv_cache: str | None = None,
+    device: str = "cpu",
 ) -> FreshRun:
-    """A process loads `folder` and continues `prompt` by up to 64 tokens. threads, kv_cache: as of LLM. HastenError
-    where the process fails."""
-    request = json.dumps({"folder": str(folder), "prompt": prompt, "threads": threads, "kv_cache": kv_cache})
+    """A process loads `folder` and continues `prompt` by up to 64 tokens. threads, kv_cache, device: as of LLM.
+    HastenError where the process fails."""
+    given = {"folder": str(folder), "prompt": prompt, "threads": threads, "kv_cache": kv_cache, "device": device}
+    request = json.dumps(given)
     done = subprocess.run([sys.executable, "-m", __name__], input=request, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -43,10 +49,21 @@ def _serve() -> None:
     from hasten.engine.request import SamplingParams
 
     request = json.load(sys.stdin)
-    llm = LLM(request["folder"], device="cpu", threads=request["threads"], kv_cache=request["kv_cache"])
+    on_gpu = request["device"] != "cpu"
+    few = {"max_sequences": 1, "max_step_tokens": 512} if on_gpu else {}  # or the cache takes all of a GPU
+    llm = LLM(
+        request["folder"], device=request["device"], threads=request["threads"], kv_cache=request["kv_cache"], **few
+    )
     room = llm.max_len - len(request["prompt"])
     found = llm.generate([request["prompt"]], SamplingParams(max_tokens=min(NUM_TOKENS, room), temperature=0.0))
-    print(json.dumps({"peak": resident_peak(), "tokens": list(found[0].outputs[0].token_ids)}))
+    peak = _gpu_peak() if on_gpu else resident_peak()
+    print(json.dumps({"peak": peak, "tokens": list(found[0].outputs[0].token_ids)}))
+
+
+def _gpu_peak() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def resident_peak() -> int:

@@ -24,11 +24,12 @@ def available() -> bool:
 
 
 class TransformersWorker:
-    """A model loaded by Transformers in another process, with as many threads. HastenError where it cannot run it."""
+    """A model loaded by Transformers in another process, with as many threads, on a device ("cpu", "cuda").
+    HastenError where it cannot run it."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, device: str = "cpu") -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
-        command = [sys.executable, "-m", __name__, str(folder), str(threads)]
+        command = [sys.executable, "-m", __name__, str(folder), str(threads), device]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
@@ -68,13 +69,13 @@ class TransformersWorker:
         raise HastenError(f"Transformers cannot run this model: {lines[-1] if lines else 'its process ended'}")
 
 
-def _serve(folder: str, threads: int) -> None:
+def _serve(folder: str, threads: int, device: str) -> None:
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()  # type: ignore[no-untyped-call]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)  # type: ignore[no-untyped-call]
 
     def seconds(ids: Any, num_tokens: int) -> float:
         start = time.perf_counter()
@@ -83,12 +84,14 @@ def _serve(folder: str, threads: int) -> None:
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_tokens,
                 max_new_tokens=num_tokens, pad_token_id=0,
             )  # fmt: skip
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        ids = torch.tensor(request["prompts"])
+        ids = torch.tensor(request["prompts"], device=device)
         first = seconds(ids, 1)
         num_after = ids.shape[0] * (request["num_tokens"] - 1)
         decode = num_after / max(seconds(ids, request["num_tokens"]) - first, 1e-9) if num_after else 0.0
@@ -96,4 +99,4 @@ def _serve(folder: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], int(sys.argv[2]))
+    _serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

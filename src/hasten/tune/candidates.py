@@ -14,16 +14,20 @@ _TRIED = (
     "bf16", "int8", "int4-g32-asym-head8", "int4-g32", "int4-g64", "int4-g32-asym", "int4-g128", "int4-g32-head8",
     "int8-g32",
 )  # fmt: skip
+# On a GPU products of int4 with large groups are the fast ones.
+_TRIED_CUDA = (
+    "bf16", "fp8-dynamic", "int4-g128", "int8", "int4-g128-head8", "int4-g32-asym-head8", "int4-g64", "int4-g32",
+)  # fmt: skip
 # What is stored in one format together: rows of products that read the same input are one matrix to a backend.
 _TOGETHER = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
-def uniform(spec: ModelSpec, found: Mapping[str, Format]) -> dict[str, Recipe]:
-    """Recipes with one format for all layers that change something in a model stored as `found`; a matrix whose inputs
-    do not fit falls back. Two that come to the same are tried once."""
+def uniform(spec: ModelSpec, found: Mapping[str, Format], device: str = "cpu") -> dict[str, Recipe]:
+    """Recipes with one format for all layers that change something in a model stored as `found`, of those that a
+    device has products for; a matrix whose inputs do not fit falls back. Two that come to the same are tried once."""
     out: dict[str, Recipe] = {}
     seen = [dict(found)]
-    for name in _TRIED:
+    for name in _TRIED_CUDA if device == "cuda" else _TRIED:
         recipe = with_fallback(presets()[name])
         formats = {**found, **resolve(recipe, spec).formats}
         if formats not in seen and total_bytes(spec, formats) < total_bytes(spec, found):
@@ -59,7 +63,7 @@ def at_least_as_fine(one: Mapping[str, Format], other: Mapping[str, Format]) -> 
 
 
 def _keeps(one: Format, other: Format) -> bool:
-    bits = [{"int4": 4, "int8": 8}.get(fmt.kind, 16) for fmt in (one, other)]
+    bits = [{"int4": 4, "fp8": 7, "int8": 8}.get(fmt.kind, 16) for fmt in (one, other)]  # fp8 has 3 bits after the point
     groups = [fmt.group_size or 1 << 30 for fmt in (one, other)]
     if bits[0] != bits[1] or bits[0] == 16:
         return bits[0] > bits[1] or one == other
@@ -78,11 +82,15 @@ def mixed(high: Recipe, low: Recipe, names: Iterable[str], spec: ModelSpec) -> R
     return Recipe((*high.steps, *steps), high.run)
 
 
-def ways_to_run(name: str, recipe: Recipe, kv_cache: str, threads: int) -> dict[str, Recipe]:
-    """The same weights with a smaller KV cache, with speculation, and with half the threads where there are many."""
+def ways_to_run(
+    name: str, recipe: Recipe, kv_cache: str, threads: int, known: Sequence[str] = ("int8",)
+) -> dict[str, Recipe]:
+    """The same weights with a smaller KV cache, with speculation, and with half the threads where there are many.
+    known: formats of the KV cache that the device has."""
     ways = {"ngram": Run(speculation="ngram")}
-    if kv_cache != "int8":
-        ways["kv-int8"] = Run(kv_cache="int8")
+    small = next((kind for kind in ("int8", "fp8") if kind in known), kv_cache)
+    if kv_cache != small:
+        ways[f"kv-{small}"] = Run(kv_cache=small)
     if threads >= 4:
         ways[f"{threads // 2}-threads"] = Run(threads=threads // 2)
     return {f"{name} {key}": replace(recipe, run=merge(recipe.run, run)) for key, run in ways.items()}

@@ -1,19 +1,34 @@
 """Which candidate to use: pure decisions on measured numbers, with their reasons in words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from hasten.goals import Goal
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
 
-SIZES = ("1", "8")  # streams
-STREAMS = {"latency": "1", "throughput": "8"}
+SPEEDS = ("latency", "throughput")  # goals that are a speed
 # Speeds this near the best count as equal: there the smaller loss wins.
 _NEAR = 0.97
 # What a way of running (KV cache, speculation, threads) must bring before it is used.
 WORTHWHILE = 1.03
 # Fewer rounds give no interval of 95 %: their lowest and highest are only a hint.
 _ROUNDS = 6
+
+
+def sizes(candidate: Candidate) -> list[str]:
+    """Numbers of streams that were timed, smallest first."""
+    return [key for key in candidate.ratio if key.isdecimal()]
+
+
+def figure(candidate: Candidate, goal: Goal, prefix: str = "") -> Measurement:
+    """The ratio that a goal is about. prefix "gain ": to the same weights run plainly."""
+    return candidate.ratio[prefix + _key(candidate.ratio, goal)]
+
+
+def _key(known: Iterable[str], goal: Goal) -> str:
+    """Of what is timed by number of streams, that which a goal is about: one stream, or the most."""
+    streams = [key for key in known if key.isdecimal()]
+    return {"latency": streams[0], "throughput": streams[-1]}.get(goal, goal)
 
 
 def within(quality: Quality, max_loss: float) -> bool:
@@ -24,13 +39,13 @@ def within(quality: Quality, max_loss: float) -> bool:
 
 def score(candidate: Candidate, goal: Goal) -> float:
     """How good for the goal against the original; more than 1 is better than it."""
-    return candidate.ratio[STREAMS.get(goal, goal)].median
+    return figure(candidate, goal).median
 
 
 def worthwhile(candidate: Candidate, goal: Goal) -> bool:
     """Whether a way of running brings enough over the same weights without it, by its interval, and costs nothing at
     what else is timed."""
-    gain = candidate.ratio[f"gain {STREAMS.get(goal, goal)}"]
+    gain = figure(candidate, goal, "gain ")
     return gain.median >= WORTHWHILE and gain.low >= 1 and (goal == "memory" or not slower_at(candidate, "gain "))
 
 
@@ -45,7 +60,7 @@ def judge(candidate: Candidate, goal: Goal, max_loss: float) -> Candidate:
         return replace(candidate, verdict="rejected", reason=f"{loss}, more than the {max_loss:.2%} allowed")
     if score(candidate, goal) <= 1:
         return replace(candidate, verdict="slower", reason=f"{words(candidate, goal)}; {loss}")
-    if goal in STREAMS and (slower := slower_at(candidate)):
+    if goal in SPEEDS and (slower := slower_at(candidate)):
         reason = f"{words(candidate, goal)}, but {in_words(candidate, slower)}; {loss}"
         return replace(candidate, verdict="slower", reason=reason)
     return replace(candidate, verdict="accepted", reason=f"{words(candidate, goal)}; {loss}")
@@ -54,11 +69,11 @@ def judge(candidate: Candidate, goal: Goal, max_loss: float) -> Candidate:
 def confirm(candidate: Candidate, goal: Goal) -> Candidate:
     """The verdict on a candidate whose loss is allowed, from rounds that had no part in its being picked: "chosen", or
     "slower" where its interval for the goal reaches the original's speed, or it is slower at anything that is timed."""
-    figure = candidate.ratio[STREAMS.get(goal, goal)]
-    if figure.low <= 1:
-        reason = f"{words(candidate, goal)} when timed again ({figure.low:.2f} .. {figure.high:.2f}): not surely faster"
+    found = figure(candidate, goal)
+    if found.low <= 1:
+        reason = f"{words(candidate, goal)} when timed again ({found.low:.2f} .. {found.high:.2f}): not surely faster"
         return replace(candidate, verdict="slower", reason=reason)
-    if goal in STREAMS and (slower := slower_at(candidate)):
+    if goal in SPEEDS and (slower := slower_at(candidate)):
         reason = f"{words(candidate, goal)} when timed again, but {in_words(candidate, slower)}"
         return replace(candidate, verdict="slower", reason=reason)
     return replace(candidate, verdict="chosen")
@@ -66,11 +81,11 @@ def confirm(candidate: Candidate, goal: Goal) -> Candidate:
 
 def proven(candidate: Candidate, goal: Goal, max_loss: float) -> str:
     """Why the chosen one was chosen, by the figures of its proof."""
-    final, figure = candidate.final, candidate.ratio[STREAMS.get(goal, goal)]
+    final, ratio = candidate.final, figure(candidate, goal)
     assert final is not None
     assert final.loss is not None
     again = (
-        "" if goal == "memory" else f" ({figure.low:.2f} .. {figure.high:.2f} in {figure.n} rounds after the search)"
+        "" if goal == "memory" else f" ({ratio.low:.2f} .. {ratio.high:.2f} in {ratio.n} rounds after the search)"
     )
     return (
         f"{words(candidate, goal)}{again}; loss {final.loss.median:+.2%} (up to {final.loss.high:+.2%} at "
@@ -81,7 +96,7 @@ def proven(candidate: Candidate, goal: Goal, max_loss: float) -> str:
 def slower_at(candidate: Candidate, prefix: str = "") -> list[str]:
     """Where the original was measured faster: numbers of streams, and "prefill". Beyond noise, or by more than noise is
     allowed to hide. prefix "gain ": what the same weights do plainly, instead of the original."""
-    return [key for key in (*SIZES, "prefill") if _slower(candidate.ratio[prefix + key])]
+    return [key for key in (*sizes(candidate), "prefill") if _slower(candidate.ratio[prefix + key])]
 
 
 def _slower(ratio: Measurement) -> bool:
@@ -90,8 +105,10 @@ def _slower(ratio: Measurement) -> bool:
 
 def in_words(candidate: Candidate, slower: Sequence[str]) -> str:
     """Where a candidate is slower, and by how much."""
-    named = {"1": "with 1 stream", "8": "with 8 streams", "prefill": "at reading a prompt"}
-    return "; ".join(f"only {candidate.ratio[key].median:.2f}x {named[key]}" for key in slower)
+    named = {"1": "with 1 stream", "prefill": "at reading a prompt"}
+    return "; ".join(
+        f"only {candidate.ratio[key].median:.2f}x {named.get(key, f'with {key} streams')}" for key in slower
+    )
 
 
 def confidence(tries: int) -> float:
@@ -105,7 +122,7 @@ def words(candidate: Candidate, goal: Goal) -> str:
     value = score(candidate, goal)
     if goal == "memory":
         return f"{1 / value:.2f}x the memory of the original"
-    streams = STREAMS[goal]
+    streams = _key(candidate.ratio, goal)
     return f"{value:.2f}x the original's decode with {streams} stream{'s' * (streams != '1')}"
 
 
@@ -121,13 +138,11 @@ def rank(candidates: Sequence[Candidate], goal: Goal) -> list[Candidate]:
     return ranked
 
 
-def by_batch(chosen: Candidate | None, original: str) -> dict[str, str]:
+def by_batch(chosen: Candidate | None, original: Candidate) -> dict[str, str]:
     """What to run at each number of streams so that nothing is slower than the original. The goals "latency" and
     "throughput" choose nothing that is slower at any; for "memory" the original may be the faster one."""
-    if chosen is None:
-        return dict.fromkeys(SIZES, original)
-    slower = slower_at(chosen)
-    return {size: original if size in slower else chosen.name for size in SIZES}
+    slower = sizes(original) if chosen is None else slower_at(chosen)
+    return {size: original.name if chosen is None or size in slower else chosen.name for size in sizes(original)}
 
 
 def expected(prediction: Prediction, original: Prediction, tried: Sequence[Candidate], goal: Goal) -> float:
@@ -145,4 +160,5 @@ def expected(prediction: Prediction, original: Prediction, tried: Sequence[Candi
 def _predicted(prediction: Prediction, original: Prediction, goal: Goal) -> float:
     if goal == "memory":
         return original.weight_bytes / prediction.weight_bytes
-    return prediction.decode[STREAMS[goal]] / original.decode[STREAMS[goal]]
+    key = _key(original.decode, goal)
+    return prediction.decode[key] / original.decode[key]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from hasten.errors import ResourceError
 from hasten.measure.memory import run_fresh
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import Candidate, Receipt, Sample
@@ -34,9 +35,10 @@ def _with_energy(receipt: Receipt, search: Search) -> Receipt:
     models = {ORIGINAL: Recipe(), str(receipt.choice): receipt.recipe}
     # What was sampled is what speculation does in use; greedy text repeats itself, which flatters it.
     works = search.sampled if receipt.recipe.run.speculation else search.workloads
-    found = {name: search.lab.energy(recipe, works) for name, recipe in models.items()}
-    if any(energy is None for energy in found.values()):
-        return replace(receipt, notes=(*receipt.notes, "energy was not measured: its counters (RAPL) are not readable"))
+    try:
+        found = {name: search.lab.energy(recipe, works) for name, recipe in models.items()}
+    except ResourceError as error:
+        return replace(receipt, notes=(*receipt.notes, f"energy was not measured: {error}"))
     return _changed(receipt, {name: {"energy": energy} for name, energy in found.items()})
 
 
@@ -45,7 +47,7 @@ def _with_fresh_runs(receipt: Receipt, staged: Staged, search: Search, prompt: l
     lab, samples = search.lab, []
     tokenizer = Tokenizer(lab.checkpoint.path)
     for name, folder in {ORIGINAL: lab.checkpoint.path, str(receipt.choice): staged.path}.items():
-        found = run_fresh(folder, prompt, lab.threads)
+        found = run_fresh(folder, prompt, lab.threads, device=lab.device)
         samples.append(Sample(name, tokenizer.decode(prompt), tokenizer.decode(found.tokens)))
         receipt = _with_peak(receipt, name, found.peak)
         search.progress.tick(f"{name}: run in a fresh process")

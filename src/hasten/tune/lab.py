@@ -17,7 +17,7 @@ from hasten.compress.folder import ProgressCallback
 from hasten.compress.plan import resolve, total_bytes
 from hasten.engine.engine import Engine
 from hasten.errors import ResourceError
-from hasten.hardware import Hardware, memory_available
+from hasten.hardware import Gpu, Hardware, memory_available
 from hasten.measure.energy import open_meter
 from hasten.measure.quality import Scores, score, summarize
 from hasten.measure.speed import Timing, Workload, energy_of, interleave, make_engine, time_workload
@@ -30,11 +30,13 @@ from hasten.model.settings import default_kv_cache
 from hasten.receipt import Candidate, Measurement, Prediction, Quality
 from hasten.recipe import Recipe
 from hasten.steps import Step
+from hasten.tune import candidates as made
 from hasten.tune.budget import Pace
 from hasten.tune.predict import all_formats, kv_bytes_per_token, predict
 
 ORIGINAL = "original"
 TRANSFORMERS = "transformers"
+STREAMS = {"cpu": (1, 8), "cuda": (1, 8, 64)}  # by device
 CONTEXT = 256  # tokens that each stream has in a prediction
 KV_TOKENS = 4096  # of KV cache that memory is stated for, or the model's length where that is shorter
 _ENERGY_SECONDS = 2.0  # of a run whose energy is read; the counters move every millisecond
@@ -45,25 +47,28 @@ Loaded = tuple[tuple[Step, ...], int]  # what makes two backends hold the same: 
 
 
 class Lab:
-    """One model on this machine, its original loaded. make_backend gives an empty backend with some number of threads.
+    """One model on one device of this machine, its original loaded. hardware: what bounds that device. make_backend
+    gives an empty backend with some number of threads (of the host, where the device is another).
 
     Beside the original only what is being measured is loaded: recipes that differ in how they run, not in weights,
-    share one backend. tick is told of every piece of work that is done. Workloads are named "1" and "8" (streams
-    decoding) and "prefill".
+    share one backend. tick is told of every piece of work that is done. Workloads are named by how many streams
+    decode, and "prefill".
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        hardware: Hardware,
+        hardware: Hardware | Gpu,
         threads: int,
         make_backend: Callable[[int], Backend],
         tick: Tick = lambda label: None,
+        device: str = "cpu",
     ) -> None:
         self.checkpoint = checkpoint
         self.spec = checkpoint.spec
         self.hardware = hardware
         self.threads = threads
+        self.device = device
         self.tick = tick
         self.pace = Pace()
         self._make_backend = make_backend
@@ -78,7 +83,21 @@ class Lab:
 
     def kv_cache(self, recipe: Recipe) -> str:
         """How keys and values are stored under a recipe."""
-        return recipe.run.kv_cache or default_kv_cache(self.spec)
+        return recipe.run.kv_cache or default_kv_cache(self.spec, self.original.kv_dtypes)
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Numbers of streams that are timed. A GPU has its best with many, and int4 may lose there."""
+        return STREAMS[self.device]
+
+    def uniform(self) -> dict[str, Recipe]:
+        """Recipes with one format for all layers that are worth trying on this device."""
+        return made.uniform(self.spec, self.found, self.device)
+
+    def ways_to_run(self, name: str, recipe: Recipe) -> dict[str, Recipe]:
+        """Other ways of running the same weights on this device."""
+        threads = self.threads if self.device == "cpu" else 1
+        return made.ways_to_run(name, recipe, self.kv_cache(recipe), threads, self.original.kv_dtypes)
 
     def explicit(self, recipe: Recipe) -> Recipe:
         """The recipe with the KV cache that it is measured with spelt out; threads stay the machine's to choose."""
@@ -97,7 +116,7 @@ class Lab:
     def predict(self, recipe: Recipe) -> Prediction:
         """Speed and bytes from sizes and the machine's measured limits."""
         context = min(CONTEXT, self.spec.max_position)
-        return predict(self.spec, self.formats(recipe), self.hardware, self.kv_cache(recipe), context)
+        return predict(self.spec, self.formats(recipe), self.hardware, self.kv_cache(recipe), context, self.streams)
 
     def groups(self, recipes: Mapping[str, Recipe], most: int = 3) -> list[dict[str, Recipe]]:
         """Recipes in groups of at most `most` that fit in memory together beside the original. ResourceError where one
@@ -121,7 +140,10 @@ class Lab:
         """Bytes that candidates may take, were all but the original dropped: a part of what is free stays free for
         activations, logits and neighbours."""
         others = sum(self._bytes(key) for key in self._loaded if key != self._key(Recipe()))
-        return int(0.8 * (memory_available() + others))
+        if self.device == "cpu":
+            return int(0.8 * (memory_available() + others))
+        found = self.original.memory(self.original.usual)
+        return int(0.8 * (found.free - found.reserved + others))
 
     def quality(self, recipes: Mapping[str, Recipe], windows: Sequence[Window]) -> dict[str, Scores]:
         """Scores of the original and of each recipe on the same windows."""
@@ -192,13 +214,10 @@ class Lab:
         changes: dict[str, Any] = {"verdict": "reference", "reason": f"the original through {named}"}
         return replace(found, **changes, memory={"peak": worker.peak_memory()}, predicted=None, bandwidth_fraction=None)
 
-    def energy(self, recipe: Recipe, workloads: Mapping[str, Workload]) -> dict[str, float] | None:
-        """Joules a token of decoding by number of streams, all processor packages together with whatever else runs;
-        None where they cannot be read here."""
-        try:
-            meter = open_meter()
-        except ResourceError:
-            return None
+    def energy(self, recipe: Recipe, workloads: Mapping[str, Workload]) -> dict[str, float]:
+        """Joules a token of decoding by number of streams, of all processor packages or of the GPU's board, together
+        with whatever else runs there. ResourceError where they cannot be read here."""
+        meter = open_meter(self.device)
         engine = self.engine(self.load({"": recipe})[""], recipe, workloads)
         return {
             key: energy_of(engine, work, meter, _ENERGY_SECONDS).joules_per_token

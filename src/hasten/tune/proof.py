@@ -56,7 +56,7 @@ class Proof:
         if judged.verdict != "chosen":
             return judged
         if base is not None and not choose.worthwhile(judged, search.goal):
-            gain = judged.ratio[f"gain {choose.STREAMS.get(search.goal, search.goal)}"]
+            gain = choose.figure(judged, search.goal, "gain ")
             reason = (
                 f"{gain.median:.2f}x {base.name} when timed again ({gain.low:.2f} .. {gain.high:.2f}): not worth it"
             )

@@ -1,5 +1,7 @@
 """A receipt of `tune` as a table for people. Knows receipts and rich; measures nothing."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -7,27 +9,32 @@ from rich.text import Text
 from hasten.receipt import Candidate, Measurement, Receipt
 
 _STYLES = {"chosen": "bold green", "rejected": "red", "slower": "yellow", "reference": "dim", "not tried": "dim"}
-_COLUMNS = (
-    "tokens/s", "1 stream", "predicted", "8 streams", "predicted", "prompt", "weights", "loss .. at most", "verdict",
-)  # fmt: skip
 _SAMPLE_WIDTH = 160
 
 
 def report(receipt: Receipt) -> RenderableType:
     """The table of candidates, what was chosen and why, and what both models say."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if index in (0, len(_COLUMNS) - 1) else "right", no_wrap=index == 0)
+    sizes = _sizes(receipt)
+    streams = [column for size in sizes for column in (f"{size} stream{'s' * (size != '1')}", "predicted")]
+    columns = ["tokens/s", *streams, "prompt", "weights", "loss .. at most", "verdict"]
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in (0, len(columns) - 1) else "right", no_wrap=index == 0)
     for candidate in (receipt.reference, receipt.original, *receipt.candidates):
         if candidate is not None:
-            table.add_row(*row(candidate), style=_STYLES.get(candidate.verdict, ""))
+            table.add_row(*row(candidate, sizes), style=_STYLES.get(candidate.verdict, ""))
     return Group(table, Text(), *(Text(line) for line in lines(receipt)))
 
 
-def row(candidate: Candidate) -> tuple[str, ...]:
+def _sizes(receipt: Receipt) -> list[str]:
+    """Numbers of streams that were timed."""
+    return [] if receipt.original is None else list(receipt.original.decode)
+
+
+def row(candidate: Candidate, sizes: Sequence[str] = ("1", "8")) -> tuple[str, ...]:
     """One line of the table; in brackets, times the original in the same rounds; the chosen one with its interval."""
     speeds: list[str] = []
-    for size in ("1", "8"):
+    for size in sizes:
         speeds.append(speed(candidate.decode.get(size), candidate.ratio.get(size), candidate.verdict == "chosen"))
         speeds.append("" if candidate.predicted is None else f"{candidate.predicted.decode[size]:,.0f}")
     prefill = speed(candidate.prefill, candidate.ratio.get("prefill"))
@@ -57,13 +64,14 @@ def lines(receipt: Receipt) -> list[str]:
         # Both were measured beside the original, at different moments: the original cancels what changed between.
         parts = [
             f"{chosen.ratio[size].median / receipt.reference.ratio[size].median:.1f}x with {size}"
-            for size in ("1", "8")
+            for size in _sizes(receipt)
         ]
         found.append(f"Against Transformers as users run it today: {', '.join(parts)} streams.")
     peaks = [(c.name, c.memory["peak"]) for c in (receipt.original, chosen) if c is not None and "peak" in c.memory]
+    on_gpu = receipt.settings.get("device") == "cuda"
     if peaks:
         named = ", ".join(f"{name} {peak / 1e6:,.0f} MB" for name, peak in dict(peaks).items())
-        found.append(f"Peak memory in a fresh process: {named}.")
+        found.append(f"Peak memory in a fresh process{' (of the GPU)' * on_gpu}: {named}.")
     if "passages" in receipt.settings:
         found.append(how(receipt))
     found.append("")

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hasten.backends import choose_device, open_backend
 from hasten.backends.base import Backend
 from hasten.checks import did_you_mean
 from hasten.compress.folder import ProgressCallback, check_out, hashes, requantised
 from hasten.compress.plan import resolve
 from hasten.errors import HastenError, RecipeError
 from hasten.goals import GOALS, Goal
-from hasten.hardware import Hardware, conditions, probe, usable_threads, versions
+from hasten.hardware import Gpu, Hardware, conditions, probe, usable_threads, versions
 from hasten.measure.text import read_text
 from hasten.measure.transformers_worker import TransformersWorker, available
 from hasten.model.checkpoint import open_checkpoint
@@ -50,6 +51,7 @@ def tune(
     minutes: float = 5,
     rounds: int = 5,
     threads: int | None = None,
+    device: str = "auto",
     transformers: bool = True,
     make_backend: Callable[[int], Backend] | None = None,
     progress: ProgressCallback | None = None,
@@ -58,10 +60,10 @@ def tune(
 
     out: a new folder; by default the model's name with "-tuned" in the current one. max_loss: the most that bits per
     byte on held-out text may rise, relative, at the upper end of a 95 % interval. goal: speed of one stream, of eight,
-    or bytes. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is fitted to; a
+    or bytes; on a GPU 64. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is fitted to; a
     model so slow that they do not suffice for the least that says something takes longer. rounds: of interleaved
     timing in the search, at most; the proof has its own. transformers: measure the original through Transformers too,
-    where it is installed. make_backend: for tests. progress(done, 100, what) is told of each piece of work, in percent
+    where it is installed. device: "auto", "cpu" or "cuda" (a GPU). make_backend: for tests. progress(done, 100, what) is told of each piece of work, in percent
     of the time expected.
 
     An interrupted run leaves `OUT.tune.json`, from which the same call goes on. Raises HastenError's kinds.
@@ -72,15 +74,16 @@ def tune(
     check_out(out)
     given = None if data is None else (Path(data).name, read_text(data))
     checkpoint = open_checkpoint(resolve_name(str(model)))
-    threads = threads or usable_threads()
-    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads}
-    hardware, inputs = probe(threads=threads), hashes(checkpoint)
+    threads, device = threads or usable_threads(), choose_device(device)
+    settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads, "device": device}
+    hardware, inputs = _limits(device, threads), hashes(checkpoint)
     state = State(out.with_name(out.name + ".tune.json"), _key(inputs, settings, hardware, given))
     budget = Budget(60 * minutes, state.seconds_before + time.monotonic() - begin)
     counter = Progress(progress, budget)
     if state.ignored:
         counter.tick(state.ignored)
-    lab = Lab(checkpoint, hardware, threads, make_backend or _cpu_backend, counter.tick)
+    make_backend = make_backend or (lambda threads: open_backend(device, threads=threads))
+    lab = Lab(checkpoint, hardware, threads, make_backend, counter.tick, device)
     text = _text(lab, state, budget, given)
     search = _search(lab, state, budget, counter, text, settings)
     with Staged(out, lab) as staged:
@@ -118,7 +121,7 @@ def _measure(
         candidates=tuple(candidates),
         choice=chosen.name if chosen else ORIGINAL,
         reason=chosen.reason if chosen else _kept(goal, search.max_loss),
-        by_batch=choose.by_batch(chosen, ORIGINAL),
+        by_batch=choose.by_batch(chosen, search.original()),
         quality=chosen.final if chosen else None,
         sensitivity=search.sensitivity(),
         notes=(*notes, *search.notes, *_notes(lab, chosen)),
@@ -126,7 +129,7 @@ def _measure(
 
 
 def _key(
-    inputs: Mapping[str, str], settings: Mapping[str, Any], hardware: Hardware, given: tuple[str, str] | None
+    inputs: Mapping[str, str], settings: Mapping[str, Any], hardware: Hardware | Gpu, given: tuple[str, str] | None
 ) -> dict[str, object]:
     """What numbers must have in common to be compared: an interrupted run of anything else is not gone on with."""
     digest = None if given is None else hashlib.sha256(given[1].encode()).hexdigest()
@@ -155,7 +158,7 @@ def _search(
     if state.get("plan", "sizes") is None:
         state.put("plan", "sizes", workload_sizes(lab.predict(Recipe()), lab.spec.max_position))
     sizes = state.get("plan", "sizes")
-    works = workloads(text.tokens, sizes, sampled=False)
+    works = workloads(text.tokens, sizes, sampled=False, streams=lab.streams)
     lab.time({ORIGINAL: Recipe()}, works, 0)
     if state.get("plan", "rounds") is None:
         fitting = int(_ROUNDS_SHARE * budget.seconds / (_TIMED * lab.pace.timing)) - 1
@@ -167,7 +170,7 @@ def _search(
         progress=counter,
         windows=text.search,
         workloads=works,
-        sampled=workloads(text.tokens, sizes, sampled=True),
+        sampled=workloads(text.tokens, sizes, sampled=True, streams=lab.streams),
         goal=settings["goal"],
         max_loss=settings["max_loss"],
         rounds=state.get("plan", "rounds"),
@@ -189,7 +192,7 @@ def _through_transformers(search: Search) -> tuple[Candidate | None, tuple[str, 
     search.progress.expect(search.cost_of_uniform() + search.cost_of_rest())
     search.progress.tick("Transformers is loaded in a process of its own")
     try:
-        with TransformersWorker(search.lab.checkpoint.path, search.lab.threads) as worker:
+        with TransformersWorker(search.lab.checkpoint.path, search.lab.threads, search.lab.device) as worker:
             candidate = search.lab.compare_transformers(worker, works, min(search.rounds, _TRANSFORMERS_ROUNDS))
     except HastenError as error:
         return None, (str(error),)
@@ -245,7 +248,10 @@ def default_out(model: str | Path) -> Path:
     return folder_beside(model, "tuned")
 
 
-def _cpu_backend(threads: int) -> Backend:
-    from hasten.backends.cpu import CpuBackend
+def _limits(device: str, threads: int) -> Hardware | Gpu:
+    """What bounds a model's speed on the device, measured now."""
+    if device != "cuda":
+        return probe(threads=threads)
+    from hasten.backends.cuda.probe import probe_gpu
 
-    return CpuBackend(threads)
+    return probe_gpu()

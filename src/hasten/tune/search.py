@@ -68,7 +68,7 @@ class Search:
     def uniform(self) -> list[Candidate]:
         """Every format that could make this model smaller, for all layers alike. One that cannot win, or that there is
         no time for, is said to be so instead of measured; the first few are always measured."""
-        waiting = made.uniform(self.lab.spec, self.lab.found)
+        waiting = self.lab.uniform()
         names = list(waiting)
         found = self._known(waiting)
         while waiting := {name: recipe for name, recipe in waiting.items() if name not in found}:
@@ -100,7 +100,7 @@ class Search:
     def ways_to_run(self, base: Candidate) -> list[Candidate]:
         """The best candidate with other ways of running, all timed while sampling. Only one that brings something worth
         its complication is accepted."""
-        ways = made.ways_to_run(base.name, base.recipe, self.lab.kv_cache(base.recipe), self.lab.threads)
+        ways = self.lab.ways_to_run(base.name, base.recipe)
         assert base.search is not None
         # The KV cache changes what a model says; speculation and threads do not.
         kv_cache = self.lab.kv_cache(base.recipe)
@@ -158,7 +158,7 @@ class Search:
     def cost_of_uniform(self, waiting: Mapping[str, Recipe] | None = None) -> float:
         """Seconds of the uniform formats, as many of them as fit into the time."""
         if waiting is None:
-            waiting = made.uniform(self.lab.spec, self.lab.found)
+            waiting = self.lab.uniform()
         costs = [self.cost(group) for group in self.lab.groups(waiting)]
         return max(costs[0], min(sum(costs), self.budget.left - self.cost_of_rest())) if costs else 0.0
 
@@ -218,7 +218,7 @@ class Search:
     def _worthwhile(self, way: Candidate, base: str) -> Candidate:
         if way.verdict == "rejected":
             return way
-        gain = way.ratio[f"gain {choose.STREAMS.get(self.goal, self.goal)}"]
+        gain = choose.figure(way, self.goal, "gain ")
         reason = f"{gain.median:.2f}x {base} ({gain.low:.2f} .. {gain.high:.2f}), both sampled at temperature 1"
         if way.verdict == "accepted" and choose.worthwhile(way, self.goal):
             return replace(way, reason=reason)

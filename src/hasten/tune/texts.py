@@ -107,13 +107,17 @@ def workload_sizes(prediction: Prediction, max_position: int) -> dict[str, int]:
     return {"start": start, "steps": steps, "prompt": prompt}
 
 
-def workloads(tokens: Sequence[int], sizes: Mapping[str, int], sampled: bool) -> dict[str, Workload]:
-    """What is timed: decoding with 1 and 8 streams, and a long prompt. sampled: draw at temperature 1 rather than take
+def workloads(
+    tokens: Sequence[int], sizes: Mapping[str, int], sampled: bool, streams: Sequence[int] = (1, 8)
+) -> dict[str, Workload]:
+    """What is timed: decoding with some numbers of streams, and a long prompt. sampled: draw at temperature 1 rather than take
     the likeliest, as small models soon repeat themselves when they do, which would flatter speculation."""
     start, steps = sizes["start"], sizes["steps"]
     found = {
-        size: Workload(prompts_from(tokens, int(size), start), max(8, steps // share), float(sampled), _RUN_SECONDS)
-        for size, share in (("1", 1), ("8", 2))
+        str(num): Workload(
+            prompts_from(tokens, num, start), max(8, steps if num == 1 else steps // 2), float(sampled), _RUN_SECONDS
+        )
+        for num in streams
     }
     found["prefill"] = Workload(prompts_from(tokens, 1, sizes["prompt"]), 1, min_seconds=_RUN_SECONDS)
     return found

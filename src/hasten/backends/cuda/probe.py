@@ -17,12 +17,13 @@ _LEAST_RUNS = 5
 
 
 def probe_gpu(seconds: float = 0.3) -> Gpu:
-    """Measure the current GPU, `seconds` for each of three measurements, in memory that is free. Raises ResourceError
+    """Measure the current GPU, `seconds` for each of five measurements, in memory that is free. Raises ResourceError
     where there is too little of it, or for a GPU that is too old."""
     handle = open_device("cuda").handle
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(handle)
     facts = torch.cuda.get_device_properties(handle)
+    kinds = ("bf16", "fp32", "int8", *(("fp8",) if (facts.major, facts.minor) >= (8, 9) else ()))
     gpu = Gpu(
         name=facts.name,
         capability=f"{facts.major}.{facts.minor}",
@@ -31,10 +32,7 @@ def probe_gpu(seconds: float = 0.3) -> Gpu:
         memory_total=total,
         memory_available=free,
         bandwidth=_copy_bandwidth(handle, free, seconds),
-        peak_ops={
-            kind: _peak(handle, dtype, free, seconds)
-            for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-        },
+        peak_ops={kind: _peak(handle, kind, free, seconds) for kind in kinds},
     )
     torch.cuda.empty_cache()
     return gpu
@@ -52,13 +50,22 @@ def _copy_bandwidth(handle: torch.device, free: int, seconds: float) -> float:
     return _best_rate(lambda: target.copy_(source), 2 * size, seconds)
 
 
-def _peak(handle: torch.device, dtype: torch.dtype, free: int, seconds: float) -> float:
+def _peak(handle: torch.device, kind: str, free: int, seconds: float) -> float:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
     rows = _ROWS
-    while 3 * rows * rows * dtype.itemsize > free // 2:
+    while 3 * rows * rows * 4 > free // 2:
         rows //= 2
-    left, right = (torch.randn(rows, rows, device=handle, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    return _best_rate(lambda: torch.mm(left, right, out=product), 2 * rows**3, seconds)
+    left, right = (torch.randn(rows, rows, device=handle).mul_(16).to(dtype) for _ in range(2))
+    return _best_rate(_product(left, right.t()), 2 * rows**3, seconds)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object]:
+    if left.dtype == torch.int8:
+        return lambda: torch._int_mm(left, right)
+    if left.dtype == torch.float8_e4m3fn:
+        scales = torch.ones(len(left), 1, device=left.device)
+        return lambda: torch._scaled_mm(left, right, scales, scales.t(), out_dtype=torch.bfloat16)
+    return lambda: torch.mm(left, right)
 
 
 def _best_rate(work: Callable[[], object], amount: int, seconds: float) -> float:
