@@ -15,9 +15,10 @@ from hasten.backends.cuda.device import Device, open_device
 from hasten.backends.cuda.linear import Linear, Norm
 from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged
 from hasten.backends.cuda.ops import Ops
+from hasten.backends.reference import ReferenceBackend
 from hasten.backends.reference_math import activate
 from hasten.model.checkpoint import open_checkpoint
-from hasten.model.formats import Format, Weight, dequantize, quantize
+from hasten.model.formats import Format, Weight, dense_weight, dequantize, quantize
 from hasten.model.spec import ModelSpec
 
 __all__ = ["BLOCK", "NUM_BLOCKS", "batch", "run"]
@@ -122,3 +123,53 @@ def check_normed_int4(format: Format, gated: bool, device: str = "cpu", n: int =
         got = linear(x, norm=Norm(norm, 1e-5), activation="silu" if gated else "none", dtype=torch.float32)
         error = np.linalg.norm(got[0].cpu().numpy() - want) / np.linalg.norm(want)
         assert error < 2e-3, f"relative error {error:.2e} of numbers about {size:g}"
+
+
+def composed(path: Path) -> tuple[ModelSpec, list[tuple[str, Weight]]]:
+    """The model with some matrices stored as two thin ones, one of them 8-bit floats, and an MLP split into experts in
+    one layer, of which a layer's neurons are fewer."""
+    checkpoint = open_checkpoint(path)
+    first, second, *rest = checkpoint.spec.layers
+    half = second.intermediate_size // 8 * 4
+    layers = (
+        replace(first, ranks=(("down", 20), ("k", 7)), experts=4, active_experts=2),
+        replace(second, intermediate_size=half, ranks=(("up", 16),)),
+        *rest,
+    )
+    rng, weights = np.random.default_rng(0), []
+    for name, weight in checkpoint.weights():
+        role = name.removeprefix("layers.1.")
+        values = dequantize(weight)
+        if role in ("gate", "up", "up.bias"):
+            values = values[:half]
+        elif role == "down":
+            values = values[:, :half]
+        layer = layers[int(name.split(".")[1])] if name.startswith("layers.") else first
+        rank = layer.rank_of(name.split(".", 2)[-1].removesuffix(".bias"))
+        if rank and name.endswith(".bias"):
+            weights.append((name.replace(".bias", ".b.bias"), dense_weight(values)))
+        elif rank:
+            u, s, v = np.linalg.svd(values, full_matrices=False)
+            weights.append((f"{name}.a", dense_weight(v[:rank])))
+            weights.append((f"{name}.b", dense_weight(u[:, :rank] * s[:rank])))
+        elif role == "o":
+            weights.append((name, quantize(values, Format("fp8"))))
+        else:
+            weights.append((name, dense_weight(values) if "layers.1" in name else weight))
+    weights.append(("layers.0.router", dense_weight(rng.standard_normal((4, checkpoint.spec.hidden_size)))))
+    return replace(checkpoint.spec, layers=layers), weights
+
+
+def check_composed(device: str, path: Path, tokens: NDArray[np.int32], tolerance: float) -> None:
+    """Logits of `composed`, a prompt and then tokens one by one, against the reference's."""
+    spec, weights = composed(path)
+    got, want = CudaBackend(device=device), ReferenceBackend()
+    for backend in (got, want):
+        backend.load(spec, weights)
+        backend.allocate(NUM_BLOCKS, BLOCK, "fp32")
+    blocks = np.arange(NUM_BLOCKS, dtype=np.int32)
+    last = len(tokens) - 1
+    expected = np.array(want.forward(batch([(tokens, 0, blocks)])))
+    found = pieces(got, tokens, [last, 1], blocks)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < tolerance, f"relative error {error:.2e}"

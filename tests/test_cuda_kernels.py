@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
-from cuda_tools import batch, check_normed_int4, check_product, fetched, load, pieces  # noqa: E402
+from cuda_tools import batch, check_composed, check_normed_int4, check_product, fetched, load, make_linear, pieces  # noqa: E402
 
 from hasten.backends.base import SamplingBatch  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
@@ -25,7 +25,7 @@ from hasten.backends.reference import ReferenceBackend  # noqa: E402
 from hasten.backends.reference_sampling import sample_rows  # noqa: E402
 from hasten.backends.reference_sampling import uniform as one_uniform  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
-from hasten.model.formats import Format  # noqa: E402
+from hasten.model.formats import Format, quantize, sparsify  # noqa: E402
 
 FORMATS = {
     "fp32": (Format("fp32"), "fp32", 1e-6),
@@ -35,6 +35,8 @@ FORMATS = {
     "int4": (Format("int4"), "fp32", 1e-6),
     "int4_g32": (Format("int4", 32), "fp32", 1e-6),
     "int4_g64_asymmetric": (Format("int4", 64, False), "fp32", 1e-6),
+    "fp8": (Format("fp8"), "fp32", 1e-6),
+    "fp8_g64": (Format("fp8", 64), "fp32", 1e-6),
 }
 
 
@@ -189,3 +191,21 @@ def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path])
     assert stager.refill(step, sizes, len(first), buffer)
     got = decoder(inputs)[: len(step.tokens)].numpy()
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_low_rank_experts_and_widths_of_their_own(family: str, tiny_model: Callable[..., Path]) -> None:
+    tokens = np.random.default_rng(2).integers(3, 300, 12).astype(np.int32)
+    check_composed("cpu", tiny_model(family, num_hidden_layers=2), tokens, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4", "fp8"])
+def test_two_of_four_are_expanded(kind: str) -> None:
+    """What is loaded of a 2:4 matrix stands for the same numbers, zeros among them."""
+    values = np.random.default_rng(0).standard_normal((24, 16, 4)).astype(np.float32)
+    values[:, :, :2] = 0
+    whole = quantize(values.reshape(24, 64), Format(kind, 32 if kind == "int4" else 0))  # type: ignore[arg-type]
+    device = open_device("cpu")
+    x = torch.randn(3, 64)
+    got, want = (make_linear([weight], device, "fp32")(x) for weight in (sparsify(whole), whole))
+    assert torch.equal(got, want)

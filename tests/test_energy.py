@@ -105,5 +105,6 @@ def test_work_whose_energy_cannot_be_read_is_not_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(energy, "energy_counters", list)
     with pytest.raises(ResourceError, match="RAPL"):
         energy.open_meter()
-    idle = SimpleNamespace(load=lambda recipes: pytest.fail("it was run"))
-    assert Lab.energy(idle, Recipe(), {}) is None  # type: ignore[arg-type]
+    idle = SimpleNamespace(load=lambda recipes: pytest.fail("it was run"), device="cpu")
+    with pytest.raises(ResourceError, match="RAPL"):
+        Lab.energy(idle, Recipe(), {})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from hasten.compress.plan import describe, matrix_shapes, resolve
-from hasten.hardware import Hardware
+from hasten.hardware import Gpu, Hardware
 from hasten.measure.statistics import ratio_of_rounds
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import Layer, ModelSpec
@@ -147,8 +147,36 @@ def test_what_is_slower_for_the_goal_is_not_used_for_it() -> None:
     mixed = candidate("m", 0.9, 1.5, 0.001)
     assert choose.judge(mixed, "latency", 0.01).verdict == "slower"
     assert choose.judge(mixed, "memory", 0.01).verdict == "accepted"
-    assert choose.by_batch(mixed, "original") == {"1": "original", "8": "m"}
-    assert choose.by_batch(None, "original") == {"1": "original", "8": "original"}
+    original = candidate("original", 1, 1, 0)
+    assert choose.by_batch(mixed, original) == {"1": "original", "8": "m"}
+    assert choose.by_batch(None, original) == {"1": "original", "8": "original"}
+
+
+def test_a_gpu_is_judged_with_many_streams_too() -> None:
+    """A format that loses with 64 streams is not used for speed, and the receipt says where it loses."""
+    int4 = candidate("int4", 1.9, 1.6, 0.001)
+    int4 = replace(int4, ratio={"64": measured(0.7), **int4.ratio})
+    judged = choose.judge(int4, "latency", 0.01)
+    assert judged.verdict == "slower"
+    assert "only 0.70x with 64 streams" in judged.reason
+    assert choose.score(int4, "throughput") == 0.7
+    original = replace(int4, name="original")
+    assert choose.by_batch(int4, original) == {"1": "int4", "8": "int4", "64": "original"}
+
+
+def test_what_is_tried_depends_on_the_device() -> None:
+    found = uniform("bf16")
+    names = list(candidates.uniform(spec(), found, "cuda"))
+    assert "fp8-dynamic" in names
+    assert "fp8-dynamic" not in candidates.uniform(spec(), found)
+    ways = candidates.ways_to_run("x", Recipe(), "bf16", 1, ("fp32", "bf16", "fp8"))
+    assert ways["x kv-fp8"].run == Run("fp8", None, None)
+    assert set(ways) == {"x ngram", "x kv-fp8"}
+
+
+def test_a_gpus_peaks_are_those_measured_or_of_16_bits() -> None:
+    gpu = Gpu("a", "9.0", 132, "13.0", 80, 70, 4e12, {"bf16": 8e14, "fp32": 5e13, "fp8": 1.5e15})
+    assert [gpu.peak(kind) for kind in ("fp8", "int4", "fp32", "fp16")] == [1.5e15, 8e14, 5e13, 8e14]
 
 
 def rounds(median: float, low: float, high: float, n: int = 9) -> Measurement:

@@ -33,7 +33,8 @@ SPECULATIONS = ("none", "ngram")
 class Run:
     """How the result is run: what LLM does where its caller says nothing. None leaves it to the machine.
 
-    kv_cache: "fp32", "bf16", "int8" or, on a GPU, "fp8". speculation: "none" or "ngram" (prompt lookup). threads: worker threads.
+    kv_cache: "fp32", "bf16", "int8" or, on a GPU, "fp8". speculation: "none" or "ngram" (prompt lookup). threads:
+    worker threads.
     """
 
     kv_cache: str | None = None

@@ -50,9 +50,13 @@ def _serve() -> None:
 
     request = json.load(sys.stdin)
     on_gpu = request["device"] != "cpu"
-    few = {"max_sequences": 1, "max_step_tokens": 512} if on_gpu else {}  # or the cache takes all of a GPU
     llm = LLM(
-        request["folder"], device=request["device"], threads=request["threads"], kv_cache=request["kv_cache"], **few
+        request["folder"],
+        device=request["device"],
+        threads=request["threads"],
+        kv_cache=request["kv_cache"],
+        max_sequences=1 if on_gpu else None,  # or the cache takes all of a GPU
+        max_step_tokens=512 if on_gpu else None,
     )
     room = llm.max_len - len(request["prompt"])
     found = llm.generate([request["prompt"]], SamplingParams(max_tokens=min(NUM_TOKENS, room), temperature=0.0))

@@ -63,7 +63,9 @@ def at_least_as_fine(one: Mapping[str, Format], other: Mapping[str, Format]) -> 
 
 
 def _keeps(one: Format, other: Format) -> bool:
-    bits = [{"int4": 4, "fp8": 7, "int8": 8}.get(fmt.kind, 16) for fmt in (one, other)]  # fp8 has 3 bits after the point
+    bits = [
+        {"int4": 4, "fp8": 7, "int8": 8}.get(fmt.kind, 16) for fmt in (one, other)
+    ]  # fp8 has 3 bits after the point
     groups = [fmt.group_size or 1 << 30 for fmt in (one, other)]
     if bits[0] != bits[1] or bits[0] == 16:
         return bits[0] > bits[1] or one == other

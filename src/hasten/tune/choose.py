@@ -17,7 +17,7 @@ _ROUNDS = 6
 
 def sizes(candidate: Candidate) -> list[str]:
     """Numbers of streams that were timed, smallest first."""
-    return [key for key in candidate.ratio if key.isdecimal()]
+    return sorted((key for key in candidate.ratio if key.isdecimal()), key=int)
 
 
 def figure(candidate: Candidate, goal: Goal, prefix: str = "") -> Measurement:
@@ -27,7 +27,7 @@ def figure(candidate: Candidate, goal: Goal, prefix: str = "") -> Measurement:
 
 def _key(known: Iterable[str], goal: Goal) -> str:
     """Of what is timed by number of streams, that which a goal is about: one stream, or the most."""
-    streams = [key for key in known if key.isdecimal()]
+    streams = sorted((key for key in known if key.isdecimal()), key=int)
     return {"latency": streams[0], "throughput": streams[-1]}.get(goal, goal)
 
 
@@ -84,9 +84,7 @@ def proven(candidate: Candidate, goal: Goal, max_loss: float) -> str:
     final, ratio = candidate.final, figure(candidate, goal)
     assert final is not None
     assert final.loss is not None
-    again = (
-        "" if goal == "memory" else f" ({ratio.low:.2f} .. {ratio.high:.2f} in {ratio.n} rounds after the search)"
-    )
+    again = "" if goal == "memory" else f" ({ratio.low:.2f} .. {ratio.high:.2f} in {ratio.n} rounds after the search)"
     return (
         f"{words(candidate, goal)}{again}; loss {final.loss.median:+.2%} (up to {final.loss.high:+.2%} at "
         f"{final.confidence:.1%} confidence, {max_loss:.2%} allowed) on text kept for the proof"

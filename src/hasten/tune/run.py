@@ -59,12 +59,12 @@ def tune(
     """Measure `model` here, try ways to make it faster, and write what is measured faster within the allowed loss.
 
     out: a new folder; by default the model's name with "-tuned" in the current one. max_loss: the most that bits per
-    byte on held-out text may rise, relative, at the upper end of a 95 % interval. goal: speed of one stream, of eight,
-    or bytes; on a GPU 64. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is fitted to; a
-    model so slow that they do not suffice for the least that says something takes longer. rounds: of interleaved
-    timing in the search, at most; the proof has its own. transformers: measure the original through Transformers too,
-    where it is installed. device: "auto", "cpu" or "cuda" (a GPU). make_backend: for tests. progress(done, 100, what) is told of each piece of work, in percent
-    of the time expected.
+    byte on held-out text may rise, relative, at the upper end of a 95 % interval. goal: speed of one stream, of eight
+    (of 64 on a GPU), or bytes. data: a UTF-8 file of held-out text; else see tune/texts.py. minutes: that the search is
+    fitted to; a model so slow that they do not suffice for the least that says something takes longer. rounds: of
+    interleaved timing in the search, at most; the proof has its own. device: "auto", "cpu" or "cuda" (a GPU).
+    transformers: measure the original through Transformers too, where it is installed. make_backend: for tests.
+    progress(done, 100, what) is told of each piece of work, in percent of the time expected.
 
     An interrupted run leaves `OUT.tune.json`, from which the same call goes on. Raises HastenError's kinds.
     """

@@ -110,8 +110,8 @@ def workload_sizes(prediction: Prediction, max_position: int) -> dict[str, int]:
 def workloads(
     tokens: Sequence[int], sizes: Mapping[str, int], sampled: bool, streams: Sequence[int] = (1, 8)
 ) -> dict[str, Workload]:
-    """What is timed: decoding with some numbers of streams, and a long prompt. sampled: draw at temperature 1 rather than take
-    the likeliest, as small models soon repeat themselves when they do, which would flatter speculation."""
+    """What is timed: decoding with some numbers of streams, and a long prompt. sampled: draw at temperature 1 rather
+    than take the likeliest, as small models soon repeat themselves when they do, which would flatter speculation."""
     start, steps = sizes["start"], sizes["steps"]
     found = {
         str(num): Workload(

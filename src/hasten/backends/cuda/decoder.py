@@ -80,7 +80,7 @@ class Decoder:
     def num_weights(self) -> int:
         """Numbers in the layers' matrices."""
         return sum(
-            linear.n * linear.k
+            linear.num_weights
             for layer in self._weights.layers
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
         )

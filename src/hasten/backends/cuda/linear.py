@@ -35,6 +35,7 @@ class Matrix:
     zeros: torch.Tensor | None = None
     group: int = 0
     perm: torch.Tensor | None = None
+    rounds_input: bool = False  # the folder says that many rows are multiplied as integers, int8 with a scale a row
 
     @property
     def layout(self) -> tuple[int, int, int, int]:
@@ -77,9 +78,16 @@ class Linear:
             return False
         return self.matrices[0].kind != INT4 or weight.dtype == torch.bfloat16
 
+    @property
+    def num_weights(self) -> int:
+        """Numbers in its matrices."""
+        return self.n * self.k
+
     def _one_row(self, matrix: Matrix, rows: int, dtype: torch.dtype) -> bool:
         """Whether a kernel for one row runs."""
         if rows != 1 or self.fixed:
+            return False
+        if matrix.kind == FP8 and matrix.group:
             return False
         return matrix.kind in (DENSE, FP8) or (matrix.kind == INT4 and dtype == torch.bfloat16)
 
@@ -306,7 +314,7 @@ class Linear:
         )  # fmt: skip
 
     def _has_fp8_product(self, matrix: Matrix) -> bool:
-        return self.device.fp8_products and matrix.k % 16 == 0 and matrix.n % 16 == 0
+        return self.device.fp8_products and matrix.group == 0 and matrix.k % 16 == 0 and matrix.n % 16 == 0
 
     def _run_many(
         self, x: torch.Tensor, x_scales: torch.Tensor | None, matrix: Matrix, dtype: torch.dtype
@@ -323,6 +331,8 @@ class Linear:
                 x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16, use_fast_accum=True
             )
             return product.to(dtype)
+        if matrix.rounds_input and matrix.k % 8 == 0 and matrix.n % 8 == 0:
+            return _integer_product(x, matrix).to(dtype)
         return _product(x, self.expanded(matrix, x.dtype), dtype)
 
     def expanded(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
@@ -344,3 +354,12 @@ def _product(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     if dtype != x.dtype and x.is_cuda:
         return torch.mm(x, w.t(), out_dtype=dtype)
     return torch.nn.functional.linear(x, w).to(dtype)
+
+
+def _integer_product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """x W.T, float32, with rows of x rounded to int8, a scale each. W has one a row."""
+    assert matrix.scales is not None
+    rows = x.float()
+    scales = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    sums = torch._int_mm((rows / scales).round().to(torch.int8), matrix.data.t())
+    return sums.float() * scales * matrix.scales

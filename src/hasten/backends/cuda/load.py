@@ -1,4 +1,5 @@
 """Canonical weights -> tensors on the device, through small pinned buffers: no copy of the model in host memory.
+A matrix with 2:4 zeros is expanded to all its numbers.
 
 Several threads copy at once, for one core reads a mapped file slower than the bus takes it. What must be repacked is
 repacked on the device.
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hasten.backends.cuda.composed import Composed, Experts
 from hasten.backends.cuda.decoder import LayerWeights, Weights
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
 from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
 from hasten.errors import ModelError, ResourceError
-from hasten.model.formats import Weight
+from hasten.model.formats import Weight, densify
 from hasten.model.spec import ModelSpec
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,7 +89,9 @@ class Loader:
         uploader = Uploader(self._device)
         try:
             for name, group in self._groups(weights):
-                matrices = _merged([self._matrix(weight, uploader) for weight in group], self._device)
+                matrices = [self._matrix(weight, uploader) for weight in group]
+                if not self._ranked(self._group_of(name)[1]):
+                    matrices = _merged(matrices, self._device)
                 if self._format == "fp8" and name.startswith("layers."):
                     matrices = [_as_fp8(matrix) for matrix in matrices]
                 self._linears[name] = matrices
@@ -104,7 +108,7 @@ class Loader:
         """Names of groups that are multiplied at once ("layers.0.qkv"), with their weights in order."""
         waiting: dict[str, dict[str, Weight]] = {}
         for name, weight in weights:
-            if weight.shape[1] == 1 and weight.format.kind == "fp32":
+            if weight.shape[1] == 1 and weight.format.kind == "fp32" and not name.endswith(".b"):
                 values = np.array(weight.data, np.float32).reshape(-1)
                 self._vectors[name] = torch.from_numpy(values).to(self._device.handle)
                 continue
@@ -123,15 +127,25 @@ class Loader:
     def _group_of(self, name: str) -> tuple[str, list[str]]:
         if name in ("embed", "position_embed", "head"):
             return name, [name]
-        prefix, _, role = name.rpartition(".")
-        for group, members in _ROLES.items():
-            if role in members and prefix.startswith("layers."):
-                if group == "gate_up" and not self._spec.gated_mlp:
-                    members = ("up",)
-                return f"{prefix}.{group}", [f"{prefix}.{member}" for member in members]
+        first, index, *roles = [*name.split("."), "", ""][:3]
+        if first == "layers" and index.isdecimal() and int(index) < len(self._spec.layers):
+            layer, prefix, role = self._spec.layers[int(index)], f"layers.{index}", roles[0]
+            if role == "router" and layer.experts:
+                return name, [name]
+            for group, members in _ROLES.items():
+                if role in (*members, group):
+                    used = [member for member in members if member != "gate" or self._spec.gated_mlp]
+                    parts = [[f"{prefix}.{m}.a", f"{prefix}.{m}.b"] if layer.rank_of(m) else [f"{prefix}.{m}"]
+                             for m in used]  # fmt: skip
+                    return f"{prefix}.{group}", [part for each in parts for part in each]
         raise ModelError(f"weight {name} is not part of this model")
 
+    def _ranked(self, members: list[str]) -> bool:
+        """Whether any matrix of a group is stored as two."""
+        return any(member.endswith((".a", ".b")) for member in members)
+
     def _matrix(self, weight: Weight, uploader: Uploader) -> Matrix:
+        weight = densify(weight)
         n, k = weight.shape
         kind = weight.format.kind
         data = torch.from_numpy(np.empty(0, weight.data.dtype)).dtype
@@ -145,8 +159,11 @@ class Loader:
         zeros = None if weight.zeros is None else self._upload(weight.zeros).t().contiguous()
         perm = None if weight.perm is None else self._upload(weight.perm)
         group = weight.format.group_size
+        if kind == "fp8":
+            return Matrix(FP8, n, k, target.view(FP8_DTYPE), scales, None, group)
         if kind == "int8":
-            return Matrix(INT8, n, k, target, scales, zeros, group, perm)
+            rounds = weight.format.activations == "int8" and group == 0 and self._device.is_cuda and not self._fixed
+            return Matrix(INT8, n, k, target, scales, zeros, group, perm, rounds)
         if zeros is not None and group == 0:
             group = k  # one group a row: the kernels apply zero points by group
         return Matrix(INT4, n, k, _pack_int4(target, k, group), scales, zeros, group, perm)
@@ -168,15 +185,11 @@ class Loader:
         return weights
 
     def _layer(self, prefix: str) -> LayerWeights:
-        spec = self._spec
-        linears = {
-            role: self._linear(
-                self._take(f"{prefix}.{role}"),
-                tuple(f"{prefix}.{m}" for m in members if m != "gate" or spec.gated_mlp),
-                role == "gate_up" and spec.gated_mlp,
-            )
-            for role, members in _ROLES.items()
-        }
+        spec, layer = self._spec, self._spec.layers[int(prefix.split(".")[1])]
+        linears = {role: self._product(prefix, role) for role in _ROLES}
+        if layer.experts:
+            router = self._linear(self._take(f"{prefix}.router"), (f"{prefix}.router",), False)
+            linears["gate_up"] = Experts(linears["gate_up"], router, layer.experts, layer.active_experts)
         has_qk = spec.qk_norm != "none"
         return LayerWeights(
             **linears,
@@ -187,6 +200,18 @@ class Loader:
             q_norm=self._vector(f"{prefix}.q_norm") if has_qk else None,
             k_norm=self._vector(f"{prefix}.k_norm") if has_qk else None,
         )
+
+    def _product(self, prefix: str, role: str) -> Linear:
+        """All that reads one input."""
+        name, gated = f"{prefix}.{role}", role == "gate_up" and self._spec.gated_mlp
+        members = self._group_of(name)[1]
+        if not self._ranked(members):
+            return self._linear(self._take(name), tuple(members), gated)
+        parts: dict[str, list[Linear]] = {}
+        for member, matrix in zip(members, self._take(name), strict=True):
+            whole = member.removesuffix(".a").removesuffix(".b")
+            parts.setdefault(whole, []).append(self._linear([matrix], (member,), False))
+        return Composed(self._ops, [tuple(part) for part in parts.values()], gated)
 
     def _take(self, name: str) -> list[Matrix]:
         if name not in self._linears:
@@ -253,12 +278,15 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
             cat([matrix.zeros for matrix in matrices], 1),
             first.group,
             first.perm,
+            first.rounds_input,
         )
     ]
 
 
 def _alike(one: Matrix, other: Matrix) -> bool:
     if (one.kind, one.group, one.zeros is None) != (other.kind, other.group, other.zeros is None):
+        return False
+    if one.rounds_input != other.rounds_input:
         return False
     if one.perm is None or other.perm is None:
         return one.perm is other.perm

@@ -323,7 +323,7 @@ def expand(
         gdc_launch_dependents()
     PARTS: tl.constexpr = 4 if KIND == INT4 else 1
     at = rows[:, None].to(tl.int64) * ldw + step * BK + cols[None, :]
-    q = tl.load(w + at, mask=(step * BK + cols < ldw)[None, :], other=0)
+    q = tl.load(w + at, mask=(step * BK + cols < ldw)[None, :], other=0.0 if KIND == FP8 else 0)
     for part in tl.static_range(PARTS):
         k = (step * PARTS + part) * BK
         group = tl.minimum(k // GROUP, last_group) if GROUP else 0
