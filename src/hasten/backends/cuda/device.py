@@ -1,5 +1,6 @@
 """What one device can do, and the buffers that all its kernels share."""
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,7 @@ class Device:
     fp8_products: bool = False
     launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
     measured: Measured = field(default_factory=Measured)
+    capturing: threading.Lock = field(default_factory=threading.Lock)  # one graph at a time, of several models too
 
     @property
     def tiles(self) -> dict[str, Tile]:

@@ -175,7 +175,7 @@ class Graphs:
                 self._decoder.warm_products()
             self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with device.capturing, torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 bucket.logits, bucket.hidden = self._run(bucket)
