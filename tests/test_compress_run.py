@@ -13,12 +13,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from hasten.backends.torch.load import load_torch  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.receipt import Receipt  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Prune, Quantize, Rotate, Smooth  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, Rotate, Smooth, SplitExperts  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
 
@@ -135,3 +136,20 @@ def test_text_from_a_folder_a_data_set_and_the_model_itself(
     assert (own[:, 0] == 1).all()
     assert np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=3), model), own)
     assert not np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=4), model), own)
+
+
+def test_smoothing_changes_nothing_where_matrices_are_thin_and_a_router_chooses(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    calibration = Calibration(text, num_sequences=8, sequence_len=24)
+    first = Recipe((SplitExperts(4, 2), Factorize(rank=16, targets=("attention",))), calibration=calibration)
+    compress(tiny_model("llama"), first, tmp_path / "one", device="cpu")
+    compress(tmp_path / "one", Recipe((Smooth(0.8),), calibration=calibration), tmp_path / "two", device="cpu")
+    tokens = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, two = (load_torch(tmp_path / name)(tokens).logits for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-4 * float(one.abs().max()))
+    weights = [dict(open_checkpoint(tmp_path / name).weights())["layers.0.attn_norm"].data for name in ("one", "two")]
+    assert not np.array_equal(*weights)
+    with pytest.raises(RecipeError, match="rotate is for models without low-rank matrices and experts"):
+        compress(tmp_path / "one", Recipe((Rotate(),)), tmp_path / "three", device="cpu")

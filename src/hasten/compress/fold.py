@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from hasten.compress.blocks import Block
 from hasten.compress.tensors import TORCH_DTYPES
 
-# The norm in front of each group of matrices.
-NORM_OF = {"q": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
+_NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
+
+
+def norm_of(role: str) -> str | None:
+    """The norm whose outputs a matrix reads, or the first of the two that it was split into; None where it is none."""
+    return _NORM_OF.get(role.removesuffix(".a"))
 
 
 @torch.no_grad()
 def into_norm(block: Block, roles: Sequence[str], scales: Tensor) -> None:
-    """Divide what the norm before `roles` gives by `scales` [K], and multiply their columns."""
-    norm = block.norms[NORM_OF[roles[0]]]
+    """Divide what the norm before `roles` gives by `scales` [K], and multiply the columns of all that read it: these
+    roles, and a router of experts."""
+    name = norm_of(roles[0])
+    assert name is not None
+    norm = block.norms[name]
+    if name == "mlp_norm" and "router" in block.linears:
+        roles = (*roles, "router")
     offset = block.spec.norm_offset
     weight = cast(nn.Parameter, norm.weight)
     before = weight.float() + offset
@@ -30,8 +39,7 @@ def into_norm(block: Block, roles: Sequence[str], scales: Tensor) -> None:
     bias = getattr(norm, "bias", None)
     if bias is not None:
         bias.data = (bias.float() / left).to(bias.dtype)
-    readers = (*roles, "router") if NORM_OF[roles[0]] == "mlp_norm" and "router" in block.linears else roles
-    for role in readers:
+    for role in roles:
         _multiply(block.linears[role], left)
 
 

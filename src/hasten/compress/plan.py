@@ -187,6 +187,8 @@ def _(step: Rotate, plan: Plan) -> Plan:
         raise RecipeError(
             f"rotate needs RMS norms before attention and MLP and nowhere else, and {spec.family} has others: remove it"
         )
+    if any(layer.ranks or layer.experts for layer in spec.layers):
+        raise RecipeError("rotate is for models without low-rank matrices and experts: rotate first, then split")
     return replace(plan, spec=replace(spec, tied_head=False))  # the final norm's weights go into the head alone
 
 

@@ -126,8 +126,9 @@ def _scale_channels(
 
 def _in_front(block: Block, group: Sequence[str]) -> str | None:
     """The norm or matrix whose outputs, channel by channel, these matrices read."""
-    if group[0] in fold.NORM_OF:
-        return fold.NORM_OF[group[0]] if block.spec.pre_norm else None
+    norm = fold.norm_of(group[0])
+    if norm is not None:
+        return norm if block.spec.pre_norm else None
     if group == ("o",):
         return "v" if block.layer.num_heads == block.layer.num_kv_heads else None
     return "up" if "gate" in block.linears else None

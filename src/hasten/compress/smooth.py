@@ -11,7 +11,7 @@ from torch import Tensor
 from hasten.compress import fold
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.stage import Context, change_block
-from hasten.compress.statistics import collect
+from hasten.compress.statistics import collect, groups_of
 from hasten.steps import Smooth
 
 _LEAST = 1e-5
@@ -28,7 +28,7 @@ def smoothing_scales(largest: Tensor, weights: Sequence[Tensor], strength: float
 
 @change_block.register
 def _(step: Smooth, block: Block, inputs: Inputs, context: Context) -> None:
-    groups = [tuple(role for role in group if role in block.linears) for group in (("q", "k", "v"), ("gate", "up"))]
+    groups = [group for group in groups_of(block) if fold.norm_of(group[0]) is not None]
     found = collect(block, inputs, [role for group in groups for role in group])
     for group in groups:
         weights = [block.linears[role].weight for role in group]
