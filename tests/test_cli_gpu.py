@@ -4,8 +4,11 @@ measures them on a GPU."""
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from command_line import hasten
 
 from hasten.cli import bench, inspect
 from hasten.cli.terminal import write_json
@@ -83,3 +86,17 @@ def test_predictions_follow_the_limits_of_a_gpu(shared_data: Path, capsys: pytes
 def test_fp32_products_have_a_peak_of_their_own() -> None:
     assert GPU.peak("fp32") == 5e13
     assert GPU.peak("int4") == GPU.peak("fp16") == GPU.peak("bf16") == 7e14
+
+
+def test_kernels_are_tuned_on_a_gpu_only() -> None:
+    asked = hasten("bench", "demo", "--device", "cpu", "--tune-kernels")
+    assert "--tune-kernels is for an NVIDIA GPU, the device is cpu" in asked.complaint
+
+
+def test_a_format_that_loses_is_noted() -> None:
+    backend = SimpleNamespace(slower_than_dense=lambda: {256: 1.31})
+    model = cast(LLM, SimpleNamespace(backend=backend))
+    (line,) = bench.notes_on_format(model, "cuda")
+    assert "with 256 streams" in line
+    assert "1.31 times as long as in bf16" in line
+    assert bench.notes_on_format(model, "cpu") == []

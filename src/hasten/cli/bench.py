@@ -49,11 +49,13 @@ def bench(
     from hasten.engine.llm import LLM
 
     chosen = choose_device(device)
+    if tune_kernels and chosen != "cuda":
+        raise RequestError(f"--tune-kernels is for an NVIDIA GPU, the device is {chosen}: leave it out")
     start = time.perf_counter()
     llm = LLM(model, device=device, threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
     works = workloads(llm, prefill, decode, batch or [1, 8, 32])
-    tuned = tune(llm, chosen) if tune_kernels else None
+    tuned = tune(llm) if tune_kernels else None
     report = measure(llm, chosen, works, rounds)
     report["load_seconds"] = load_seconds
     if tuned is not None:
@@ -65,10 +67,8 @@ def bench(
         _write_report(report)
 
 
-def tune(llm: "LLM", device: str) -> dict[str, Any]:
-    """Have the backend measure its kernels. Raises RequestError where the device has none to tune."""
-    if device != "cuda":
-        raise RequestError(f"--tune-kernels is for an NVIDIA GPU, the device is {device}: leave it out")
+def tune(llm: "LLM") -> dict[str, Any]:
+    """Have a GPU's backend measure its kernels, and keep what it finds."""
     note("trying kernel tiles ...")
     found: dict[str, Any] = llm.backend.tune_kernels(note)  # type: ignore[attr-defined]
     note(f"kept in {found['file']}")
