@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 
 namespace hasten {
@@ -146,9 +147,11 @@ void Decoder::start(const StepBatch& b) {
 }
 
 void Decoder::reserve(int tokens, int rows) {
-  size_t wide = 0, attended = 0, acts = 0;
-  const auto stack_acts = [&](const Stack& s, int n) {
+  size_t wide = 0, attended = 0, acts = 0, thin = 0;
+  const std::function<void(const Stack&, int)> stack_acts = [&](const Stack& s, int n) {
     size_t bytes = 0;
+    thin = std::max<size_t>(thin, s.thin_outputs);
+    for (const Stack& second : s.seconds) stack_acts(second, n);
     for (int p : s.preparations) {
       const Matrix& w = s.parts[p].matrix;
       bytes += (act_bytes(w.act, n, w.k_pad, w.act_group) + 63) & ~(size_t)63;
@@ -165,6 +168,7 @@ void Decoder::reserve(int tokens, int rows) {
   if (spec_.post_norm) y_.reserve(floats(tokens, spec_.hidden_size));
   wide_.reserve(floats(tokens, wide));
   attended_.reserve(floats(tokens, attended));
+  if (thin) thin_.reserve(floats(tokens, thin));
   for (Buffer& memory : act_memory_) memory.reserve(acts);
   const size_t logits = (size_t)rows * spec_.vocab_size * sizeof(float);
   if (logits > logits_->bytes()) {
@@ -214,11 +218,25 @@ void Decoder::prepare_row(const Stack& stack, int which, const float* x, int row
 }
 
 void Decoder::product(const Stack& stack, int which, float* y, ptrdiff_t stride, float scale, bool accumulate) {
-  timed(profile.products, [&] {
-    for (const Stack::Part& part : stack.parts)
-      linear(pool_, kernels_.linear, part.matrix, acts_[which][part.prepared], {y + part.column, stride, scale, accumulate},
-             product_scratch_.data());
-  });
+  timed(profile.products, [&] { multiply(stack, which, y, stride, scale, accumulate); });
+}
+
+void Decoder::multiply(const Stack& stack, int which, float* y, ptrdiff_t stride, float scale, bool accumulate) {
+  for (const Stack::Part& part : stack.parts) {
+    const Output thin{thin_.floats() + part.column, stack.thin_outputs, 1.0f, false};
+    const Output wide{y + part.column, stride, scale, accumulate};
+    linear(pool_, kernels_.linear, part.matrix, acts_[which][part.prepared], part.thin ? thin : wide, product_scratch_.data());
+  }
+  for (size_t i = 0; i < stack.seconds.size(); i++) {
+    const Stack& second = stack.seconds[i];
+    const int rows = acts_[which][0].rows;
+    begin_rows(second, rows, 2);
+    for_rows(rows, second.inputs, [&](int first, int last, int) {
+      for (int t = first; t < last; t++)
+        prepare_row(second, 2, thin_.floats() + (size_t)t * stack.thin_outputs + stack.second_places[i].thin_column, t);
+    });
+    multiply(second, 2, y + stack.second_places[i].column, stride, scale, accumulate);
+  }
 }
 
 void Decoder::add_to_residual(const Stack& stack, int which, const NormWeights& post_norm) {

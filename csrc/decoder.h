@@ -75,7 +75,9 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// Matrices that read the same rows and write side by side (q, k, v; gate, up): one Matrix where their formats agree.
+// Matrices that read the same rows and write side by side (q, k, v; gate, up): one Matrix where their formats agree. One
+// that is stored as two thin ones, NAME.a [r, k] then NAME.b [n, r], writes what `a` gives beside the others' outputs, and
+// `b`, a stack of its own, takes it from there.
 class Stack {
  public:
   Stack() = default;
@@ -84,10 +86,13 @@ class Stack {
   ~Stack();
   void pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs);
   void set_bias(const std::string& name, const std::vector<float>& bias);  // of one source
+  void pack_one(const SourceMatrix& matrix, Pool& pool, bool fine_inputs);
+  void find_preparations();
 
   struct Part {
     Matrix matrix{};
-    int column = 0;           // of its first output
+    int column = 0;           // of its first output; of thin outputs where it is thin
+    bool thin = false;
     int prepared = 0;         // which preparation of the rows it reads
     std::vector<int32_t> perm;
     std::vector<float> bias;
@@ -95,7 +100,12 @@ class Stack {
     std::vector<int> widths;
   };
   std::vector<Part> parts;
-  int outputs = 0, inputs = 0;
+  int outputs = 0, inputs = 0, thin_outputs = 0;
+  struct Second {
+    int thin_column, column;
+  };
+  std::vector<Stack> seconds;          // the b of each pair
+  std::vector<Second> second_places;   // where it reads, and where it writes
   std::vector<int> preparations;  // a part for each distinct way in which rows must be prepared
 };
 
@@ -171,6 +181,7 @@ class Decoder {
   void begin_rows(const Stack& stack, int rows, int which);
   void prepare_row(const Stack& stack, int which, const float* x, int row);
   void product(const Stack& stack, int which, float* y, ptrdiff_t stride, float scale, bool accumulate);
+  void multiply(const Stack& stack, int which, float* y, ptrdiff_t stride, float scale, bool accumulate);
   void add_to_residual(const Stack& stack, int which, const NormWeights& post_norm);
   float* residual_row(int row);
   void embed(const StepBatch& batch);
@@ -206,10 +217,10 @@ class Decoder {
   std::vector<int32_t> rows_;                       // where logits are wanted
   std::vector<AttentionChunk> chunks_;
   const NormWeights* pending_ = nullptr;            // a post-norm whose input is still in y_
-  Buffer x_, y_, wide_, attended_;
+  Buffer x_, y_, wide_, attended_, thin_;
   std::shared_ptr<Buffer> logits_ = std::make_shared<Buffer>();
-  Buffer act_memory_[2];                            // of two stacks' rows: one for each of attention and MLP
-  std::vector<Activations> acts_[2];                // [preparations]
+  Buffer act_memory_[3];                            // of three stacks' rows: attention's, the MLP's, and a second's
+  std::vector<Activations> acts_[3];                // [preparations]
   std::vector<Buffer> scratch_, row_scratch_;       // one a thread
   std::vector<uint8_t*> product_scratch_;
 };

@@ -25,6 +25,11 @@ bool stackable(const SourceMatrix& a, const SourceMatrix& b) {
          !a.source.zeros == !b.source.zeros;
 }
 
+bool ends_with(const std::string& name, const char* end) {
+  const size_t n = strlen(end);
+  return name.size() >= n && !name.compare(name.size() - n, n, end);
+}
+
 // Rows prepared for one matrix serve the other too.
 bool same_preparation(const Stack::Part& a, const Stack::Part& b) {
   return a.matrix.act == b.matrix.act && a.matrix.act_group == b.matrix.act_group && a.perm == b.perm;
@@ -51,21 +56,47 @@ Stack::~Stack() {
 void Stack::pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs) {
   inputs = sources[0].source.k;
   for (size_t i = 0; i < sources.size();) {
+    if (ends_with(sources[i].name, ".b")) {
+      seconds.emplace_back();
+      seconds.back().pack_one(sources[i], pool, fine_inputs);
+      second_places.push_back({thin_outputs - sources[i].source.k, outputs});
+      outputs += sources[i++].source.n;
+      continue;
+    }
+    const bool thin = ends_with(sources[i].name, ".a");
     size_t end = i + 1;
-    while (end < sources.size() && stackable(sources[i], sources[end])) end++;
+    while (!thin && end < sources.size() && !ends_with(sources[end].name, ".a") && stackable(sources[i], sources[end])) end++;
     Part part;
-    part.column = outputs;
+    part.thin = thin;
+    int& column = thin ? thin_outputs : outputs;
+    part.column = column;
     std::vector<Source> rows;
     for (; i < end; i++) {
       rows.push_back(sources[i].source);
       part.names.push_back(sources[i].name);
       part.widths.push_back(sources[i].source.n);
-      outputs += sources[i].source.n;
+      column += sources[i].source.n;
     }
     if (sources[end - 1].perm) part.perm.assign(sources[end - 1].perm, sources[end - 1].perm + inputs);
     part.matrix = hasten::pack(rows.data(), (int)rows.size(), pool, fine_inputs);
     parts.push_back(std::move(part));
   }
+  find_preparations();
+}
+
+void Stack::pack_one(const SourceMatrix& matrix, Pool& pool, bool fine_inputs) {
+  inputs = matrix.source.k;
+  outputs = matrix.source.n;
+  Part part;
+  part.names = {matrix.name};
+  part.widths = {outputs};
+  if (matrix.perm) part.perm.assign(matrix.perm, matrix.perm + inputs);
+  part.matrix = hasten::pack(&matrix.source, 1, pool, fine_inputs);
+  parts.push_back(std::move(part));
+  find_preparations();
+}
+
+void Stack::find_preparations() {
   for (size_t i = 0; i < parts.size(); i++) {
     Part& part = parts[i];
     if (!part.perm.empty()) part.matrix.perm = part.perm.data();
@@ -77,6 +108,7 @@ void Stack::pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine
 }
 
 void Stack::set_bias(const std::string& name, const std::vector<float>& bias) {
+  for (Stack& second : seconds) second.set_bias(name, bias);
   for (Part& part : parts) {
     int first = 0;
     for (size_t i = 0; i < part.names.size(); first += part.widths[i++]) {
@@ -121,17 +153,25 @@ void Decoder::add_matrices(const std::string& role, int layer, const std::vector
     if (role == "gate_up") shapes.assign(spec_.gated_mlp ? 2 : 1, {inner, H});
     if (role == "down") shapes = {{H, inner}};
   }
-  if (sources.size() != shapes.size())
-    fail(role + " takes " + std::to_string(shapes.size()) + " matrices, found " + std::to_string(sources.size()));
-  for (size_t i = 0; i < sources.size(); i++) {
+  size_t at = 0;  // in shapes
+  bool thin = false;
+  for (size_t i = 0; i < sources.size() && at < shapes.size(); i++) {
     const Source& s = sources[i].source;
-    if (s.n != shapes[i].first || s.k != shapes[i].second)
-      fail("weight " + sources[i].name + " has shape " + shape(s.n, s.k) + ", expected " +
-           shape(shapes[i].first, shapes[i].second));
+    auto [n, k] = shapes[at];
+    if (ends_with(sources[i].name, ".a") && i + 1 < sources.size())
+      n = s.n, thin = true;  // its rank is checked with b
+    else if (ends_with(sources[i].name, ".b") && i > 0)
+      k = sources[i - 1].source.n, at++;
+    else
+      at++;
+    if (s.n != n || s.k != k)
+      fail("weight " + sources[i].name + " has shape " + shape(s.n, s.k) + ", expected " + shape(n, k));
   }
+  if (at != shapes.size() || (!thin && sources.size() != shapes.size()))
+    fail(role + " takes " + std::to_string(shapes.size()) + " matrices, found " + std::to_string(sources.size()));
   // What writes to the residual stream or gives the logits is where 8 bits cost most agreement (docs/log.md).
   const bool sensitive = role == "o" || role == "down" || role == "head" || role == "embed";
-  stack.pack(sources, pool_, H <= (sensitive ? kNarrow : kVeryNarrow));
+  stack.pack(sources, pool_, H <= (sensitive && !thin ? kNarrow : kVeryNarrow));
 }
 
 void Decoder::add_vector(const std::string& name, std::vector<float> values) {
@@ -177,10 +217,10 @@ void Decoder::take_biases(Stack& stack, const std::vector<std::string>& names) {
 void Decoder::finish_layer(int i) {
   Layer& l = layers_[i];
   const std::string prefix = "layers." + std::to_string(i) + ".";
-  take_biases(l.qkv, {prefix + "q", prefix + "k", prefix + "v"});
-  take_biases(l.o, {prefix + "o"});
-  take_biases(l.gate_up, {prefix + "up", prefix + "gate"});
-  take_biases(l.down, {prefix + "down"});
+  take_biases(l.qkv, {prefix + "q", prefix + "k", prefix + "v", prefix + "q.b", prefix + "k.b", prefix + "v.b"});
+  take_biases(l.o, {prefix + "o", prefix + "o.b"});
+  take_biases(l.gate_up, {prefix + "up", prefix + "gate", prefix + "up.b", prefix + "gate.b"});
+  take_biases(l.down, {prefix + "down", prefix + "down.b"});
   l.attn_norm = take_norm(prefix + "attn_norm", spec_.pre_norm);
   l.mlp_norm = take_norm(prefix + "mlp_norm", spec_.pre_norm);
   l.attn_post_norm = take_norm(prefix + "attn_post_norm", spec_.post_norm);
@@ -219,7 +259,11 @@ void Decoder::finish() {
 template <class Fn>
 void Decoder::each_stack(Fn fn) const {
   fn(embed_), fn(positions_), fn(head_);
-  for (const Layer& l : layers_) fn(l.qkv), fn(l.o), fn(l.gate_up), fn(l.down);
+  for (const Layer& l : layers_)
+    for (const Stack* s : {&l.qkv, &l.o, &l.gate_up, &l.down}) {
+      fn(*s);
+      for (const Stack& second : s->seconds) fn(second);
+    }
 }
 
 size_t Decoder::weight_bytes() const {

@@ -1,6 +1,6 @@
 """load_torch: every folder that hasten writes is a Transformers model with the logits of the reference backend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from hasten import compress, load_torch  # noqa: E402
 from hasten.compress import strip  # noqa: E402
 from hasten.errors import ModelError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
-from hasten.model.formats import dense_weight, dequantize  # noqa: E402
-from hasten.model.spec import configured, spec_from_config  # noqa: E402
+from hasten.model.formats import Weight, dense_weight, dequantize  # noqa: E402
+from hasten.model.spec import Layer, configured, spec_from_config  # noqa: E402
 from hasten.model.writer import write_checkpoint  # noqa: E402
 
 FAMILIES = ("llama_bias", "llama3", "qwen3", "phi3", "olmo2", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite")
@@ -59,17 +59,16 @@ def test_layers_of_widths_of_their_own(family: str, tiny_model: Callable[..., Pa
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_low_rank_and_experts(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Some matrices, of fused modules too, as two thin ones, and the MLP split: written, read, the same everywhere."""
-    checkpoint = open_checkpoint(tiny_model(family))
+def reformed(model: Path, out: Path, experts: int = 4) -> list[Layer]:
+    """Some of the model's matrices, of fused modules too, as two thin ones, and its MLPs split; the layers."""
+    checkpoint = open_checkpoint(model)
     spec = checkpoint.spec
-    ranks = (("down", 40), ("k", 7)) if spec.layers[0].num_kv_heads * spec.layers[0].head_dim > 7 else (("down", 40),)
-    layers = [replace(layer, ranks=ranks if i != 1 else (), experts=4, active_experts=2)
-              for i, layer in enumerate(spec.layers)]  # fmt: skip
+    ranks = (("down", 40), ("k", 7))
+    split = {"experts": experts, "active_experts": experts // 2}
+    layers = [replace(layer, ranks=ranks if i != 1 else (), **split) for i, layer in enumerate(spec.layers)]
     rng = np.random.default_rng(0)
 
-    def weights():
+    def weights() -> Iterator[tuple[str, Weight]]:
         for name, weight in checkpoint.weights():
             index, role = (int(name.split(".")[1]), name.split(".", 2)[2]) if name.startswith("layers.") else (1, "")
             rank = layers[index].rank_of(role.removesuffix(".bias"))
@@ -81,10 +80,17 @@ def test_low_rank_and_experts(family: str, tiny_model: Callable[..., Path], tmp_
                 yield f"{name}.b", dense_weight(u[:, :rank] * s[:rank])
             else:
                 yield name, weight
-        for index in range(len(layers)):
-            yield f"layers.{index}.router", dense_weight(rng.standard_normal((4, spec.hidden_size)).astype(np.float32))
+        for index in range(len(layers) if experts else 0):
+            router = rng.standard_normal((experts, spec.hidden_size)).astype(np.float32)
+            yield f"layers.{index}.router", dense_weight(router)
 
-    write_checkpoint(tmp_path / "out", configured(checkpoint.config, layers), weights())
+    write_checkpoint(out, configured(checkpoint.config, layers), weights())
+    return layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_rank_and_experts(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    layers = reformed(tiny_model(family), tmp_path / "out")
     assert list(open_checkpoint(tmp_path / "out").spec.layers) == layers
     agree(tmp_path / "out")
     assert np.abs(in_reference(tmp_path / "out") - in_reference(tiny_model(family))).max() > 0.1

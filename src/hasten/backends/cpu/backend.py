@@ -187,12 +187,18 @@ def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
     if name in ("embed", "position_embed", "head"):
         return name, -1, [name]
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdigit() or parts[2] not in _ROLES:
+    known = parts[0] == "layers" and parts[1].isdigit() and parts[2] in _ROLES if len(parts) in (3, 4) else False
+    if not known or int(parts[1]) >= len(spec.layers):
         raise ModelError(f"weight {name} is not part of this model")
     role, members = _ROLES[parts[2]]
     if not spec.gated_mlp and role == "gate_up":
         members = ("up",)
-    return role, int(parts[1]), [f"layers.{parts[1]}.{member}" for member in members]
+    layer = spec.layers[int(parts[1])]
+    pairs = [(f"{member}.a", f"{member}.b") if layer.rank_of(member) else (member,) for member in members]
+    stored = [name for pair in pairs for name in pair]
+    if ".".join(parts[2:]) not in stored:
+        raise ModelError(f"weight {name} is not part of this model")
+    return role, int(parts[1]), [f"layers.{parts[1]}.{member}" for member in stored]
 
 
 def _give_back(array: NDArray[Any]) -> None:

@@ -1,0 +1,54 @@
+"""Layers of widths of their own and low-rank matrices in the native backend: as the reference has them, in a batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cpu_tools import load, run, table
+from test_compress_strip import choice, logits
+
+pytest.importorskip("torch")
+from test_load_torch import reformed
+
+from hasten import compress
+from hasten.compress import strip
+from hasten.model.checkpoint import open_checkpoint
+from hasten.model.writer import write_checkpoint
+
+TOKENS = np.random.default_rng(5).integers(3, 300, 30).astype(np.int32)
+FAMILIES = ("llama_bias", "qwen3", "phi3", "olmo2", "gemma3", "gpt2", "gpt_neox")
+
+
+def agree(folder: Path, tolerance: float = 2e-4) -> None:
+    checkpoint = open_checkpoint(folder)
+    want = logits(checkpoint.spec, checkpoint.weights(), TOKENS.tolist())
+    backend = load(folder)
+    found = run(backend, TOKENS, [30], table(1))
+    np.testing.assert_allclose(found, want, atol=tolerance * np.abs(want).max())
+    assert np.array_equal(run(backend, TOKENS, [1, 12, 1, 1, 15], table(2)), found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_widths_of_their_own(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_model(family))
+    kept = choice(checkpoint.spec, hidden=not family.startswith("gpt"))
+    config = strip.stripped_config(checkpoint.config, checkpoint.spec, kept)
+    write_checkpoint(tmp_path / "out", config, strip.strip(checkpoint.weights(), checkpoint.spec, kept))
+    agree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_rank(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    reformed(tiny_model(family), tmp_path / "out", experts=0)
+    agree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("preset", ["int8", "bf16"])
+def test_low_rank_rounded(preset: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Products of rounded inputs differ from the reference that does not round them; a batch changes nothing."""
+    reformed(tiny_model("llama_bias"), tmp_path / "dense", experts=0)
+    compress(tmp_path / "dense", preset, tmp_path / "out")
+    names = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert names["layers.0.down.a"] == names["layers.0.k.b"] == preset
+    agree(tmp_path / "out", 0.05)
