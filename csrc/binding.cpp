@@ -98,7 +98,7 @@ DecoderSpec read_spec(nb::handle spec) {
   for (nb::handle l : spec.attr("layers")) {
     const auto field = [&](const char* name) { return nb::cast<int>(l.attr(name)); };
     s.layers.push_back({field("num_heads"), field("num_kv_heads"), field("head_dim"), field("intermediate_size"),
-                        field("rope"), field("window")});
+                        field("rope"), field("window"), field("experts"), field("active_experts")});
   }
   for (nb::handle r : spec.attr("ropes")) {
     RopeSpec rope;

@@ -45,6 +45,10 @@ Decoder::Decoder(DecoderSpec spec, const Kernels& kernels, Pool& pool)
     if (l.num_heads < 1 || l.num_kv_heads < 1 || l.num_heads % l.num_kv_heads || l.head_dim < 1 || l.intermediate_size < 1)
       fail(where + "has " + std::to_string(l.num_heads) + " heads over " + std::to_string(l.num_kv_heads) +
            " KV heads: expected a positive multiple");
+    if (l.experts && (l.intermediate_size % l.experts || l.active_experts < 1 || l.active_experts > l.experts))
+      fail(where + "cannot be split into " + std::to_string(l.experts) + " experts");
+    layers_[i].expert_gate_up.resize(l.experts);
+    layers_[i].expert_down.resize(l.experts);
     if (l.rope >= (int)ropes_.size()) fail(where + "names a rope that the spec does not have");
     if (l.rope >= 0 && ropes_[l.rope].rotary_dim() > l.head_dim) fail(where + "rotates more dimensions than a head has");
   }
@@ -147,7 +151,7 @@ void Decoder::start(const StepBatch& b) {
 }
 
 void Decoder::reserve(int tokens, int rows) {
-  size_t wide = 0, attended = 0, acts = 0, thin = 0;
+  size_t wide = 0, attended = 0, acts = 0, thin = 0, most_experts = 0;
   const std::function<void(const Stack&, int)> stack_acts = [&](const Stack& s, int n) {
     size_t bytes = 0;
     thin = std::max<size_t>(thin, s.thin_outputs);
@@ -162,6 +166,18 @@ void Decoder::reserve(int tokens, int rows) {
     wide = std::max<size_t>({wide, (size_t)l.q_width() + 2 * l.kv_width(), (size_t)l.gate_up.outputs});
     attended = std::max<size_t>(attended, l.q_width());
     stack_acts(l.qkv, tokens), stack_acts(l.o, tokens), stack_acts(l.gate_up, tokens), stack_acts(l.down, tokens);
+    if (!l.spec.experts) continue;
+    most_experts = std::max<size_t>(most_experts, l.spec.experts);
+    stack_acts(l.router, tokens);
+    for (int e = 0; e < l.spec.experts; e++) {
+      wide = std::max<size_t>(wide, l.expert_gate_up[e].outputs);
+      stack_acts(l.expert_gate_up[e], tokens), stack_acts(l.expert_down[e], tokens);
+    }
+  }
+  if (most_experts) {
+    normed_.reserve(floats(tokens, spec_.hidden_size));
+    part_.reserve(floats(tokens, spec_.hidden_size));
+    scores_.reserve(floats(tokens, most_experts));
   }
   stack_acts(spec_.tied_head ? embed_ : head_, rows);
   x_.reserve(floats(tokens, spec_.hidden_size));
@@ -276,7 +292,7 @@ void Decoder::embed(const StepBatch& b) {
 void Decoder::run_layer(Layer& l, bool last) {
   const int T = num_tokens_, q_width = l.q_width();
   begin_rows(l.qkv, T, 0);
-  if (spec_.parallel_residual) begin_rows(l.gate_up, T, 1);
+  if (spec_.parallel_residual) begin_rows(l.spec.experts ? l.router : l.gate_up, T, 1);
   for_rows(T, spec_.hidden_size, [&](int first, int end, int thread) {
     float* normed = row_scratch_[thread].floats();
     for (int t = first; t < end; t++) {
@@ -284,8 +300,7 @@ void Decoder::run_layer(Layer& l, bool last) {
       if (spec_.pre_norm) norm(l.attn_norm, x, normed);
       prepare_row(l.qkv, 0, spec_.pre_norm ? normed : x, t);
       if (!spec_.parallel_residual) continue;
-      if (spec_.pre_norm) norm(l.mlp_norm, x, normed);
-      prepare_row(l.gate_up, 1, spec_.pre_norm ? normed : x, t);
+      prepare_mlp(l, x, normed, t);
     }
   });
   pending_ = nullptr;
@@ -314,20 +329,77 @@ void Decoder::keep_wanted_rows(const Layer& l) {
   num_tokens_ = (int)rows_.size();
 }
 
+// Norm of one token and its preparation for what reads it: the router's rows are kept for the experts too.
+void Decoder::prepare_mlp(Layer& l, const float* x, float* normed, int t) {
+  if (l.spec.experts) normed = normed_.floats() + (size_t)t * spec_.hidden_size;
+  if (spec_.pre_norm) norm(l.mlp_norm, x, normed);
+  else if (l.spec.experts) memcpy(normed, x, spec_.hidden_size * sizeof(float));
+  const float* read = spec_.pre_norm || l.spec.experts ? normed : x;
+  prepare_row(l.spec.experts ? l.router : l.gate_up, 1, read, t);
+}
+
+// Rows of each expert: those whose router score for it is among the largest, the first where they are equal.
+void Decoder::choose_experts(const Layer& l) {
+  const int E = l.spec.experts;
+  product(l.router, 1, scores_.floats(), E, 1.0f, false);
+  chosen_.assign(E, {});
+  std::vector<int> order(E);
+  for (int t = 0; t < num_tokens_; t++) {
+    const float* scores = scores_.floats() + (size_t)t * E;
+    for (int e = 0; e < E; e++) order[e] = e;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return scores[a] > scores[b]; });
+    for (int i = 0; i < l.spec.active_experts; i++) chosen_[order[i]].push_back(t);
+  }
+}
+
+// Expert after expert over the rows that chose it: a row's sum is in the experts' order whatever its batch.
+void Decoder::experts(Layer& l) {
+  const int T = num_tokens_, H = spec_.hidden_size, inner = l.spec.intermediate_size / l.spec.experts;
+  choose_experts(l);
+  float* sum = spec_.post_norm ? y_.floats() : x_.floats();
+  const float scale = spec_.post_norm ? 1.0f : spec_.residual_scale;
+  if (spec_.post_norm) memset(sum, 0, (size_t)T * H * sizeof(float));
+  for (int t = 0; l.down_bias && t < T; t++) kernels_.ops.add(sum + (size_t)t * H, l.down_bias, scale, H);
+  for (int e = 0; e < l.spec.experts; e++) {
+    const std::vector<int>& rows = chosen_[e];
+    const Stack &up = l.expert_gate_up[e], &down = l.expert_down[e];
+    const int n = (int)rows.size(), width = up.outputs;
+    if (!n) continue;
+    begin_rows(up, n, 1);
+    for_rows(n, H, [&](int first, int last, int) {
+      for (int i = first; i < last; i++) prepare_row(up, 1, normed_.floats() + (size_t)rows[i] * H, i);
+    });
+    product(up, 1, wide_.floats(), width, 1.0f, false);
+    begin_rows(down, n, 0);
+    for_rows(n, 2 * inner, [&](int first, int last, int) {
+      for (int i = first; i < last; i++) {
+        float* gate = wide_.floats() + (size_t)i * width;
+        kernels_.ops.activate(spec_.activation, gate, spec_.gated_mlp ? gate + inner : nullptr, inner, gate);
+        prepare_row(down, 0, gate, i);
+      }
+    });
+    product(down, 0, part_.floats(), H, 1.0f, false);
+    for_rows(n, H, [&](int first, int last, int) {
+      for (int i = first; i < last; i++)
+        kernels_.ops.add(sum + (size_t)rows[i] * H, part_.floats() + (size_t)i * H, scale, H);
+    });
+  }
+  if (spec_.post_norm) pending_ = &l.mlp_post_norm;
+}
+
 void Decoder::mlp(Layer& l) {
   const int T = num_tokens_, inner = l.spec.intermediate_size, width = l.gate_up.outputs;
   if (!spec_.parallel_residual) {
-    begin_rows(l.gate_up, T, 1);
+    begin_rows(l.spec.experts ? l.router : l.gate_up, T, 1);
     for_rows(T, spec_.hidden_size, [&](int first, int last, int thread) {
       float* normed = row_scratch_[thread].floats();
       for (int t = first; t < last; t++) {
-        const float* x = residual_row(t);
-        if (spec_.pre_norm) norm(l.mlp_norm, x, normed);
-        prepare_row(l.gate_up, 1, spec_.pre_norm ? normed : x, t);
+        prepare_mlp(l, residual_row(t), normed, t);
       }
     });
     pending_ = nullptr;
   }
+  if (l.spec.experts) return experts(l);
   product(l.gate_up, 1, wide_.floats(), width, 1.0f, false);
   begin_rows(l.down, T, 0);
   for_rows(T, 2 * inner, [&](int first, int last, int) {

@@ -25,6 +25,7 @@ struct RopeSpec {
 
 struct LayerSpec {
   int num_heads = 0, num_kv_heads = 0, head_dim = 0, intermediate_size = 0, rope = 0, window = 0;
+  int experts = 0, active_experts = 0;
 };
 
 struct DecoderSpec {
@@ -122,7 +123,8 @@ class Decoder {
   Decoder& operator=(const Decoder&) = delete;
 
   // Weights, in any order, then finish(). Errors are std::invalid_argument with the weight's name.
-  // role is "embed", "position_embed", "head" (layer -1), "qkv", "o", "gate_up" or "down"; sources in that order.
+  // role is "embed", "position_embed", "head" (layer -1), "qkv", "o", "gate_up" or "down", or, where the MLP is split into
+  // experts, "router", "gate_up.E" and "down.E" of expert E; sources in that order.
   void add_matrices(const std::string& role, int layer, const std::vector<SourceMatrix>& sources);
   void add_vector(const std::string& name, std::vector<float> values);
   void finish();
@@ -147,6 +149,9 @@ class Decoder {
   struct Layer {
     LayerSpec spec;
     Stack qkv, o, gate_up, down;
+    Stack router;                                // with experts, which then hold what gate_up and down hold
+    std::vector<Stack> expert_gate_up, expert_down;
+    const float* down_bias = nullptr;            // of all experts
     NormWeights attn_norm, attn_post_norm, mlp_norm, mlp_post_norm;
     const float *q_norm = nullptr, *k_norm = nullptr;
     KvLayout layout{};
@@ -187,6 +192,9 @@ class Decoder {
   void embed(const StepBatch& batch);
   void run_layer(Layer& layer, bool last);
   void mlp(Layer& layer);
+  void prepare_mlp(Layer& layer, const float* x, float* normed, int token);
+  void choose_experts(const Layer& layer);
+  void experts(Layer& layer);
   void attention(Layer& layer, bool last);
   void keep_wanted_rows(const Layer& layer);
   void normalize_full(Layer& layer, int token);
@@ -218,6 +226,8 @@ class Decoder {
   std::vector<AttentionChunk> chunks_;
   const NormWeights* pending_ = nullptr;            // a post-norm whose input is still in y_
   Buffer x_, y_, wide_, attended_, thin_;
+  Buffer normed_, scores_, part_;                   // of MLPs split into experts: what they read, the router's scores, one's result
+  std::vector<std::vector<int>> chosen_;            // [experts], rows ascending
   std::shared_ptr<Buffer> logits_ = std::make_shared<Buffer>();
   Buffer act_memory_[3];                            // of three stacks' rows: attention's, the MLP's, and a second's
   std::vector<Activations> acts_[3];                // [preparations]

@@ -128,6 +128,12 @@ Stack& Decoder::stack_of(const std::string& role, int layer) {
   if (role == "head") return head_;
   if (layer < 0 || layer >= (int)layers_.size()) fail("layer " + std::to_string(layer) + " is not in the model");
   Layer& l = layers_[layer];
+  if (const size_t dot = role.find('.'); dot != std::string::npos) {
+    const int e = std::stoi(role.substr(dot + 1));
+    if (e < 0 || e >= l.spec.experts) fail("layer " + std::to_string(layer) + " has no expert " + std::to_string(e));
+    return role[0] == 'g' ? l.expert_gate_up[e] : l.expert_down[e];
+  }
+  if (role == "router") return l.router;
   if (role == "qkv") return l.qkv;
   if (role == "o") return l.o;
   if (role == "gate_up") return l.gate_up;
@@ -135,9 +141,10 @@ Stack& Decoder::stack_of(const std::string& role, int layer) {
   fail("unknown role of a weight: " + role);
 }
 
-void Decoder::add_matrices(const std::string& role, int layer, const std::vector<SourceMatrix>& sources) {
+void Decoder::add_matrices(const std::string& place, int layer, const std::vector<SourceMatrix>& sources) {
   if (finished_) fail("weights were added after finish()");
-  Stack& stack = stack_of(role, layer);
+  Stack& stack = stack_of(place, layer);
+  const std::string role = place.substr(0, place.find('.'));
   if (!stack.parts.empty()) fail("weight " + sources.at(0).name + " was given twice");
   const int H = spec_.hidden_size;
   std::vector<std::pair<int, int>> shapes;  // expected [n, k] of each source
@@ -147,7 +154,9 @@ void Decoder::add_matrices(const std::string& role, int layer, const std::vector
     shapes = {{spec_.max_position, H}};
   } else {
     const Layer& l = layers_[layer];
-    const int q = l.q_width(), kv = l.kv_width(), inner = l.spec.intermediate_size;
+    const int q = l.q_width(), kv = l.kv_width();
+    const int inner = l.spec.intermediate_size / (role == place ? 1 : l.spec.experts);
+    if (role == "router") shapes = {{l.spec.experts, H}};
     if (role == "qkv") shapes = {{q, H}, {kv, H}, {kv, H}};
     if (role == "o") shapes = {{H, q}};
     if (role == "gate_up") shapes.assign(spec_.gated_mlp ? 2 : 1, {inner, H});
@@ -219,8 +228,18 @@ void Decoder::finish_layer(int i) {
   const std::string prefix = "layers." + std::to_string(i) + ".";
   take_biases(l.qkv, {prefix + "q", prefix + "k", prefix + "v", prefix + "q.b", prefix + "k.b", prefix + "v.b"});
   take_biases(l.o, {prefix + "o", prefix + "o.b"});
-  take_biases(l.gate_up, {prefix + "up", prefix + "gate", prefix + "up.b", prefix + "gate.b"});
-  take_biases(l.down, {prefix + "down", prefix + "down.b"});
+  if (l.spec.experts) {
+    take_biases(l.router, {prefix + "router"});
+    for (int e = 0; e < l.spec.experts; e++) {
+      const std::string end = "." + std::to_string(e);
+      take_biases(l.expert_gate_up[e], {prefix + "up" + end, prefix + "gate" + end});
+      if (l.expert_down[e].parts.empty()) fail("weight " + prefix + "down is missing");
+    }
+    l.down_bias = take_vector(prefix + "down.bias", spec_.hidden_size, false);
+  } else {
+    take_biases(l.gate_up, {prefix + "up", prefix + "gate", prefix + "up.b", prefix + "gate.b"});
+    take_biases(l.down, {prefix + "down", prefix + "down.b"});
+  }
   l.attn_norm = take_norm(prefix + "attn_norm", spec_.pre_norm);
   l.mlp_norm = take_norm(prefix + "mlp_norm", spec_.pre_norm);
   l.attn_post_norm = take_norm(prefix + "attn_post_norm", spec_.post_norm);
@@ -259,11 +278,14 @@ void Decoder::finish() {
 template <class Fn>
 void Decoder::each_stack(Fn fn) const {
   fn(embed_), fn(positions_), fn(head_);
-  for (const Layer& l : layers_)
-    for (const Stack* s : {&l.qkv, &l.o, &l.gate_up, &l.down}) {
+  for (const Layer& l : layers_) {
+    for (const Stack* s : {&l.qkv, &l.o, &l.gate_up, &l.down, &l.router}) {
       fn(*s);
       for (const Stack& second : s->seconds) fn(second);
     }
+    for (const Stack& s : l.expert_gate_up) fn(s);
+    for (const Stack& s : l.expert_down) fn(s);
+  }
 }
 
 size_t Decoder::weight_bytes() const {

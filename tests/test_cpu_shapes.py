@@ -20,12 +20,14 @@ TOKENS = np.random.default_rng(5).integers(3, 300, 30).astype(np.int32)
 FAMILIES = ("llama_bias", "qwen3", "phi3", "olmo2", "gemma3", "gpt2", "gpt_neox")
 
 
-def agree(folder: Path, tolerance: float = 2e-4) -> None:
+def agree(folder: Path, tolerance: float = 2e-4, rows: float = 1.0) -> None:
+    """Of `rows` of the tokens at least the logits agree with the reference; of all of them with any other batch."""
     checkpoint = open_checkpoint(folder)
     want = logits(checkpoint.spec, checkpoint.weights(), TOKENS.tolist())
     backend = load(folder)
     found = run(backend, TOKENS, [30], table(1))
-    np.testing.assert_allclose(found, want, atol=tolerance * np.abs(want).max())
+    close = np.abs(found - want).max(1) <= tolerance * np.abs(want).max()
+    assert close.mean() >= rows, f"{close.mean():.0%} of the rows agree"
     assert np.array_equal(run(backend, TOKENS, [1, 12, 1, 1, 15], table(2)), found)
 
 
@@ -52,3 +54,21 @@ def test_low_rank_rounded(preset: str, tiny_model: Callable[..., Path], tmp_path
     names = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
     assert names["layers.0.down.a"] == names["layers.0.k.b"] == preset
     agree(tmp_path / "out", 0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Low rank is of attention alone: neither step of a recipe factorises what is split."""
+    reformed(tiny_model(family), tmp_path / "out", ranks=(("k", 7),))
+    agree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 32), ("int4", 0)])
+def test_experts_rounded(kind: str, group: int, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """128 neurons in 4 experts: groups of 32 of `down` are cut whole. Where two experts score alike, rounded inputs may
+    choose the other one, so a few tokens differ."""
+    model = tiny_model("llama_bias", intermediate_size=128, hidden_size=96)
+    reformed(model, tmp_path / "dense", ranks=())
+    steps = {"steps": [{"quantize": {"format": kind, "group_size": group, "targets": ["mlp"]}}]}
+    compress(tmp_path / "dense", steps, tmp_path / "out")
+    agree(tmp_path / "out", 0.1, rows=0.8)

@@ -59,11 +59,12 @@ def test_layers_of_widths_of_their_own(family: str, tiny_model: Callable[..., Pa
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def reformed(model: Path, out: Path, experts: int = 4) -> list[Layer]:
+def reformed(
+    model: Path, out: Path, experts: int = 4, ranks: tuple[tuple[str, int], ...] = (("down", 40), ("k", 7))
+) -> list[Layer]:
     """Some of the model's matrices, of fused modules too, as two thin ones, and its MLPs split; the layers."""
     checkpoint = open_checkpoint(model)
     spec = checkpoint.spec
-    ranks = (("down", 40), ("k", 7))
     split = {"experts": experts, "active_experts": experts // 2}
     layers = [replace(layer, ranks=ranks if i != 1 else (), **split) for i, layer in enumerate(spec.layers)]
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
+from hasten.backends.cpu.split import expert_pieces
 from hasten.errors import HastenError, ModelError, ResourceError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.formats import Weight, dense_weight, densify, dequantize
@@ -158,7 +159,8 @@ def _load_core() -> Any:
 def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
     """Hand over each weight as soon as those that are packed with it have come."""
     waiting: dict[tuple[str, int], dict[str, Weight]] = {}
-    for name, weight in weights:
+    whole = ((name, weight if weight.shape[1] == 1 else _multiplied(weight)) for name, weight in weights)
+    for name, weight in expert_pieces(spec, whole):
         if weight.shape[1] == 1 and weight.format.kind == "fp32":
             decoder.add_vector(name, _vector(weight))
             continue
@@ -166,7 +168,7 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
         parts = waiting.setdefault((role, layer), {})
         if name in parts:
             raise ModelError(f"weight {name} was given twice")
-        parts[name] = _multiplied(weight)
+        parts[name] = weight
         if len(parts) == len(members):
             decoder.add_matrices(role, layer, [(member, parts[member]) for member in members])
             for part in waiting.pop((role, layer)).values():
@@ -187,6 +189,8 @@ def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
     if name in ("embed", "position_embed", "head"):
         return name, -1, [name]
     parts = name.split(".")
+    if (expert := _expert(parts, spec)) is not None:
+        return expert
     known = parts[0] == "layers" and parts[1].isdigit() and parts[2] in _ROLES if len(parts) in (3, 4) else False
     if not known or int(parts[1]) >= len(spec.layers):
         raise ModelError(f"weight {name} is not part of this model")
@@ -199,6 +203,21 @@ def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
     if ".".join(parts[2:]) not in stored:
         raise ModelError(f"weight {name} is not part of this model")
     return role, int(parts[1]), [f"layers.{parts[1]}.{member}" for member in stored]
+
+
+def _expert(parts: list[str], spec: ModelSpec) -> tuple[str, int, list[str]] | None:
+    """As _place, of a router or an expert's piece; None for others."""
+    if len(parts) < 3 or not parts[1].isdigit() or int(parts[1]) >= len(spec.layers):
+        return None
+    index, split = int(parts[1]), spec.layers[int(parts[1])].experts
+    if split and parts[2:] == ["router"]:
+        return "router", index, [".".join(parts)]
+    if not split or len(parts) != 4 or not parts[3].isdigit() or parts[2] not in ("gate", "up", "down"):
+        return None
+    if parts[2] == "down":
+        return f"down.{parts[3]}", index, [".".join(parts)]
+    members = ("gate", "up") if spec.gated_mlp else ("up",)
+    return f"gate_up.{parts[3]}", index, [f"layers.{index}.{member}.{parts[3]}" for member in members]
 
 
 def _give_back(array: NDArray[Any]) -> None:
