@@ -161,12 +161,21 @@ def earlier(args: argparse.Namespace) -> dict[str, Result]:
         return {}
     report = json.loads(args.json.read_text())
     free = ("minutes", "rounds", "only")
-    if any(report["settings"].get(key) != str(value) for key, value in vars(args).items() if key not in free):
+    if any(report["settings"].get(key) != value for key, value in settings(args).items() if key not in free):
         return {}
     return {
         name: Result(**{**row, **{key: row[key] and Measurement(**row[key]) for key in ("bits", "rise", "other")}})
         for name, row in report["rows"].items()
         if row["nll"]
+    }
+
+
+def settings(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments; of files their names alone, as where they lie is nobody's business."""
+    return {
+        key: Path(value).name if key == "model" or isinstance(value, Path) else str(value)
+        for key, value in vars(args).items()
+        if key != "join"
     }
 
 
@@ -214,6 +223,7 @@ def measure(row: Row, bench: Bench, folders: dict[str, Path], original: Result |
         if not isinstance(error, HastenError):
             traceback.print_exc()
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    result.nll = [round(value, 4) for value in result.nll]
     result.seconds = round(time.monotonic() - started, 1)
     return result
 
@@ -254,8 +264,8 @@ def add_speed(bench: Bench, folders: dict[str, Path], results: dict[str, Result]
 def save(args: argparse.Namespace, bench: Bench, results: dict[str, Result]) -> dict[str, Any]:
     """Everything so far, as a file and as plain data."""
     report = {
-        "model": str(args.model),
-        "settings": {key: str(value) for key, value in vars(args).items()},
+        "model": Path(args.model).name,
+        "settings": settings(args),
         "device": device_name(bench.device),
         "cpu": cpu_model(),
         "threads": usable_threads(),
