@@ -29,7 +29,7 @@ def test_matrices_are_orthogonal_and_mix_all_channels(size: int) -> None:
         assert torch.equal(hadamard(size).sign()[:, 0], torch.ones(size).double())
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_bias", "llama3", "qwen2", "qwen3", "phi3", "granite", "mistral"])
+@pytest.mark.parametrize("family", ["llama_bias", "llama3", "qwen3", "phi3", "granite"])
 def test_a_rotated_folder_gives_the_same_logits(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     compress(tiny_model(family), Recipe((Rotate(seed=1),)), tmp_path / "out", device="cpu")
     tokens = torch.randint(3, tiny_models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -9,9 +9,10 @@ that Transformers fuses or transposes are put apart, so that every matrix is a L
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -169,7 +170,9 @@ class Skeleton:
     def block(self, index: int, weights: Mapping[str, Weight] | None = None, layer: Layer | None = None) -> Block:
         """The block on the device, with these weights by canonical name, and this form, or the checkpoint's. `inputs`
         must have been asked for."""
-        weights = weights or dict(self.checkpoint.weights(f"layers.{index}."))
+        # Copies: views of the files, read again after the checkpoint has let go of them, would stay in memory for good.
+        found = self.checkpoint.weights(f"layers.{index}.") if weights is None else ()
+        weights = weights or {name: replace(weight, data=np.array(weight.data)) for name, weight in found}
         module = copy.deepcopy(self._layers[index])
         layer = layer or self.spec.layers[index]
         block = Block(index, layer, self.spec, module, {}, {}, self._calls[index], config=self.checkpoint.config)
