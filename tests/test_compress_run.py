@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from hasten.backends.torch.load import load_torch  # noqa: E402
+from hasten.compress.calibration import read  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
@@ -116,6 +117,21 @@ def test_steps_that_undo_others_are_refused(tiny_model: Callable[..., Path], tmp
     ):
         with pytest.raises(RecipeError, match=message):
             compress(tiny_model("llama"), Recipe(steps), tmp_path / "out", device="cpu")
+
+
+def test_widths_that_do_not_fit_and_packages_that_are_missing(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = tiny_model("llama", intermediate_size=170)
+    with pytest.raises(RecipeError, match=r"layers.0.down has 170 inputs, 2:4 needs a multiple of 4"):
+        compress(narrow, Recipe((Prune(pattern="2:4"),)), tmp_path / "out", device="cpu")
+    with pytest.raises(RecipeError, match=r"layers.0.q has 72 inputs, not a multiple of group_size 32"):
+        compress(narrow, Recipe((Quantize("int4", 32, method="gptq"),)), tmp_path / "out", device="cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ResourceError, match=r"needs torch and transformers, not installed here: pip install"):
+        compress(narrow, smooth(text), tmp_path / "out", device="cpu")
+    with pytest.raises(ResourceError, match="data sets need the package datasets: pip install datasets"):
+        list(read("some/name"))
 
 
 def test_text_from_a_folder_a_data_set_and_the_model_itself(
