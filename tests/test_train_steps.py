@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import hasten  # noqa: E402
@@ -18,7 +18,7 @@ from hasten.errors import HastenError, RecipeError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Step  # noqa: E402
+from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Step, Training  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
@@ -113,6 +113,31 @@ def test_a_killed_training_goes_on_to_the_same_end(tiny_model: Model, text: str,
     assert told[0].startswith("distill: step 7")
     assert resumed.settings["distill-0"]["loss"] == whole.settings["distill-0"]["loss"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
+    from hasten.train.trainer import Around, fit
+
+    training = Training(steps=7, batch_size=2, sequence_len=16)
+    stream = torch.arange(200) % 64
+
+    def trained() -> tuple[Any, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        return fit(model, Sequences(stream, 16, 14), training, Around(tmp_path)), model.state_dict()
+
+    first, weights = trained()
+    again, same = trained()
+    assert (again.curve, again.tokens, again.seconds) == (first.curve, 0, 0)
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    (tmp_path / "checkpoint-7/trainer_state.json").write_text('{"cut')  # killed while it was written
+    third, same = trained()
+    assert third.curve == first.curve
+    assert third.tokens > 0
 
 
 def test_gradual_pruning_ends_exactly_and_is_stripped(tiny_model: Model, text: str, tmp_path: Path) -> None:

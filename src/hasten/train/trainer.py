@@ -5,6 +5,7 @@ zero (After), and going on from the last whole checkpoint. Knows no recipe and n
 """
 
 import importlib.util
+import json
 import math
 import time
 from collections.abc import Callable
@@ -143,8 +144,16 @@ def _tensorboard(training: Training) -> list[transformers.TrainerCallback]:
 
 def _last_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that was written whole: its state comes last."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        json.loads(state.read_text())
+    except ValueError:
+        return False
+    return True
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -179,7 +188,7 @@ class _Watcher(transformers.TrainerCallback):
         self.ran, self.first, self.last = 0, 0.0, 0.0
 
     def seconds(self) -> float:
-        return self.last - self.first
+        return self.last - self.first if self.ran else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.around.after is not None:
