@@ -88,6 +88,7 @@ class Stack {
   void pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs);
   void set_bias(const std::string& name, const std::vector<float>& bias);  // of one source
   void pack_one(const SourceMatrix& matrix, Pool& pool, bool fine_inputs);
+  void pack_side_by_side(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs, bool thin, int column);
   void find_preparations();
 
   struct Part {

@@ -55,20 +55,36 @@ Stack::~Stack() {
 
 void Stack::pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs) {
   inputs = sources[0].source.k;
-  for (size_t i = 0; i < sources.size();) {
-    if (ends_with(sources[i].name, ".b")) {
+  std::vector<SourceMatrix> thin, wide;  // what reads the rows
+  for (const SourceMatrix& m : sources) {
+    if (ends_with(m.name, ".a")) {
+      thin.push_back(m);
+      thin_outputs += m.source.n;
+    } else if (ends_with(m.name, ".b")) {  // right behind its a
+      if (!wide.empty()) pack_side_by_side(wide, pool, fine_inputs, false, outputs);
+      for (const SourceMatrix& w : wide) outputs += w.source.n;
+      wide.clear();
       seconds.emplace_back();
-      seconds.back().pack_one(sources[i], pool, fine_inputs);
-      second_places.push_back({thin_outputs - sources[i].source.k, outputs});
-      outputs += sources[i++].source.n;
-      continue;
+      seconds.back().pack_one(m, pool, fine_inputs);
+      second_places.push_back({thin_outputs - m.source.k, outputs});
+      outputs += m.source.n;
+    } else {
+      wide.push_back(m);
     }
-    const bool thin = ends_with(sources[i].name, ".a");
+  }
+  pack_side_by_side(wide, pool, fine_inputs, false, outputs);
+  for (const SourceMatrix& w : wide) outputs += w.source.n;
+  pack_side_by_side(thin, pool, fine_inputs, true, 0);
+  find_preparations();
+}
+
+// Neighbours of one format become one Matrix; the first output is `column`.
+void Stack::pack_side_by_side(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine_inputs, bool thin, int column) {
+  for (size_t i = 0; i < sources.size();) {
     size_t end = i + 1;
-    while (!thin && end < sources.size() && !ends_with(sources[end].name, ".a") && stackable(sources[i], sources[end])) end++;
+    while (end < sources.size() && stackable(sources[i], sources[end])) end++;
     Part part;
     part.thin = thin;
-    int& column = thin ? thin_outputs : outputs;
     part.column = column;
     std::vector<Source> rows;
     for (; i < end; i++) {
@@ -81,7 +97,6 @@ void Stack::pack(const std::vector<SourceMatrix>& sources, Pool& pool, bool fine
     part.matrix = hasten::pack(rows.data(), (int)rows.size(), pool, fine_inputs);
     parts.push_back(std::move(part));
   }
-  find_preparations();
 }
 
 void Stack::pack_one(const SourceMatrix& matrix, Pool& pool, bool fine_inputs) {

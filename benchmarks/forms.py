@@ -1,0 +1,171 @@
+"""Compressed forms against dense int8 on a CPU: does reading fewer bytes show as more tokens a second?
+
+    python benchmarks/forms.py [--layers 28] [--rounds 5] [--tokens 24] [--threads 0] [--json FILE]
+
+The Qwen3-0.6B shape with random int8 weights, one scale a row, in these forms: dense; half of the neurons gone; half of
+The Qwen3-0.6B shape with random int8 weights, a scale a row, in these forms: dense; half of the neurons gone; half of
+neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4 active.
+speed-up that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %);
+last the ratio of the fastest samples, which says more on a machine that others use.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hasten.backends.base import Batch
+from hasten.backends.cpu import CpuBackend
+from hasten.compress.plan import matrix_shapes
+from hasten.hardware import conditions, cpu_model, usable_threads, versions
+from hasten.model.formats import Format, Weight, bytes_of, dense_weight
+from hasten.model.spec import Layer, ModelSpec, spec_from_config
+
+CONFIG = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "dtype": "bfloat16", "rope_theta": 1e6,
+}  # fmt: skip
+INT8 = Format("int8")
+BLOCK = 16
+
+
+def forms(layers: int) -> dict[str, ModelSpec]:
+    """Name -> the architecture in that form."""
+    spec = spec_from_config({**CONFIG, "num_hidden_layers": layers})
+    shapes = matrix_shapes(spec)
+
+    def half(role: str) -> int:
+        rows, columns = shapes[f"layers.0.{role}"]
+        return int(0.5 * rows * columns / (rows + columns)) // 32 * 32
+
+    ranks = tuple(sorted((role, half(role)) for role in ("q", "k", "v", "o", "gate", "up", "down")))
+
+    def of(**changes: object) -> ModelSpec:
+        return replace(spec, layers=tuple(replace(layer, **changes) for layer in spec.layers))
+
+    return {
+        "dense": spec,
+        "neurons 50 %": of(intermediate_size=1536),
+        "neurons and heads 50 %": of(intermediate_size=1536, num_heads=8, num_kv_heads=4),
+        "low rank 50 %": of(ranks=ranks),
+        "experts 4 of 16": of(experts=16, active_experts=4),
+    }
+
+
+def weights(spec: ModelSpec, seed: int = 0) -> Iterator[tuple[str, Weight]]:
+    """Random weights of a form: int8 matrices, norms of one."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(shape: tuple[int, int]) -> Weight:
+        scales = np.full((shape[0], 1), 0.3 / 127 / shape[1] ** 0.5, np.float32)
+        return Weight(INT8, shape, rng.integers(-127, 128, shape, np.int8), scales)
+
+    for name, shape in matrix_shapes(spec).items():
+        yield name, matrix(shape)
+    for index, layer in enumerate(spec.layers):
+        for norm, width in (("attn_norm", spec.hidden_size), ("mlp_norm", spec.hidden_size),
+                            ("q_norm", layer.head_dim), ("k_norm", layer.head_dim)):  # fmt: skip
+            yield f"layers.{index}.{norm}", dense_weight(np.ones(width, np.float32))
+        if layer.experts:
+            yield (
+                f"layers.{index}.router",
+                dense_weight(rng.standard_normal((layer.experts, spec.hidden_size)).astype(np.float32), "bf16"),
+            )
+    yield "final_norm", dense_weight(np.ones(spec.hidden_size, np.float32))
+
+
+def bytes_per_token(spec: ModelSpec) -> int:
+    """Of weights that a decoding step of one sequence reads."""
+    total = 0
+    for name, shape in matrix_shapes(spec).items():
+        layer: Layer | None = spec.layers[int(name.split(".")[1])] if name.startswith("layers.") else None
+        share = 1.0
+        if layer is not None and layer.experts and name.split(".")[2] in ("gate", "up", "down"):
+            share = layer.active_experts / layer.experts
+        total += int(share * bytes_of(INT8, shape))
+    return total + sum(2 * layer.experts * spec.hidden_size for layer in spec.layers)
+
+
+def decode(backend: CpuBackend, tokens: int, start: int) -> float:
+    """Tokens a second of one sequence from position `start` on."""
+    table = np.arange(-(-(start + tokens) // BLOCK), dtype=np.int32)[None]
+    one, row = np.ones(1, np.int32), np.zeros(1, np.int32)
+    began = time.perf_counter()
+    for position in range(start, start + tokens):
+        where = np.array([position], np.int32)
+        backend.forward(Batch(7 * one, where, where, one, where + 1, table, row))
+    return tokens / (time.perf_counter() - began)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Every form in every round, and what it comes to."""
+    specs = forms(arguments.layers)
+    backends = {}
+    for name, spec in specs.items():
+        backend = CpuBackend(arguments.threads)
+        backend.load(spec, weights(spec))
+        backend.allocate(16, BLOCK, "bf16")
+        decode(backend, 40, 0)
+        backends[name] = backend
+    samples: dict[str, list[float]] = {name: [] for name in specs}
+    for _ in range(arguments.rounds):
+        for name, backend in backends.items():
+            samples[name].append(decode(backend, arguments.tokens, 40))
+    rows = []
+    dense = bytes_per_token(specs["dense"])
+    for name, found in samples.items():
+        promised = dense / bytes_per_token(specs[name])
+        ratios = [value / base for value, base in zip(found, samples["dense"], strict=True)]
+        rows.append(
+            {
+                "form": name,
+                "mb_per_token": round(bytes_per_token(specs[name]) / 1e6, 1),
+                "tokens_per_second": round(statistics.median(found), 2),
+                "promised": round(promised, 3),
+                "measured": round(statistics.median(ratios), 3),
+                "least": round(min(ratios), 3),
+                "most": round(max(ratios), 3),
+                "fastest": round(max(found) / max(samples["dense"]), 3),
+                "share": round(statistics.median(ratios) / promised, 3),
+                "samples": [round(value, 2) for value in found],
+            }
+        )
+    return {
+        "layers": arguments.layers,
+        "threads": arguments.threads or usable_threads(),
+        "cpu": cpu_model(),
+        "versions": versions(),
+        "conditions": conditions(),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found = measure(arguments)
+    print("| form | MB a token | tokens/s | promised | measured [least-most] | share of the promise | of the fastest |")
+    print("|---|---|---|---|---|---|---|")
+    for row in found["rows"]:  # type: ignore[attr-defined]
+        print(
+            f"| {row['form']} | {row['mb_per_token']} | {row['tokens_per_second']} | {row['promised']:.2f}x "
+            f"| {row['measured']:.2f}x [{row['least']:.2f}-{row['most']:.2f}] | {row['share']:.0%} "
+            f"| {row['fastest']:.2f}x |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
