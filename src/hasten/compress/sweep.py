@@ -80,16 +80,18 @@ def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> d
             continue
         file = context.work / f"survey-{number}.json"
         if not file.is_file():
-            context.tell(0, f"looking at the model for {step_name(step)}")
-            write_text(file, json.dumps(survey(step, _unchanged(skeleton, context), context)))
+            blocks = _unchanged(skeleton, context, f"looking for {step_name(step)}")
+            write_text(file, json.dumps(survey(step, blocks, context)))
         found[step] = json.loads(file.read_text())
     return found
 
 
-def _unchanged(skeleton: Skeleton, context: Context) -> Iterator[tuple[Block, Inputs]]:
+def _unchanged(skeleton: Skeleton, context: Context, what: str) -> Iterator[tuple[Block, Inputs]]:
     tokens = context.tokens()
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
-    for index in range(len(skeleton.spec.layers)):
+    num_blocks = len(skeleton.spec.layers)
+    for index in range(num_blocks):
+        context.tell(0, f"{what}: block {index + 1} of {num_blocks}")
         block = skeleton.block(index)
         yield block, inputs
         inputs.advance(block)
