@@ -191,7 +191,7 @@ def _step(item: object) -> Step:
 
 
 def _plain(item: Any) -> dict[str, Any]:
-    """What differs from the defaults; a step's format, method and targets are said all the same."""
+    """What differs from the defaults; the format and targets of quantize are said all the same."""
     default = {key.name: key.default for key in fields(item)}
     named = ("format", "targets") if isinstance(item, Quantize) else ()
     data = {key: value for key, value in asdict(item).items() if key in named or getattr(item, key) != default[key]}
