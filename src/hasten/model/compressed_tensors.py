@@ -38,6 +38,9 @@ _CHUNK = 1 << 17
 # A module that Transformers keeps as a Conv1D (GPT-2) is not one that compressed-tensors knows. It is stored as the
 # Linear that it stands for, under a format name that makes Transformers refuse the folder, not load half of it.
 CONV1D_PACKED = "hasten-conv1d"
+# A config group of this format names modules that are stored as two thin matrices. It says nothing of numbers: without
+# it Transformers would fill those modules with random ones.
+LOW_RANK = "hasten-low-rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class CompressedTensors:
         self._ignore = tuple(settings.get("ignore") or ())
         self._targets: dict[str, _Scheme] = {}
         for name, group in (settings.get("config_groups") or {}).items():
+            if isinstance(group, Mapping) and group.get("format") == LOW_RANK:
+                continue
             scheme = _read_scheme(str(name), group, str(settings.get("format")))
             if scheme is not None:
                 self._targets.update(dict.fromkeys(group.get("targets") or (), scheme))

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError, ResourceError
-from hasten.model.compressed_tensors import CONV1D_PACKED, FLOATS8, INTEGERS, KV_SCALES, PACKED
+from hasten.model.compressed_tensors import CONV1D_PACKED, FLOATS8, INTEGERS, KV_SCALES, LOW_RANK, PACKED
 from hasten.model.formats import Activations, Format, Weight, densify, dequantize, from_bf16, to_bf16, unpack_nibbles
 from hasten.model.names import Source, sources
 from hasten.model.spec import ModelSpec, config_of_text, spec_from_config
@@ -289,6 +289,9 @@ def _write_config(folder: Path, text: Mapping[str, Any], stored: list[_Stored], 
     if kv_scales:
         settings = settings or {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
         settings["kv_cache_scheme"] = _float_args({"strategy": "tensor", "dynamic": False})
+    if thin := sorted({entry.source.home for entry in stored if entry.source.home}):
+        settings = settings or {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+        settings["config_groups"]["low_rank"] = {"targets": thin, "format": LOW_RANK}
     if settings is not None:
         config["quantization_config"] = settings
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
