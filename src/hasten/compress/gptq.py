@@ -87,10 +87,13 @@ def _solver(grid: Grid, device: torch.device, rows: int, run: int, columns: int)
     shapes = [(rows, run), (run, run), (rows, run), (rows, run)]
     weight, factor, scales, zeros = (torch.ones(shape, device=device) for shape in shapes)
     free = torch.ones((rows, run), dtype=torch.bool, device=device)
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(stream):  # torch.cuda.graph would give all cached memory back first, matrix after matrix
+        graph.capture_begin()
         found = plain(weight, factor, scales, zeros, free)
+        graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
 
     def replayed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         if tensors[0].shape != weight.shape:  # the last run may be shorter
