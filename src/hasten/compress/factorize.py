@@ -1,6 +1,7 @@
 """Factorize, block by block: ranks from one look at the whole model, factors on what the changed matrices give."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from hasten.compress import lowrank
 from hasten.compress.blocks import Block, Inputs
-from hasten.compress.plan import rank_multiple, targeted
+from hasten.compress.plan import matrix_shapes, rank_multiple, targeted
 from hasten.compress.prune import relative_error
 from hasten.compress.stage import Context, change_block, survey
 from hasten.compress.statistics import collect, groups_of
+from hasten.model.spec import ModelSpec
 from hasten.steps import Factorize
 
 
@@ -42,21 +44,33 @@ def _(step: Factorize, block: Block, inputs: Inputs, context: Context) -> None:
         chosen: dict[str, int] = {}
         for role in group:
             name = block.name(role)
-            if name in names:
-                rank = rank_of(step, block.linears[role].weight, ranks.get(name))
-                if rank:
-                    chosen[role] = rank
-                else:
-                    context.notes.append(f"{name} stays as it is: two matrices would hold no fewer numbers")
+            rank = rank_of(step, tuple(block.linears[role].weight.shape), ranks.get(name)) if name in names else 0
+            if rank:
+                chosen[role] = rank
         if chosen:
             found = collect(block, inputs, list(chosen), hessian=True)
             _replace(step, block, chosen, {role: found[role].hessian for role in chosen}, context)
+    if block.index == len(block.spec.layers) - 1:
+        context.notes += whole(step, block.spec, ranks)
 
 
-def rank_of(step: Factorize, weight: Tensor, given: int | None) -> int:
-    """The rank of a matrix, or 0 where it stays whole."""
+def rank_of(step: Factorize, shape: tuple[int, ...], given: int | None) -> int:
+    """The rank of a matrix [N, K], or 0 where it stays whole."""
     rank = step.rank or given or 0
-    return rank if rank * sum(weight.shape) < weight.numel() else 0
+    return rank if rank * sum(shape) < shape[0] * shape[1] else 0
+
+
+def whole(step: Factorize, spec: ModelSpec, ranks: Mapping[str, int | None]) -> list[str]:
+    """A line for matrices of one kind that stay as they are, such as "layers.*.v (6)"."""
+    shapes = matrix_shapes(spec)
+    kinds: dict[str, list[str]] = {}
+    for name in targeted(step, spec):
+        if not rank_of(step, shapes[name], ranks.get(name)):
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{kind} ({len(names)})'}: stays as it is, two would hold no fewer numbers"
+        for kind, names in kinds.items()
+    ]
 
 
 def _replace(
