@@ -43,7 +43,9 @@ _ENERGY_SECONDS = 2.0  # of a run whose energy is read; the counters move every 
 
 Timings = dict[tuple[str, str], list[Timing]]  # by model and workload
 Tick = Callable[[str], None]
-Loaded = tuple[tuple[Step, ...], int]  # what makes two backends hold the same: steps and threads
+# What makes two backends hold the same: steps, threads, and on a GPU, whose graphs belong to its cache, the KV cache's
+# format where that is not the usual one.
+Loaded = tuple[tuple[Step, ...], int, str]
 
 
 class Lab:
@@ -267,7 +269,10 @@ class Lab:
         return time_workload(engine, work)
 
     def _key(self, recipe: Recipe) -> Loaded:
-        return recipe.steps, recipe.run.threads or self.threads
+        kv_cache = recipe.run.kv_cache or ""
+        if self.device == "cpu" or kv_cache == default_kv_cache(self.spec, ("fp32", "bf16", "fp8")):
+            kv_cache = ""
+        return recipe.steps, recipe.run.threads or self.threads, kv_cache
 
     def _bytes(self, key: Loaded) -> int:
         return self.weight_bytes(Recipe(key[0]))

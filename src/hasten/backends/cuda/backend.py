@@ -55,6 +55,7 @@ class CudaBackend:
         self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
         self._stager: Stager | None = None
+        self._allocated: tuple[int, int, str] | None = None
         self._graphs: Graphs | None = None
         self._cache_size = (0, 0)
         self._chosen: torch.Tensor | None = None  # logits whose best tokens are in place already
@@ -96,8 +97,11 @@ class CudaBackend:
         return block_bytes(self._loaded_spec, block_size, dtype)
 
     def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
-        """Make the KV cache; an earlier one is dropped."""
+        """Make the KV cache; an earlier one is dropped, but one just like it is kept, with its graphs."""
         _check_kv(block_size, dtype)
+        if self._allocated == (num_blocks, block_size, dtype):
+            return
+        self._allocated = None
         spec, decoder = self._loaded_spec, self._decoder
         assert decoder is not None
         if self._graphs is not None:
@@ -113,6 +117,7 @@ class CudaBackend:
                 "or memory, or use kv_cache fp8"
             ) from None
         self._cache_size = num_blocks, block_size
+        self._allocated = num_blocks, block_size, dtype
         tile = tile_tokens(spec)
         programs = decode_programs(self._device, spec)
         self._stager = Stager(self._device, block_size, tile, programs, self._deterministic)
