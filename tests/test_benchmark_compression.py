@@ -1,6 +1,7 @@
 """benchmarks/compression.py: a small run from end to end, rows of two runs joined, and the parts that it stands on."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,3 +121,12 @@ def test_runs_go_on_and_join(
     measured = [line for line in joined.splitlines() if " 3 bits < " in line]
     assert len(measured) == 2
     assert not any("not measured" in line for line in measured)
+
+
+def test_no_script_hides_a_package_that_transformers_looks_for() -> None:
+    """A script's own folder comes first on the path: kernels.py there was taken for the package of that name."""
+    from importlib.metadata import requires
+
+    optional = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requires("transformers") or ()}
+    assert "kernels" in optional
+    assert not optional & {path.stem for path in BENCHMARKS.glob("*.py")}

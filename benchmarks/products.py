@@ -1,6 +1,6 @@
 """Speed of the compiled core's matrix products alone, beside the machine's limits measured in the same run.
 
-    python benchmarks/kernels.py [--threads N] [--isa NAME] [--kinds int4g32,bf16] [--json FILE]
+    python benchmarks/products.py [--threads N] [--isa NAME] [--kinds int4g32,bf16] [--json FILE]
 
 For each format and number of rows: GB/s of packed weights and their part of the read bandwidth (decode is bound by it),
 GOPS and their part of the arithmetic peak (prefill is bound by it), and the time over the larger of the two limits. The
