@@ -103,7 +103,7 @@ def sequences_needed(training: Training) -> int:
 
 def _arguments(training: Training, around: Around, device: torch.device) -> transformers.TrainingArguments:
     on_gpu = device.type == "cuda"
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(around.work),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
@@ -128,6 +128,8 @@ def _arguments(training: Training, around: Around, device: torch.device) -> tran
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # where there are several: Trainer would multiply the batch by them
+    return arguments
 
 
 def _tensorboard(training: Training) -> list[transformers.TrainerCallback]:
