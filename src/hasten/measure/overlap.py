@@ -46,7 +46,7 @@ def shared_runs(text: str, other: str) -> float:
     wanted = set(_runs(text))
     if not wanted:
         return 0.0
-    return len(wanted & set(_runs(other))) / len(wanted)
+    return len(wanted.intersection(_runs(other))) / len(wanted)
 
 
 def _runs(text: str) -> Iterator[int]:
