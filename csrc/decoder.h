@@ -4,6 +4,7 @@
 // Features are those of ModelSpec (src/hasten/model/spec.py), where each field is explained; names of weights too.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -235,5 +236,18 @@ class Decoder {
   std::vector<Buffer> scratch_, row_scratch_;       // one a thread
   std::vector<uint8_t*> product_scratch_;
 };
+
+// Numbers to be normalised or activated below which a phase is not worth its start.
+constexpr int kSerialWork = 6144;
+
+// fn(first, last, thread) over ranges of rows.
+template <class Fn>
+void Decoder::for_rows(int rows, int work, Fn fn) {
+  if (rows == 1 || pool_.size() == 1 || (int64_t)rows * work < kSerialWork) return fn(0, rows, 0);
+  const int chunks = std::min(rows, 4 * pool_.size());
+  pool_.run(chunks, [&](int c, int thread) {
+    fn((int)((int64_t)rows * c / chunks), (int)((int64_t)rows * (c + 1) / chunks), thread);
+  });
+}
 
 }  // namespace hasten

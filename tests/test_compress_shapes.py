@@ -263,6 +263,7 @@ def test_what_does_not_fit_is_said_before_any_weight_is_read(
         ((Factorize(), Factorize(method="svd")), "layers.0.q is factorised already"),
         ((SplitExperts(4, 2), SplitExperts(4, 2)), "layer 0 is split into 4 experts already"),
         ((Factorize(), Prune()), "prune comes after factorize, and would undo it"),
+        ((Prune(pattern="2:4"), SplitExperts(4, 2)), "split_experts comes after prune, and would undo it"),
         ((SplitExperts(4, 2), Shrink(neurons=0.5)), "shrink comes after split_experts"),
         ((Factorize(), Quantize("int4", method="awq")), "awq and threshold are for matrices that are not factorised"),
     ],

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.compress.blocks import Block
-from hasten.compress.tensors import TORCH_DTYPES
 
 _NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
 

@@ -36,7 +36,9 @@ MLP = ("gate", "up", "down")
 # What a step cannot follow.
 _UNDONE: Mapping[type, tuple[type, ...]] = {
     Rotate: (Prune, Factorize, SplitExperts),
-    Shrink: (Factorize, SplitExperts),
+    Shrink: (Prune, Factorize, SplitExperts),
+    Factorize: (Prune,),
+    SplitExperts: (Prune,),
     Prune: (Factorize,),
     Smooth: (Factorize,),
 }

@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hasten.compress.tensors import TORCH_DTYPES
+from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.model.checkpoint import Checkpoint
 from hasten.model.names import sources
 from hasten.model.spec import ModelSpec
