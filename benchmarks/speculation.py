@@ -112,13 +112,7 @@ def main() -> None:
     name = torch.cuda.get_device_name().replace("NVIDIA ", "").lower().split()[0]
     summary: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": []}
     options.out.mkdir(parents=True, exist_ok=True)
-    for streams, text in [
-        (1, "circles"),
-        (1, "temperature 6"),
-        (1, "temperature 20"),
-        (8, "temperature 6"),
-        (8, "temperature 20"),
-    ]:
+    for streams, text in [*((1, text) for text in TEMPERATURES), (8, "circles"), (8, "temperature 20")]:
         loaded = (model, spec, drafters)
         summary["runs"].append(measure(streams, text, ways, loaded, options.tokens, options.rounds))
         (options.out / f"speculation-{name}.json").write_text(json.dumps(summary, indent=1))

@@ -3,6 +3,7 @@ imported for nothing."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,40 @@ def test_choosing_imports_no_torch_where_there_is_no_driver() -> None:
     )
     pytest.importorskip("hasten._core")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from hasten.backends.cuda.device import open_device
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda handle: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda handle: "Old GPU")
+    with pytest.raises(ResourceError, match=r"Old GPU has compute capability 7.5, expected 8.0 or newer: .*cpu"):
+        open_device("cuda:0")
+
+
+def test_a_gpus_memory_that_does_not_suffice_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from hasten.backends.cuda import CudaBackend, backend, load
+    from hasten.model.checkpoint import open_checkpoint
+
+    def full(*args: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    checkpoint = open_checkpoint(tiny_model("llama"))
+    ready = CudaBackend(device="cpu")
+    ready.load(checkpoint.spec, checkpoint.weights())
+    monkeypatch.setattr(backend, "Attention", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda handle: (5_000_000_000, 80_000_000_000))
+    with pytest.raises(ResourceError, match=r"KV cache needs .* 5.0 GB are free: lower max_len or memory, or use kv"):
+        ready.allocate(64, 16, "bf16")
+    monkeypatch.setattr(load, "_merged", full)
+    facts = type("Facts", (), {"total_memory": 8e10})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda handle: facts)
+    with pytest.raises(ResourceError, match=r"weights do not fit the GPU's 80.0 GB: use a smaller format"):
+        CudaBackend(device="cpu").load(checkpoint.spec, checkpoint.weights())

@@ -33,6 +33,7 @@ def bench(
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = None,
     kv_cache: options.KvCacheOption = None,
+    format: options.FormatOption = None,
     tune_kernels: Annotated[
         bool,
         typer.Option("--tune-kernels", help="First find the best kernel tiles for MODEL on this GPU, and keep them."),
@@ -52,11 +53,11 @@ def bench(
     if tune_kernels and chosen != "cuda":
         raise RequestError(f"--tune-kernels is for an NVIDIA GPU, the device is {chosen}: leave it out")
     start = time.perf_counter()
-    llm = LLM(model, device=device, threads=threads, kv_cache=kv_cache)
+    llm = LLM(model, device=device, format=format, threads=threads, kv_cache=kv_cache)
     load_seconds = time.perf_counter() - start
     works = workloads(llm, prefill, decode, batch or [1, 8, 32])
     tuned = tune(llm) if tune_kernels else None
-    report = measure(llm, chosen, works, rounds)
+    report = measure(llm, chosen, works, rounds, format)
     report["load_seconds"] = load_seconds
     if tuned is not None:
         report["tuned_kernels"] = tuned
@@ -85,8 +86,10 @@ def notes_on_format(llm: "LLM", device: str) -> list[str]:
     ]
 
 
-def measure(llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int) -> dict[str, Any]:
-    """Speed, and on a GPU energy, of every workload, with the conditions, as plain data."""
+def measure(
+    llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int, format: str | None = None
+) -> dict[str, Any]:
+    """Speed, and on a GPU energy, of every workload, with the conditions, as plain data. format: as LLM's."""
     engine = engine_for(llm, works)
     limits, machine = probe_device(llm, device)
     note(f"{len(works)} measurements, {rounds} rounds ...")
@@ -96,10 +99,11 @@ def measure(llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int) 
         "device": device,
         **machine,
         "kv_cache": llm.kv_cache,
+        "format": format or "as stored",
         "rounds": rounds,
         "read_bandwidth": limits.bandwidth,
     }
-    results = summarize(llm, works, time_all(engine, works, rounds), energy, limits)
+    results = summarize(llm, works, time_all(engine, works, rounds), energy, limits, format)
     return {"results": results, "conditions": conditions, "notes": notes + notes_on_format(llm, device)}
 
 
@@ -184,6 +188,7 @@ def summarize(
     timings: dict[str, list["Timing"]],
     energy: dict[str, "Energy"],
     limits: "Limits",
+    format: str | None = None,
 ) -> list[dict[str, Any]]:
     """Medians with their spread as plain data; tokens/s, seconds, shares of the bandwidth, joules a token, watts."""
     from dataclasses import asdict
@@ -199,19 +204,25 @@ def summarize(
             row["ttft"] = asdict(spread([t.ttft for t in timings[name]], "s"))
         else:
             context = START + work.num_tokens // 2
-            row["of_bandwidth"] = rates.median / streams * step_bytes(llm, limits, streams, context) / limits.bandwidth
+            num_bytes = step_bytes(llm, limits, streams, context, format)
+            row["of_bandwidth"] = rates.median / streams * num_bytes / limits.bandwidth
         if name in energy:
             row["energy"] = asdict(energy[name])
         results.append(row)
     return results
 
 
-def step_bytes(llm: "LLM", limits: "Limits", streams: int, context: int) -> int:
-    """Bytes that one decoding step reads: the weights once, and every stream's keys and values."""
+def step_bytes(llm: "LLM", limits: "Limits", streams: int, context: int, format: str | None = None) -> int:
+    """Bytes that one decoding step reads: the weights once, and every stream's keys and values. format "fp8": what the
+    layers have in 16 or 32 bits was rounded when it was loaded."""
     from hasten.model.checkpoint import open_checkpoint
+    from hasten.model.formats import DENSE_BYTES, Format
     from hasten.tune.predict import predict
 
     formats = {name: fmt for name, _, fmt in open_checkpoint(llm.path).matrices()}
+    if format == "fp8":
+        rounded = [name for name, fmt in formats.items() if name.startswith("layers.") and fmt.kind in DENSE_BYTES]
+        formats |= dict.fromkeys(rounded, Format("fp8"))
     return predict(llm.spec, formats, limits, llm.kv_cache, streams * context).token_bytes
 
 

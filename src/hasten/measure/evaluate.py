@@ -66,6 +66,7 @@ def evaluate(
     max_windows: int | None = 128,
     window: int = 512,
     kv_cache: str | None = None,
+    format: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -78,7 +79,8 @@ def evaluate(
     are used, evenly spread (None: all). tasks: files as measure/task_files.py reads them, of whose questions
     max_questions are asked and the first num_shots are shown as examples. speed: tokens/s with one stream and eight,
     and memory.
-    kv_cache: of `model`; None is its folder's own setting, else as LLM does. device: as LLM's, by name.
+    kv_cache: of `model`; None is its folder's own setting, else as LLM does. format, of `model`, and device: as
+    LLM's, by name.
     Raises ModelError where the two models do not share a vocabulary, HastenError where a text or a task cannot be used,
     such as text that the model was calibrated on.
     """
@@ -92,7 +94,7 @@ def evaluate(
     threads = threads or stated_run(checkpoint).threads or usable_threads()
     device = choose_device(device)
     models = {} if original is None else {"against": _load(original, device, threads, None)}
-    models["model"] = _load(checkpoint, device, threads, kv_cache)  # after the one compared with
+    models["model"] = _load(checkpoint, device, threads, kv_cache, format)  # after the one compared with
     found = {text.name: _quality(models, text.windows, threads, progress) for text in texts}
     return Receipt(
         what="evaluate",
@@ -107,6 +109,7 @@ def evaluate(
             "window": longest,
             "num_windows": len(texts[0].windows),
             "overlap": overlap,
+            **({"format": format} if format else {}),
             **({"num_shots": num_shots} if asked else {}),
         },
         quality=found[texts[0].name],
@@ -166,9 +169,9 @@ def _sha256(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _load(checkpoint: Checkpoint, device: str, threads: int, kv_cache: str | None) -> Loaded:
+def _load(checkpoint: Checkpoint, device: str, threads: int, kv_cache: str | None, format: str | None = None) -> Loaded:
     """Loaded, with the KV cache asked for, else what the folder says (tune writes it), else LLM's default."""
-    backend = open_backend(device, threads=threads)
+    backend = open_backend(device, threads=threads, format=format)
     kv_cache = kv_cache or default_kv_cache(checkpoint.spec, backend.kv_dtypes, stated_run(checkpoint).kv_cache)
     backend.load(checkpoint.spec, checkpoint.weights())
     return Loaded(checkpoint, (backend, kv_cache))
