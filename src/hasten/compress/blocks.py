@@ -93,6 +93,9 @@ class Block:
         for parameter in self.module.parameters():
             if id(parameter) not in kept:
                 parameter.data = parameter.data.to(TORCH_DTYPES[self.spec.dtype]).to(parameter.dtype)
+        for norm in self.norms.values():  # kept with the offset added, which swallows what is tiny beside it
+            weight, offset = cast(Tensor, norm.weight), self.spec.norm_offset
+            weight.data = (weight.float() + offset - offset).to(weight.dtype)
 
 
 @dataclass(eq=False)

@@ -112,15 +112,15 @@ def _scale_channels(
 ) -> None:
     """AWQ's scales, folded into what is in front of the matrices, where there is something that takes them exactly."""
     front = _in_front(block, group)
-    if front is None:
-        return
+    if front is None or not block.stored.keys().isdisjoint((front, *group)):
+        return  # what has its final form does not take them
     formats = [fmt for role in roles if (fmt := _format(step, block, role, context)) is not None]
     weights = [block.linears[role].weight.float() for role in roles]
     grids, groups = [_grid(step, fmt) for fmt in formats], [fmt.group_size for fmt in formats]
     scales = awq.channel_scales(weights, found.absolute, found.hessian, grids, groups)
     if front in block.norms:
         fold.into_norm(block, group, scales)
-    elif front not in block.stored:
+    else:
         fold.into_matrix(block, front, group[0], scales)
 
 

@@ -9,7 +9,7 @@ All variants go through the blocks side by side, so each block is loaded once. R
 method that is used in the end, which does better.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hasten.model.formats import Format, bytes_of
 from hasten.steps import Quantize, Step
 
 Options = Sequence[tuple[int, float]]  # bytes and cost, the widest first
+Variant = tuple[str, int]  # matrices that are rounded, and to which of their options
 
 
 def choose(options: Mapping[str, Options], budget: float) -> dict[str, int]:
@@ -57,7 +58,7 @@ def _(step: Quantize, blocks: Iterator[tuple[Block, Inputs]], context: Context) 
     skeleton = Skeleton(open_checkpoint(context.source), context.device)
     tokens = context.tokens.held_out()
     original = skeleton.inputs(tokens)
-    variants: dict[tuple[str, int], Inputs] = {}
+    variants: dict[Variant, Inputs] = {}
     members: dict[str, list[str]] = {}
     sizes: dict[str, list[int]] = {}
     num_blocks = len(skeleton.spec.layers)
@@ -77,12 +78,11 @@ def _(step: Quantize, blocks: Iterator[tuple[Block, Inputs]], context: Context) 
                 sizes[unit].append(_bytes(block, roles, formats))
                 variants[unit, number] = _rounded(step, block, roles, formats, original)
         original.advance(block)
-    head = _Head(skeleton)
-    base = [head(states) for states in original.batches()]
-    nats = _mean_nats(base, tokens, original)
-    options = {unit: [(size, 0.0) for size in found] for unit, found in sizes.items()}
-    for (unit, number), inputs in variants.items():
-        options[unit][number] = (sizes[unit][number], _divergence(head, base, inputs))
+    nats, costs = _costs(_Head(skeleton), original, variants, tokens)
+    options = {
+        unit: [(size, costs.get((unit, number), 0.0)) for number, size in enumerate(found)]
+        for unit, found in sizes.items()
+    }
     chosen = choose(options, step.threshold * nats)
     kinds = ("keep", *(kind for kind in ("int8", step.format) if kind in _kinds(step)))
     return {
@@ -117,8 +117,7 @@ def nats_of(folder: Path, context: Context) -> float:
     inputs = skeleton.inputs(tokens)
     for index in range(len(skeleton.spec.layers)):
         inputs.advance(skeleton.block(index))
-    head = _Head(skeleton)
-    return _mean_nats((head(states) for states in inputs.batches()), tokens, inputs)
+    return _costs(_Head(skeleton), inputs, {}, tokens)[0]
 
 
 class _Head:
@@ -136,21 +135,24 @@ class _Head:
         return logits.log_softmax(-1)
 
 
-def _mean_nats(found: Iterable[Tensor], tokens: Tensor, inputs: Inputs) -> float:
-    """-log p of each token but the first, on average; `found` are log-probabilities of a batch each."""
-    total = 0.0
-    for log_p, part in zip(found, torch.split(tokens, inputs.batch_size), strict=True):
-        total -= float(log_p[:, :-1].gather(2, part[:, 1:, None].to(log_p.device)).sum())
-    return total / tokens[:, 1:].numel()
+def _costs(
+    head: _Head, original: Inputs, variants: Mapping[Variant, Inputs], tokens: Tensor
+) -> tuple[float, dict[Variant, float]]:
+    """The original's -log p a token, and KL(original || variant) of each variant, nats a token. A batch at a time:
+    distributions of all text at once may not fit."""
+    total, found = 0.0, dict.fromkeys(variants, 0.0)
+    others = {key: inputs.batches() for key, inputs in variants.items()}
+    for states, part in zip(original.batches(), torch.split(tokens, original.batch_size), strict=True):
+        log_p = head(states)
+        total += _nats(log_p, part)
+        for key, batches in others.items():
+            found[key] += float((log_p.exp() * (log_p - head(next(batches)))).sum())
+    return total / tokens[:, 1:].numel(), {key: max(cost / tokens.numel(), 0.0) for key, cost in found.items()}
 
 
-def _divergence(head: _Head, base: Sequence[Tensor], inputs: Inputs) -> float:
-    """KL(original || variant), nats a token."""
-    total, count = 0.0, 0
-    for log_p, states in zip(base, inputs.batches(), strict=True):
-        total += float((log_p.exp() * (log_p - head(states))).sum())
-        count += log_p.shape[0] * log_p.shape[1]
-    return max(total / count, 0.0)
+def _nats(log_p: Tensor, tokens: Tensor) -> float:
+    """-log p of each token but the first, summed; log_p [b, T, V]."""
+    return -float(log_p[:, :-1].gather(2, tokens[:, 1:, None].to(log_p.device)).sum())
 
 
 def _kinds(step: Quantize) -> tuple[str, ...]:
