@@ -35,7 +35,6 @@ class Matrix:
     zeros: torch.Tensor | None = None
     group: int = 0
     perm: torch.Tensor | None = None
-    rounds_input: bool = False  # the folder says that many rows are multiplied as integers, int8 with a scale a row
 
     @property
     def layout(self) -> tuple[int, int, int, int]:
@@ -331,8 +330,6 @@ class Linear:
                 x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16, use_fast_accum=True
             )
             return product.to(dtype)
-        if matrix.rounds_input and matrix.k % 8 == 0 and matrix.n % 8 == 0:
-            return _integer_product(x, matrix).to(dtype)
         return _product(x, self.expanded(matrix, x.dtype), dtype)
 
     def expanded(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
@@ -354,12 +351,3 @@ def _product(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     if dtype != x.dtype and x.is_cuda:
         return torch.mm(x, w.t(), out_dtype=dtype)
     return torch.nn.functional.linear(x, w).to(dtype)
-
-
-def _integer_product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """x W.T, float32, with rows of x rounded to int8, a scale each. W has one a row."""
-    assert matrix.scales is not None
-    rows = x.float()
-    scales = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-    sums = torch._int_mm((rows / scales).round().to(torch.int8), matrix.data.t())
-    return sums.float() * scales * matrix.scales

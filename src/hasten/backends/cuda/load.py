@@ -1,5 +1,5 @@
 """Canonical weights -> tensors on the device, through small pinned buffers: no copy of the model in host memory.
-A matrix with 2:4 zeros is expanded to all its numbers.
+A matrix with 2:4 zeros is expanded to all its numbers; inputs that a folder would round to int8 stay as they are.
 
 Several threads copy at once, for one core reads a mapped file slower than the bus takes it. What must be repacked is
 repacked on the device.
@@ -162,8 +162,7 @@ class Loader:
         if kind == "fp8":
             return Matrix(FP8, n, k, target.view(FP8_DTYPE), scales, None, group)
         if kind == "int8":
-            rounds = weight.format.activations == "int8" and group == 0 and self._device.is_cuda and not self._fixed
-            return Matrix(INT8, n, k, target, scales, zeros, group, perm, rounds)
+            return Matrix(INT8, n, k, target, scales, zeros, group, perm)
         if zeros is not None and group == 0:
             group = k  # one group a row: the kernels apply zero points by group
         return Matrix(INT4, n, k, _pack_int4(target, k, group), scales, zeros, group, perm)
@@ -278,15 +277,12 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
             cat([matrix.zeros for matrix in matrices], 1),
             first.group,
             first.perm,
-            first.rounds_input,
         )
     ]
 
 
 def _alike(one: Matrix, other: Matrix) -> bool:
     if (one.kind, one.group, one.zeros is None) != (other.kind, other.group, other.zeros is None):
-        return False
-    if one.rounds_input != other.rounds_input:
         return False
     if one.perm is None or other.perm is None:
         return one.perm is other.perm
