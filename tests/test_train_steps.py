@@ -18,7 +18,7 @@ from hasten.errors import HastenError, RecipeError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Step, Training  # noqa: E402
+from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Smooth, Step, Training  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
@@ -142,12 +142,17 @@ def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
 
 def test_gradual_pruning_ends_exactly_and_is_stripped(tiny_model: Model, text: str, tmp_path: Path) -> None:
     gradual = Gradual(0.5, 1, 4, every=1, pattern="2:4", targets=("mlp",))
-    run(tiny_model("llama"), tmp_path / "out", text, Finetune(**short(text, sparsity=gradual)))
+    steps = (Smooth(), Finetune(**short(text, sparsity=gradual)), Quantize("int8", 0, targets=("attention",)))
+    run(tiny_model("llama"), tmp_path / "out", text, *steps)
+    stored = {name: fmt.sparse24 for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert [name for name, sparse in stored.items() if sparse] == [
+        f"layers.{index}.{role}" for index in range(3) for role in ("gate", "up", "down")
+    ]
     for name, values in numbers(tmp_path / "out").items():
         if name.endswith(("gate", "up", "down")):
             assert ((values.reshape(-1, 4) != 0).sum(1) == 2).all(), name
         elif name.endswith((".q", ".o")):
-            assert (values != 0).all(), name
+            assert (values != 0).mean() > 0.9, name  # int8 rounds some to zero
 
 
 @pytest.mark.parametrize("how", ["finetune", "lora"])
@@ -246,6 +251,9 @@ def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> 
         run(model, tmp_path / "out", text, Distill(keep_layers=(0, 7)))
     with pytest.raises(RecipeError, match="and there is no such file"):
         run(model, tmp_path / "out", text, Distill(student=str(tmp_path / "none.json")))
+    for targets, message in (("layers.9.q", "matches no matrix"), ("head", "sparsity works on matrices of decoder")):
+        with pytest.raises(RecipeError, match=message):
+            run(model, tmp_path / "out", text, Finetune(sparsity=Gradual(0.5, 0, 9, targets=(targets,))))
     assert not (tmp_path / "out.work").exists()
     with pytest.raises(RecipeError, match=r"rank is 60, layers\.0\.k is"):
         run(model, tmp_path / "out", text, Recover("lora", rank=60, **short(text)))

@@ -19,6 +19,7 @@ from hasten.steps import (
     Distill,
     Factorize,
     Finetune,
+    Gradual,
     Prune,
     Quantize,
     QuantizeKv,
@@ -122,6 +123,10 @@ def _(step: Quantize, plan: Plan) -> Plan:
 
 @plan_step.register
 def _(step: Prune, plan: Plan) -> Plan:
+    return _pruned(step, plan)
+
+
+def _pruned(step: Prune | Gradual, plan: Plan) -> Plan:
     names = targeted(step, plan.spec)
     _in_layers(step, names)
     if step.pattern != "2:4":
@@ -130,7 +135,7 @@ def _(step: Prune, plan: Plan) -> Plan:
     for name in names:
         if shapes[name][1] % 4:
             raise RecipeError(f"{name} has {shapes[name][1]} inputs, 2:4 needs a multiple of 4: ignore it")
-    return replace(plan, sparse=plan.sparse | set(names))
+    return replace(plan, sparse=plan.sparse | (set(names) - set(plan.factorized)))
 
 
 @plan_step.register
@@ -252,7 +257,17 @@ def shrunk_width(width: int, share: float, multiple_of: int = 1) -> int:
 
 
 @plan_step.register
+def _(step: Finetune, plan: Plan) -> Plan:
+    return plan if step.sparsity is None else _pruned(step.sparsity, plan)
+
+
+@plan_step.register
 def _(step: Distill, plan: Plan) -> Plan:
+    plan = _with_student(step, plan)
+    return plan if step.sparsity is None else _pruned(step.sparsity, plan)
+
+
+def _with_student(step: Distill, plan: Plan) -> Plan:
     spec = plan.spec
     if step.keep_layers:
         if step.keep_layers[-1] >= len(spec.layers):
@@ -272,7 +287,6 @@ def _(step: Distill, plan: Plan) -> Plan:
     return replace(plan, spec=student)
 
 
-@plan_step.register(Finetune)
 @plan_step.register(Recover)
 @plan_step.register(QuantizeKv)
 def _(step: object, plan: Plan) -> Plan:
@@ -290,7 +304,7 @@ def needs_text(steps: Iterable[Step]) -> bool:
     )
 
 
-def targeted(step: Quantize | Prune | Shrink | Factorize, spec: ModelSpec) -> list[str]:
+def targeted(step: Quantize | Prune | Gradual | Shrink | Factorize, spec: ModelSpec) -> list[str]:
     """The matrices that a step names and does not ignore. RecipeError where a name matches none, or none is left."""
     shapes = matrix_shapes(spec)
     chosen = select(shapes, step.targets, spec.tied_head)
@@ -298,15 +312,19 @@ def targeted(step: Quantize | Prune | Shrink | Factorize, spec: ModelSpec) -> li
     left = [name for name in chosen if name not in ignored]
     if not left:
         raise RecipeError(
-            f"{step_name(step)} targets {', '.join(step.targets)} and ignores {', '.join(step.ignore)}: nothing is left"
+            f"{_called(step)} targets {', '.join(step.targets)} and ignores {', '.join(step.ignore)}: nothing is left"
         )
     return left
 
 
-def _in_layers(step: Prune | Factorize, names: Iterable[str]) -> None:
+def _called(step: Step | Gradual) -> str:
+    return "sparsity" if isinstance(step, Gradual) else step_name(step)
+
+
+def _in_layers(step: Prune | Gradual | Factorize, names: Iterable[str]) -> None:
     for name in names:
         if not name.startswith("layers."):
-            raise RecipeError(f"{step_name(step)} works on matrices of decoder layers, found {name}: ignore it")
+            raise RecipeError(f"{_called(step)} works on matrices of decoder layers, found {name}: ignore it")
 
 
 def _check_order(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from hasten.compress import store
 from hasten.compress.apply import carry_out
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.stage import Context, change_block, survey
-from hasten.errors import ModelError
+from hasten.errors import ModelError, RecipeError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, sparsify
@@ -105,8 +105,16 @@ def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) ->
         yield from carry_out(plan, _outside(checkpoint, before=True), pool)
         for index in range(len(checkpoint.spec.layers)):
             for name, weight in store.load(_block_file(context, index))[0].items():
-                yield name, sparsify(weight) if name in context.plan.sparse and weight.mask is None else weight
+                yield name, _as_stored(weight) if name in context.plan.sparse else weight
         yield from carry_out(plan, _outside(checkpoint, before=False), pool)
+
+
+def _as_stored(weight: Weight) -> Weight:
+    """A matrix that is to be 2:4; as it is, where a later step makes it so."""
+    try:
+        return weight if weight.mask is not None else sparsify(weight)
+    except RecipeError:
+        return weight
 
 
 def _outside(checkpoint: Checkpoint, before: bool) -> Iterator[tuple[str, Weight]]:
