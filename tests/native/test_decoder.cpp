@@ -28,13 +28,15 @@ std::vector<float> numbers(int n, float size) {
   return v;
 }
 
-// Two layers of different widths: a window, no rope, softcaps, post-norms, biases, grouped queries.
-DecoderSpec make_spec(int variant) {
+// Three layers of different widths: a window, no rope, softcaps, post-norms, biases, grouped queries. Of a compressed model
+// the second is of low rank in parts (see fill) and the third split into experts.
+DecoderSpec make_spec(int variant, bool compressed) {
   DecoderSpec s;
   s.vocab_size = kVocab;
   s.hidden_size = 36;
   s.max_position = 128;
   s.layers = {{6, 2, 10, 50, 0, 0}, {3, 1, 18, 70, -1, 20}, {4, 4, 12, 33, 0, 37}};
+  if (compressed) s.layers[2].experts = 3, s.layers[2].active_experts = 2;
   RopeSpec rope;
   rope.inv_freq = {1.0f, 0.3f, 0.1f, 0.01f};
   s.ropes = {rope};
@@ -77,7 +79,12 @@ Stored store(Kind kind, int group, int n, int k) {
   return s;
 }
 
-void add(Decoder& d, const std::string& role, int layer, const std::vector<std::pair<int, int>>& shapes, bool bias) {
+// The sources of a place; `rank` > 0: the last of them is two thin ones. `role` may be that of one expert, "down.2".
+void add(Decoder& d, const std::string& place, int layer, std::vector<std::pair<int, int>> shapes, bool bias, int rank = 0) {
+  const std::string role = place.substr(0, place.find('.')), expert = place.substr(role.size());
+  const int outputs = shapes.back().first;
+  if (rank) shapes.push_back({outputs, rank}), shapes[shapes.size() - 2].first = rank;
+  const int whole = (int)shapes.size() - (rank ? 1 : 0);  // matrices as the model names them
   const char* names[][3] = {{"q", "k", "v"}, {"gate", "up", ""}};
   const std::string prefix = "layers." + std::to_string(layer) + ".";
   // From layer 1 on parts of one stack differ: other kinds, groups and zeros side by side.
@@ -89,18 +96,34 @@ void add(Decoder& d, const std::string& role, int layer, const std::vector<std::
     const auto [kind, group] = formats[layer < 1 ? 0 : (5 * layer + role.size() + i) % 6];
     data.push_back(store(kind, group, shapes[i].first, shapes[i].second));
   }
-  for (size_t i = 0; i < shapes.size(); i++) {
+  for (int i = 0; i < (int)shapes.size(); i++) {
+    const int named = std::min(i, whole - 1);
+    const bool a = rank && i == whole - 1, b = i == whole;
     std::string name = role;
-    if (role == "qkv") name = prefix + names[0][i];
-    else if (role == "gate_up") name = prefix + (shapes.size() == 1 ? "up" : names[1][i]);
-    else if (layer >= 0) name = prefix + role;
+    if (role == "qkv") name = prefix + names[0][named];
+    else if (role == "gate_up") name = prefix + (whole == 1 ? "up" : names[1][named]) + expert;
+    else if (layer >= 0) name = prefix + place;
+    name += a ? ".a" : b ? ".b" : "";
     sources.push_back({name, data[i].source, nullptr});
-    if (bias) d.add_vector(name + ".bias", numbers(shapes[i].first, 0.1f));
+    if (bias && !a) d.add_vector(name + ".bias", numbers(shapes[i].first, 0.1f));
   }
-  d.add_matrices(role, layer, sources);
+  d.add_matrices(place, layer, sources);
 }
 
-void fill(Decoder& d) {
+// An MLP in experts: each has its rows of gate and up and its columns of down, and down's bias is of all of them.
+void fill_experts(Decoder& d, int layer, bool bias) {
+  const LayerSpec& l = d.spec().layers[layer];
+  const int H = d.spec().hidden_size, inner = l.intermediate_size / l.experts;
+  add(d, "router", layer, {{l.experts, H}}, false);
+  for (int e = 0; e < l.experts; e++) {
+    const std::string end = "." + std::to_string(e);
+    add(d, "gate_up" + end, layer, std::vector<std::pair<int, int>>(d.spec().gated_mlp ? 2 : 1, {inner, H}), bias);
+    add(d, "down" + end, layer, {{H, inner}}, false);
+  }
+  if (bias) d.add_vector("layers." + std::to_string(layer) + ".down.bias", numbers(H, 0.1f));
+}
+
+void fill(Decoder& d, bool compressed) {
   const DecoderSpec& s = d.spec();
   const int H = s.hidden_size;
   const bool bias = s.norm == Norm::Layer;
@@ -117,11 +140,16 @@ void fill(Decoder& d) {
   for (int i = 0; i < (int)s.layers.size(); i++) {
     const LayerSpec& l = s.layers[i];
     const int q = l.num_heads * l.head_dim, kv = l.num_kv_heads * l.head_dim;
-    add(d, "qkv", i, {{q, H}, {kv, H}, {kv, H}}, bias);
-    add(d, "o", i, {{H, q}}, bias);
-    if (s.gated_mlp) add(d, "gate_up", i, {{l.intermediate_size, H}, {l.intermediate_size, H}}, bias);
-    else add(d, "gate_up", i, {{l.intermediate_size, H}}, bias);
-    add(d, "down", i, {{H, l.intermediate_size}}, bias);
+    const int rank = compressed && i == 1 ? 9 : 0;
+    const int mlp_rank = rank ? 16 : 0;  // fills its buffer, so that a sanitizer sees the end
+    add(d, "qkv", i, {{q, H}, {kv, H}, {kv, H}}, bias, rank);
+    add(d, "o", i, {{H, q}}, bias, rank);
+    if (l.experts) fill_experts(d, i, bias);
+    else {
+      const std::pair<int, int> up = {l.intermediate_size, H};
+      add(d, "gate_up", i, std::vector<std::pair<int, int>>(s.gated_mlp ? 2 : 1, up), bias, mlp_rank);
+      add(d, "down", i, {{H, l.intermediate_size}}, bias, mlp_rank);
+    }
     const std::string prefix = "layers." + std::to_string(i) + ".";
     norm(prefix + "attn_norm"), norm(prefix + "mlp_norm");
     if (s.post_norm) norm(prefix + "attn_post_norm"), norm(prefix + "mlp_post_norm");
@@ -221,29 +249,33 @@ void check_hostile_logits(Pool& pool, const Kernels& k) {
   }
 }
 
+void check_model(Pool& pool, const std::string& isa, int variant, bool compressed) {
+  const Kernels& k = *select_kernels(isa.c_str());
+  random_bits.seed(variant);
+  Decoder d(make_spec(variant, compressed), k, pool);
+  fill(d, compressed);
+  // The cache knows nothing of how weights are stored, so one kind of it will do for those.
+  for (KvKind kind : compressed ? std::vector<KvKind>{KvKind::F32} : std::vector<KvKind>{KvKind::F32, KvKind::BF16, KvKind::I8}) {
+    const std::string where = isa + " variant " + std::to_string(variant) + " kv " + std::to_string((int)kind) +
+                              (compressed ? " compressed" : "");
+    d.allocate(10, kBlock, kind);
+    const std::vector<float> whole = run(d, {kTokens});
+    d.allocate(10, kBlock, kind);
+    const std::vector<float> chunks = run(d, {1, 31, 1, 1, 30, 11});
+    for (float v : whole) require(std::isfinite(v), where + ": a logit is not finite");
+    require(whole == chunks, where + ": chunks change the result");
+    d.copy_block(7, 6);
+    check_sampler(pool, k, whole);
+  }
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
   for (const char* const* isa = available_isas(); *isa; isa++) check_hostile_logits(pool, *select_kernels(*isa));
   for (int variant = 0; variant < 3; variant++)
-    for (const char* const* isa = available_isas(); *isa; isa++) {
-      const Kernels& k = *select_kernels(*isa);
-      random_bits.seed(variant);
-      Decoder d(make_spec(variant), k, pool);
-      fill(d);
-      for (KvKind kind : {KvKind::F32, KvKind::BF16, KvKind::I8}) {
-        const std::string where =
-            std::string(*isa) + " variant " + std::to_string(variant) + " kv " + std::to_string((int)kind);
-        d.allocate(10, kBlock, kind);
-        const std::vector<float> whole = run(d, {kTokens});
-        d.allocate(10, kBlock, kind);
-        const std::vector<float> chunks = run(d, {1, 31, 1, 1, 30, 11});
-        for (float v : whole) require(std::isfinite(v), where + ": a logit is not finite");
-        require(whole == chunks, where + ": chunks change the result");
-        d.copy_block(7, 6);
-        check_sampler(pool, k, whole);
-      }
-    }
+    for (const char* const* isa = available_isas(); *isa; isa++)
+      for (bool compressed : {false, true}) check_model(pool, *isa, variant, compressed);
   std::puts("decoder: ok");
 }
