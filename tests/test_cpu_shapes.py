@@ -13,6 +13,7 @@ from test_load_torch import reformed
 
 from hasten import compress
 from hasten.compress import strip
+from hasten.errors import ModelError
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.writer import write_checkpoint
 
@@ -61,6 +62,12 @@ def test_experts(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -
     """Low rank is of attention alone: neither step of a recipe factorises what is split."""
     reformed(tiny_model(family), tmp_path / "out", ranks=(("k", 7),))
     agree(tmp_path / "out")
+
+
+def test_experts_of_low_rank_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    reformed(tiny_model("llama_bias"), tmp_path / "out")
+    with pytest.raises(ModelError, match="layer 0: down is of low rank in an MLP that is split into experts"):
+        load(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 32), ("int4", 0)])

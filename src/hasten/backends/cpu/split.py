@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.errors import ModelError
 from hasten.model.formats import Weight, dense_weight, dequantize
 from hasten.model.spec import ModelSpec
 
@@ -24,6 +25,11 @@ def expert_pieces(spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> Ite
         if layer is None or not split or (parts[2] == "down" and parts[-1] == "bias"):
             yield name, weight
             continue
+        if layer.rank_of(parts[2]):
+            raise ModelError(
+                f"layer {parts[1]}: {parts[2]} is of low rank in an MLP that is split into experts, which the CPU "
+                "backend does not run together: factorise attention alone, or do not split"
+            )
         size = layer.intermediate_size // layer.experts
         end = ".bias" if parts[-1] == "bias" else ""
         for expert in range(layer.experts):
