@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from hasten import load_torch  # noqa: E402
+from hasten.cli.inspect import model_facts  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
 from hasten.model import formats  # noqa: E402
@@ -167,6 +168,7 @@ def test_what_would_not_shrink_stays_whole(tiny_model: Callable[..., Path], text
     receipt = compress(tiny_model("llama"), recipe(text, Factorize(rank=20)), tmp_path / "out", device="cpu")
     roles = {role for layer in open_checkpoint(tmp_path / "out").spec.layers for role, _ in layer.ranks}
     assert roles == {"q", "o", "gate", "up", "down"}
+    assert dict(model_facts(open_checkpoint(tmp_path / "out")))["low rank"] == "15 matrices in two, of rank 20"
     assert receipt.notes == tuple(
         f"layers.*.{role} (3): stays as it is, two would hold no fewer numbers" for role in "kv"
     )
@@ -182,6 +184,7 @@ def test_all_experts_are_the_model_and_fewer_reload(
     out = made(model, recipe(text, SplitExperts(4, 2), Quantize("int8", 0)), tmp_path / "some")
     checkpoint = open_checkpoint(out)
     assert {(layer.experts, layer.active_experts) for layer in checkpoint.spec.layers} == {(4, 2)}
+    assert dict(model_facts(checkpoint))["experts"] == "2 of 4 run, in 3 layers"
     want = logits(out)
     with torch.no_grad():
         found = load_torch(out, dtype=torch.float32)(torch.tensor([unseen(out)])).logits[0].numpy()

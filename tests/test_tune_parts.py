@@ -18,7 +18,7 @@ from hasten.recipe import Recipe, Run, presets
 from hasten.steps import Quantize
 from hasten.tune import candidates, choose
 from hasten.tune.budget import Budget, Progress
-from hasten.tune.predict import kv_bytes_per_token, predict
+from hasten.tune.predict import kv_bytes_per_token, predict, weights_read
 from hasten.tune.report import report
 
 MACHINE = Hardware(
@@ -77,6 +77,32 @@ def test_smaller_formats_are_predicted_faster_until_arithmetic_limits() -> None:
     shapes = matrix_shapes(spec())
     work = 2 * sum(n * k for name, (n, k) in shapes.items() if name != "embed")
     assert speeds[2]["4096"] <= 2e12 / work
+
+
+def test_of_experts_those_that_some_token_chose_are_read() -> None:
+    dense, formats = spec(layers=1), uniform("bf16")
+    split = replace(dense, layers=(replace(dense.layers[0], experts=8, active_experts=2),))
+    formats["layers.0.router"] = Format("int8")
+    shapes = matrix_shapes(dense)
+    router = bytes_of(Format("int8"), (8, dense.hidden_size))
+    mlp = sum(bytes_of(Format("bf16"), shapes[f"layers.0.{role}"]) for role in ("gate", "up", "down"))
+    everything = weights_read(dense, formats, 1)
+    assert weights_read(split, formats, 1) == pytest.approx(everything + router - mlp * 3 / 4)
+    assert weights_read(split, formats, 3) == pytest.approx(everything + router - mlp * (3 / 4) ** 3)
+    assert weights_read(split, formats, 10_000) == pytest.approx(everything + router)
+    one, all_of_them = (predict(part, formats, MACHINE, streams=(1, 8)) for part in (split, dense))
+    assert one.weight_bytes == all_of_them.weight_bytes + router
+    assert one.token_bytes < all_of_them.token_bytes
+    assert one.prefill > all_of_them.prefill
+    assert one.decode["1"] / all_of_them.decode["1"] > one.decode["8"] / all_of_them.decode["8"]
+
+
+def test_two_of_four_is_half_the_numbers_and_a_bit_a_column() -> None:
+    whole, halved = (uniform("int8") for _ in range(2))
+    halved = {name: replace(fmt, sparse24=name.startswith("layers.")) for name, fmt in halved.items()}
+    numbers = sum(n * k for name, (n, k) in matrix_shapes(spec()).items() if name.startswith("layers."))
+    assert weights_read(spec(), whole, 1) - weights_read(spec(), halved, 1) == numbers / 2 - numbers / 8
+    assert describe(halved["layers.0.q"]) == "int8-2of4"
 
 
 def test_uniform_candidates_are_smaller_and_differ() -> None:

@@ -10,8 +10,11 @@ from hasten.cli.terminal import bytes_in_words, note, write_facts, write_json, w
 from hasten.errors import RequestError, ResourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from hasten.hardware import Gpu, Hardware, Limits
     from hasten.model.checkpoint import Checkpoint
+    from hasten.model.spec import Layer
     from hasten.receipt import Prediction
 
 STREAMS = (1, 8)
@@ -150,20 +153,41 @@ def gpu_facts(gpu: "Gpu") -> list[tuple[str, str]]:
 
 def model_facts(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     """The model in names and values."""
-    spec = checkpoint.spec
-    first = spec.layers[0]
-    windows = sorted({layer.window for layer in spec.layers if layer.window})
+    spec, layers = checkpoint.spec, checkpoint.spec.layers
+    windows = sorted({layer.window for layer in layers if layer.window})
+    heads, groups, neurons = (
+        _span(getattr(layer, key) for layer in layers) for key in ("num_heads", "num_kv_heads", "intermediate_size")
+    )
     head = "tied to the embedding" if spec.tied_head else "of its own"
     return [
         ("model", f"{spec.family}, in {checkpoint.path}"),
         ("parameters", f"{num_parameters(checkpoint):,} in matrices"),
         ("formats", ", ".join(f"{name} x {count}" for name, count in format_counts(checkpoint).items())),
-        ("layers", f"{len(spec.layers)} of width {spec.hidden_size}, MLP {first.intermediate_size}"),
-        ("attention", f"{first.num_heads} heads of {first.head_dim}, {first.num_kv_heads} with keys and values"),
+        ("layers", f"{len(layers)} of width {spec.hidden_size}, MLP {neurons}"),
+        ("attention", f"{heads} heads of {layers[0].head_dim}, {groups} with keys and values"),
+        *_split_facts(layers),
         ("windows", ", ".join(str(window) for window in windows) or "none: every token sees all before it"),
         ("vocabulary", f"{spec.vocab_size:,} tokens, head {head}"),
         ("longest text", f"{spec.max_position:,} tokens"),
     ]
+
+
+def _span(values: "Iterable[int]") -> str:
+    """One number, or the smallest and the largest."""
+    found = list(values)
+    low, high = min(found), max(found)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _split_facts(layers: "Sequence[Layer]") -> list[tuple[str, str]]:
+    """What is factorised and split; nothing where nothing is."""
+    facts = []
+    if ranks := [rank for layer in layers for _, rank in layer.ranks]:
+        facts.append(("low rank", f"{len(ranks)} matrices in two, of rank {_span(ranks)}"))
+    if split := [layer for layer in layers if layer.experts]:
+        experts, active = (_span(getattr(layer, key) for layer in split) for key in ("experts", "active_experts"))
+        facts.append(("experts", f"{active} of {experts} run, in {len(split)} layers"))
+    return facts
 
 
 def num_parameters(checkpoint: "Checkpoint") -> int:

@@ -411,8 +411,9 @@ def stored_as(step: Quantize, spec: ModelSpec, num_inputs: int) -> Format:
 
 
 def describe(fmt: Format) -> str:
-    """A format in a word: int4-g32, int4-g32-asym, int8, bf16."""
-    return fmt.kind + (f"-g{fmt.group_size}" if fmt.group_size else "") + ("" if fmt.symmetric else "-asym")
+    """A format in a word: int4-g32, int4-g32-asym, int8, bf16-2of4."""
+    group, zeros = f"-g{fmt.group_size}" if fmt.group_size else "", "" if fmt.symmetric else "-asym"
+    return f"{fmt.kind}{group}{zeros}{'-2of4' if fmt.sparse24 else ''}"
 
 
 def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | None) -> Format:

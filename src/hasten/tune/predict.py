@@ -2,12 +2,13 @@
 
 The roofline model (Williams et al. 2009): a step takes as long as reading its bytes at the measured bandwidth, or as
 its operations at the measured peak, whichever is longer. Overheads are left out: a prediction is an upper limit, but
-for models small enough to stay in the processor's caches.
+for models small enough to stay in the processor's caches. Counts what a format lets a device leave out (the zeros of
+2:4, experts that no token chose), whether or not a backend does.
 """
 
 from collections.abc import Mapping
 
-from hasten.compress.plan import Plan, matrix_shapes
+from hasten.compress.plan import MLP, Plan, matrix_shapes
 from hasten.hardware import Limits
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
@@ -26,23 +27,52 @@ def predict(
     streams: tuple[int, ...] = (1, 8),
 ) -> Prediction:
     """Upper limits of tokens/s with every matrix in its format of `formats`, each stream `context` tokens long."""
-    shapes = matrix_shapes(spec)
-    head = "embed" if spec.tied_head else "head"
+    shapes = {**matrix_shapes(spec), **_routers(spec)}
     weight_bytes = sum(bytes_of(formats[name], shape) for name, shape in shapes.items())
-    # An embedding reads one row a token, unless it is the head too.
-    read = {name: shape for name, shape in shapes.items() if name.startswith("layers.") or name == head}
-    token_bytes = sum(bytes_of(formats[name], shape) for name, shape in read.items())
     kv_read = context * kv_bytes_per_token(spec, kv_cache)
 
-    def seconds(num_tokens: int, num_rows: int, num_bytes: float) -> float:
-        operations = sum(
-            2 * shape[0] * shape[1] * (num_rows if name == head else num_tokens) / limits.peak(formats[name].kind)
-            for name, shape in read.items()
-        )
-        return max(num_bytes / limits.bandwidth, operations)
+    def seconds(num_tokens: int, num_rows: int, kv: float) -> float:
+        operations = 0.0
+        for name, (rows, columns) in _multiplied(spec).items():
+            tokens = num_tokens * _share(spec, name, 1) if name.startswith("layers.") else num_rows
+            operations += 2 * rows * columns * tokens / limits.peak(formats[name].kind)
+        return max((weights_read(spec, formats, num_tokens) + kv) / limits.bandwidth, operations)
 
-    decode = {str(n): n / seconds(n, n, token_bytes + n * kv_read) for n in streams}
-    return Prediction(decode, PREFILL / seconds(PREFILL, 1, token_bytes), weight_bytes, int(token_bytes + kv_read))
+    decode = {str(n): n / seconds(n, n, n * kv_read) for n in streams}
+    token_bytes = int(weights_read(spec, formats, 1) + kv_read)
+    return Prediction(decode, PREFILL / seconds(PREFILL, 1, 0), weight_bytes, token_bytes)
+
+
+def weights_read(spec: ModelSpec, formats: Mapping[str, Format], num_tokens: int) -> float:
+    """Bytes of weights that a step of so many tokens reads: each matrix once, of experts those that a token chose."""
+    return sum(
+        bytes_of(formats[name], shape) * _share(spec, name, num_tokens) for name, shape in _multiplied(spec).items()
+    )
+
+
+def _multiplied(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """The matrices of a step's products. An embedding reads one row a token, unless it is the head too."""
+    head = "embed" if spec.tied_head else "head"
+    shapes = {**matrix_shapes(spec), **_routers(spec)}
+    return {name: shape for name, shape in shapes.items() if name.startswith("layers.") or name == head}
+
+
+def _routers(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Routers are read, though no recipe targets them."""
+    return {
+        f"layers.{index}.router": (layer.experts, spec.hidden_size)
+        for index, layer in enumerate(spec.layers)
+        if layer.experts
+    }
+
+
+def _share(spec: ModelSpec, name: str, num_tokens: int) -> float:
+    """The share of a matrix that so many tokens need: all, but where experts are chosen, here as if evenly."""
+    parts = name.split(".")
+    layer = spec.layers[int(parts[1])] if len(parts) > 1 else None
+    if layer is None or not layer.experts or parts[2] not in MLP:
+        return 1.0
+    return 1 - (1 - layer.active_experts / layer.experts) ** num_tokens
 
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> float:
