@@ -136,6 +136,8 @@ NB_MODULE(_core, m) {
   m.def("isa", [](const std::optional<std::string>& isa) { return std::string(kernels_of(isa).isa); },
         nb::arg("isa") = nb::none(),
         "The instruction set that is used: the one asked for, else HASTEN_ISA, else the best this CPU has.");
+  m.def("takes_sparse", [](const std::optional<std::string>& isa) { return kernels_of(isa).linear.takes_sparse(); },
+        nb::arg("isa") = nb::none(), "Whether its kernels multiply 2:4 int8 weights as they are.");
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* const* name = available_isas(); *name; name++) names.push_back(*name);

@@ -77,9 +77,10 @@ struct BorrowedWeight {
 
  private:
   void require(bool ok, const char* what) const;
+  void borrow_mask(const std::optional<In<uint8_t, 2>>& mask);
   nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> data_;
   std::optional<In<float, 2>> scales_;
-  std::optional<In<uint8_t, 2>> zeros_;
+  std::optional<In<uint8_t, 2>> zeros_, mask_;
   std::optional<In<int32_t, 1>> perm_;
 };
 

@@ -17,8 +17,11 @@ BorrowedWeight::BorrowedWeight(std::string name, nb::handle weight) {
   s.n = nb::cast<int>(shape[0]);
   s.k = nb::cast<int>(shape[1]);
   matrix.name = std::move(name);
+  const bool sparse = nb::cast<bool>(format.attr("sparse24"));
+  require(!sparse || s.kind == Kind::I8, "only int8 can be 2:4");
+  if (sparse) s.kind = Kind::I8Sparse;
   data_ = nb::cast<nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>>(weight.attr("data"));
-  const bool integer = s.kind == Kind::I8 || s.kind == Kind::I4;
+  const bool integer = s.kind == Kind::I8 || s.kind == Kind::I8Sparse || s.kind == Kind::I4;
   s.group = integer ? nb::cast<int>(format.attr("group_size")) : 0;
   require(s.group == 0 || s.group == 32 || s.group == 64 || s.group == 128, "group_size is not 0, 32, 64 or 128");
   const size_t groups = s.group > 0 ? ((size_t)s.k + s.group - 1) / s.group : 1;
@@ -34,6 +37,7 @@ BorrowedWeight::BorrowedWeight(std::string name, nb::handle weight) {
     s.scales = scales_->data();
     s.zeros = zeros_ ? zeros_->data() : nullptr;
   }
+  if (sparse) borrow_mask(nb::cast<std::optional<In<uint8_t, 2>>>(weight.attr("mask")));
   perm_ = nb::cast<std::optional<In<int32_t, 1>>>(weight.attr("perm"));
   if (perm_) {
     require(perm_->shape(0) == (size_t)s.k, "perm does not have an entry a column");
@@ -44,6 +48,24 @@ BorrowedWeight::BorrowedWeight(std::string name, nb::handle weight) {
       named[column] = true;
     }
     matrix.perm = perm_->data();
+  }
+}
+
+void BorrowedWeight::borrow_mask(const std::optional<In<uint8_t, 2>>& mask) {
+  Source& s = matrix.source;
+  const size_t row_bytes = ((size_t)s.k + 7) / 8, last = row_bytes - 1;
+  require(s.k % 4 == 0 && mask && mask->shape(0) == (size_t)s.n && mask->shape(1) == row_bytes,
+          "its mask does not fit its shape");
+  mask_ = mask;
+  s.mask = mask_->data();
+  const auto two = [](int bits) { return bits == 3 || bits == 5 || bits == 6 || bits == 9 || bits == 10 || bits == 12; };
+  bool fits[256];
+  for (int byte = 0; byte < 256; byte++) fits[byte] = two(byte & 15) && two(byte >> 4);
+  for (size_t row = 0; row < (size_t)s.n; row++) {
+    const uint8_t* bits = s.mask + row * row_bytes;
+    bool ok = s.k % 8 ? two(bits[last]) : fits[bits[last]];
+    for (size_t i = 0; i < last; i++) ok = ok && fits[bits[i]];
+    require(ok, "its mask does not keep two of each four columns");
   }
 }
 
@@ -84,7 +106,7 @@ class Linear {
   // x [M, K] -> scale * (x W^T + bias) [M, N], added to `onto` where given.
   nb::object product(In<float, 2> x, const std::optional<std::string>& isa, float scale,
                      const std::optional<In<float, 2>>& onto) {
-    const Kernels& k = kernels_of(isa);
+    const Kernels& k = kernels_for_matrix(isa);
     const size_t M = x.shape(0), N = stack_.outputs;
     if (x.shape(1) != (size_t)stack_.inputs) throw nb::value_error("x does not have as many columns as the weights");
     if (onto && (onto->shape(0) != M || onto->shape(1) != N)) throw nb::value_error("onto does not have the result's shape");
@@ -103,7 +125,7 @@ class Linear {
 
   // Seconds of each of `repeats` products with M rows that are prepared already.
   std::vector<double> time(int rows, int repeats, const std::optional<std::string>& isa) {
-    const Kernels& k = kernels_of(isa);
+    const Kernels& k = kernels_for_matrix(isa);
     if (rows < 1) throw nb::value_error("rows must be positive");
     const Alone alone(pool_);
     const ActKind kind = matrix().act;
@@ -130,6 +152,13 @@ class Linear {
   }
 
  private:
+  const Kernels& kernels_for_matrix(const std::optional<std::string>& isa) {
+    const Kernels& k = kernels_of(isa);
+    if (matrix().kind == Kind::I8Sparse && !k.linear.takes_sparse())
+      throw nb::value_error((std::string(k.isa) + " kernels do not multiply 2:4 weights on this CPU").c_str());
+    return k;
+  }
+
   Matrix& matrix() { return stack_.parts[0].matrix; }
   Pool& pool_;
   Stack stack_;

@@ -15,7 +15,7 @@ constexpr size_t kVectorBytes = 64;   // vectors may read and write this much be
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
-bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I4; }
+bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I8Sparse || kind == Kind::I4; }
 bool is_integer(ActKind kind) { return kind == ActKind::Q8 || kind == ActKind::Q16; }
 
 ActKind act_kind(Kind weight, bool fine) {
@@ -25,7 +25,10 @@ ActKind act_kind(Kind weight, bool fine) {
 
 int num_groups(const Matrix& w) { return is_integer(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
 
-size_t data_bytes(const Matrix& w) { return static_cast<size_t>(w.n_pad) * w.k_pad * kind_bits(w.kind) / 8; }
+size_t data_bytes(const Matrix& w) {
+  const int bits = kind_bits(w.kind) + (w.kind == Kind::I8Sparse ? 1 : 0);
+  return static_cast<size_t>(w.n_pad) * w.k_pad * bits / 8;
+}
 size_t scale_count(const Matrix& w) { return static_cast<size_t>(w.n_pad) * num_groups(w); }
 
 // Round to nearest even. Values whose f16 is subnormal take the slow way.
@@ -44,6 +47,7 @@ struct SourceRow {
   const uint8_t* data;  // nullptr: padding
   const float* scales;
   const uint8_t* zeros;
+  const uint8_t* mask;
 };
 
 SourceRow source_row(const Source* parts, int num_parts, int row) {
@@ -53,11 +57,12 @@ SourceRow source_row(const Source* parts, int num_parts, int row) {
       const size_t r = static_cast<size_t>(row);
       const size_t groups = part.group ? divide_up(part.k, part.group) : 1;
       return {static_cast<const uint8_t*>(part.data) + r * source_row_bytes(part.kind, part.k),
-              part.scales ? part.scales + r * groups : nullptr, part.zeros ? part.zeros + r * groups : nullptr};
+              part.scales ? part.scales + r * groups : nullptr, part.zeros ? part.zeros + r * groups : nullptr,
+              part.mask ? part.mask + r * divide_up(part.k, 8) : nullptr};
     }
     row -= part.n;
   }
-  return {nullptr, nullptr, nullptr};
+  return {nullptr, nullptr, nullptr, nullptr};
 }
 
 // Eight int4 columns c0..c7, lowest nibble first, to c0 c4 c1 c5 c2 c6 c3 c7: a shuffle of bytes, then of nibbles.
@@ -88,10 +93,36 @@ void transpose_block(const SourceRow* rows, size_t row_bytes, int num_words, uin
   }
 }
 
+// Four columns of 16 rows at a time; padding keeps zeros in the first two columns.
+void pack_sparse(const Matrix& w, const SourceRow* rows, uint8_t* to) {
+  constexpr int kFours = 8, kMaskBytes = kBlockRows / 2, kKeptBytes = 2 * kBlockRows;
+  for (int i = 0; i < w.k_pad / 4; i++) {
+    uint8_t* unit = to + static_cast<size_t>(i / kFours) * kFours * (kMaskBytes + kKeptBytes);
+    uint8_t* masks = unit + i % kFours * kMaskBytes;
+    uint8_t* kept = unit + kFours * kMaskBytes + i % kFours * kKeptBytes;
+    std::memset(masks, 0, kMaskBytes);
+    for (int r = 0; r < kBlockRows; r++) {
+      const bool real = rows[r].data && 4 * i < w.k;
+      const int mask = real ? rows[r].mask[i / 2] >> (i % 2 * 4) & 15 : 3;
+      masks[r / 2] = static_cast<uint8_t>(masks[r / 2] | mask << (r % 2 * 4));
+      for (int j = 0; j < 2; j++) kept[2 * r + j] = static_cast<uint8_t>((real ? rows[r].data[2 * i + j] : 0) ^ 0x80);
+    }
+  }
+}
+
+// The same as Kind::I8.
+void pack_whole(const Matrix& w, const SourceRow* rows, uint8_t* to) {
+  std::memset(to, 0x80, static_cast<size_t>(kBlockRows) * w.k_pad);
+  for (int r = 0; r < kBlockRows && rows[r].data; r++)
+    for (int c = 0, kept = 0; c < w.k; c++)
+      if (rows[r].mask[c / 8] >> c % 8 & 1) to[c / 4 * 4 * kBlockRows + 4 * r + c % 4] = rows[r].data[kept++] ^ 0x80;
+}
+
 void pack_data(const Matrix& w, const SourceRow* rows, int block) {
   const size_t block_bytes = data_bytes(w) / static_cast<size_t>(w.n_pad / kBlockRows);
   const size_t row_bytes = source_row_bytes(w.kind, w.k);
   uint8_t* to = w.data + static_cast<size_t>(block) * block_bytes;
+  if (w.kind == Kind::I8 && rows[0].mask) return pack_whole(w, rows, to);
   const auto same = [](auto word) { return word; };
   switch (w.kind) {
     case Kind::F32: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad, to, same);
@@ -99,6 +130,7 @@ void pack_data(const Matrix& w, const SourceRow* rows, int block) {
     case Kind::BF16: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 2, to, same);
     case Kind::I8:
       return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 4, to, [](uint32_t x) { return x ^ 0x80808080u; });
+    case Kind::I8Sparse: return pack_sparse(w, rows, to);
     case Kind::I4: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 8, to, interleave_nibbles);
   }
 }
@@ -182,7 +214,7 @@ int tile_first_row(int rows, int tile_rows, int tile) {
 
 Matrix pack(const Source* parts, int num_parts, Pool& pool, bool fine_inputs) {
   Matrix w{};
-  w.kind = parts[0].kind;
+  w.kind = parts[0].kind == Kind::I8Sparse && fine_inputs ? Kind::I8 : parts[0].kind;  // for models too small to gain
   w.k = parts[0].k;
   bool zeros = false;
   for (int i = 0; i < num_parts; i++) {

@@ -20,6 +20,7 @@ struct Output {
 
 struct LinearKernels {
   int tile_rows;  // the most rows of one tile; half as many at Q16
+  bool (*takes_sparse)();  // whether this CPU multiplies I8Sparse; others must be given such weights whole
   // Quantise / convert rows x[i * stride], i in [first, last), of a batch laid out by `act`. perm may be nullptr.
   void (*prepare)(const float* x, ptrdiff_t stride, int k, const int32_t* perm, Activations& act, int first, int last);
   // y for row blocks [first, last) of `w` and every row of `act`. scratch is this thread's, scratch_bytes() long.
@@ -40,7 +41,7 @@ int tile_of_row(int rows, int tile_rows, int row);
 int tile_first_row(int rows, int tile_rows, int tile);                      // tile in [0, num_tiles]; last gives rows
 
 // Allocates (huge pages where the system gives them) and packs, on all threads. Throws std::bad_alloc. bias and perm are
-// left null and stay the caller's. fine_inputs: int8 weights meet activations of 16 bits.
+// left null and stay the caller's. fine_inputs: int8 weights meet activations of 16 bits, and 2:4 ones are packed whole.
 Matrix pack(const Source* parts, int num_parts, Pool& pool, bool fine_inputs);  // parts stacked by rows; one kind and group
 void release(Matrix& w);
 

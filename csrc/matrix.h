@@ -6,10 +6,12 @@
 //   F32   [n/16][k][16]        f32            F16  [n/16][k][16]    f16
 //   BF16  [n/16][k/2][16][2]   bf16
 //   I8    [n/16][k/4][16][4]   u8 = value + 128
+//   I8Sparse: two of each four columns kept: for 32 columns [n/16][k/32] first [8][16] masks of 4 bits (low bit: first column),
+//         then [8][16][2] u8 = value + 128
 //   I4    [n/16][k/8][16][4]   byte j of a row: low nibble column 8i + j, high nibble column 8i + 4 + j; 0..15
 //   scales f16 [n/16][groups][16], relative to `multiplier`, a power of two that keeps them normal; zeros u8 likewise.
 //
-// All instruction sets read this one layout.
+// All instruction sets read this one layout; I8Sparse only where LinearKernels::takes_sparse() says so.
 #pragma once
 
 #include <cstddef>
@@ -17,10 +19,10 @@
 
 namespace hasten {
 
-enum class Kind : uint8_t { F32, F16, BF16, I8, I4 };
+enum class Kind : uint8_t { F32, F16, BF16, I8, I8Sparse, I4 };
 
-constexpr int kind_bits(Kind kind) {  // of one stored number
-  return kind == Kind::F32 ? 32 : kind == Kind::I8 ? 8 : kind == Kind::I4 ? 4 : 16;
+constexpr int kind_bits(Kind kind) {  // of one number; packed I8Sparse has a bit more for each number's place
+  return kind == Kind::F32 ? 32 : kind == Kind::I8 ? 8 : kind == Kind::I4 || kind == Kind::I8Sparse ? 4 : 16;
 }
 
 // What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, Q8 the integer kinds,
@@ -52,6 +54,7 @@ struct Source {
   const void* data;
   const float* scales;   // [n, ceil(k / group)]
   const uint8_t* zeros;  // same shape or nullptr
+  const uint8_t* mask;   // [n, ceil(k / 8)] where data holds two of each four columns, low bit first; else nullptr
 };
 
 // Rows [rows, k_pad] in tiles of at most Kernels::tile_rows rows, all but the tail as equal as can be (tile_bounds in

@@ -68,7 +68,8 @@ class CpuBackend:
         left over or wrongly shaped, ResourceError where memory does not suffice."""
         try:
             decoder = self._core.Decoder(spec, self._pool, self.isa)
-            _add_weights(decoder, spec, weights)
+            sparse = bool(self._core.takes_sparse(self.isa))
+            _add_weights(decoder, spec, ((name, _multiplied(weight, sparse)) for name, weight in weights))
             decoder.finish()
         except ValueError as error:
             raise ModelError(str(error)) from None
@@ -159,8 +160,7 @@ def _load_core() -> Any:
 def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
     """Hand over each weight as soon as those that are packed with it have come."""
     waiting: dict[tuple[str, int], dict[str, Weight]] = {}
-    whole = ((name, weight if weight.shape[1] == 1 else _multiplied(weight)) for name, weight in weights)
-    for name, weight in expert_pieces(spec, whole):
+    for name, weight in expert_pieces(spec, weights):
         if weight.shape[1] == 1 and weight.format.kind == "fp32":
             decoder.add_vector(name, _vector(weight))
             continue
@@ -178,9 +178,11 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
         raise ModelError(f"weight {missing[0]} is missing (of {role} in layer {layer})")
 
 
-def _multiplied(weight: Weight) -> Weight:
-    """A weight in a form that the core multiplies: it keeps no zeros out, and has no 8-bit floats."""
-    weight = densify(weight)
+def _multiplied(weight: Weight, sparse: bool) -> Weight:
+    """A weight in a form that the core multiplies: it has no 8-bit floats, and keeps zeros out of int8 alone, where the
+    CPU is quick at it (`sparse`)."""
+    if not (sparse and weight.format.kind == "int8"):
+        weight = densify(weight)
     return dense_weight(dequantize(weight), "bf16") if weight.format.kind == "fp8" else weight
 
 

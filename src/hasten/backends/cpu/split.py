@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError
-from hasten.model.formats import Weight, dense_weight, dequantize
+from hasten.model.formats import Weight, dense_weight, densify, dequantize
 from hasten.model.spec import ModelSpec
 
 
@@ -42,11 +42,13 @@ def _rows(weight: Weight, rows: slice) -> Weight:
     scales = None if weight.scales is None else weight.scales[rows]
     zeros = None if weight.zeros is None else weight.zeros[rows]
     data = weight.data[rows]
-    return replace(weight, shape=(len(data), weight.shape[1]), data=data, scales=scales, zeros=zeros)
+    mask = None if weight.mask is None else weight.mask[rows]
+    return replace(weight, shape=(len(data), weight.shape[1]), data=data, scales=scales, zeros=zeros, mask=mask)
 
 
 def _columns(weight: Weight, columns: slice) -> Weight:
-    """Columns of a matrix in its format where whole groups of scales are cut, else in bfloat16."""
+    """Columns of a matrix in its format (with its zeros) where whole groups of scales are cut, else in bfloat16."""
+    weight = densify(weight)
     fmt, (first, last) = weight.format, (columns.start, columns.stop)
     group = fmt.group_size
     if group and (first % group or (last % group and last != weight.shape[1])):
