@@ -5,16 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpu_tools import load, run, table
+from cpu_tools import BLOCK, NUM_BLOCKS, load, run, table
 from test_compress_strip import choice, logits
 
 pytest.importorskip("torch")
 from test_load_torch import reformed
 
 from hasten import compress
+from hasten.backends.cpu import CpuBackend
 from hasten.compress import strip
 from hasten.errors import ModelError
 from hasten.model.checkpoint import open_checkpoint
+from hasten.model.formats import Format, Weight, densify, dequantize, quantize
 from hasten.model.writer import write_checkpoint
 
 TOKENS = np.random.default_rng(5).integers(3, 300, 30).astype(np.int32)
@@ -79,3 +81,24 @@ def test_experts_rounded(kind: str, group: int, tiny_model: Callable[..., Path],
     steps = {"steps": [{"quantize": {"format": kind, "group_size": group, "targets": ["mlp"]}}]}
     compress(tmp_path / "dense", steps, tmp_path / "out")
     agree(tmp_path / "out", 0.1, rows=0.8)
+
+
+def test_two_of_four_in_experts_and_thin_matrices(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The bits of the same matrices with their zeros."""
+    model = tiny_model("llama_bias", intermediate_size=128, hidden_size=192)
+    reformed(model, tmp_path / "dense", ranks=(("k", 8),))
+    checkpoint = open_checkpoint(tmp_path / "dense")
+    sparse: list[tuple[str, Weight]] = []
+    for name, weight in checkpoint.weights():
+        if name.startswith("layers.") and weight.shape[1] > 1 and not name.endswith("router"):
+            values = dequantize(weight).copy()
+            values.reshape(len(values), -1, 4)[..., 1:3] = 0
+            weight = quantize(values, Format("int8", sparse24=True))
+        sparse.append((name, weight))
+    found = []
+    for weights in (sparse, [(name, densify(weight)) for name, weight in sparse]):
+        backend = CpuBackend(2)
+        backend.load(checkpoint.spec, iter(weights))
+        backend.allocate(NUM_BLOCKS, BLOCK, "fp32")
+        found.append(run(backend, TOKENS, [1, 12, 17], table(1)))
+    assert np.array_equal(found[0], found[1])

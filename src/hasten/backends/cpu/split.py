@@ -30,6 +30,8 @@ def expert_pieces(spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> Ite
                 f"layer {parts[1]}: {parts[2]} is of low rank in an MLP that is split into experts, which the CPU "
                 "backend does not run together: factorise attention alone, or do not split"
             )
+        if parts[2] == "down":
+            weight = densify(weight)
         size = layer.intermediate_size // layer.experts
         end = ".bias" if parts[-1] == "bias" else ""
         for expert in range(layer.experts):
@@ -47,8 +49,7 @@ def _rows(weight: Weight, rows: slice) -> Weight:
 
 
 def _columns(weight: Weight, columns: slice) -> Weight:
-    """Columns of a matrix in its format (with its zeros) where whole groups of scales are cut, else in bfloat16."""
-    weight = densify(weight)
+    """Columns of a matrix in its format where whole groups of scales are cut, else in bfloat16."""
     fmt, (first, last) = weight.format, (columns.start, columns.stop)
     group = fmt.group_size
     if group and (first % group or (last % group and last != weight.shape[1])):
