@@ -18,7 +18,7 @@ from hasten.model import formats  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.tokenizer import Tokenizer  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Factorize, Prune, Quantize, Recover, Shrink, SplitExperts, Step  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, Recover, Rotate, Shrink, SplitExperts, Step  # noqa: E402
 
 WORDS = ["".join(np.random.default_rng(seed).choice(list("etaoinshrdlu"), seed % 7 + 1)) for seed in range(3000)]
 
@@ -92,6 +92,21 @@ def test_quantising_keeps_the_zeros(tiny_model: Callable[..., Path], text: str, 
     for name, values in numbers(tmp_path / "out").items():
         if name.endswith((".gate", ".up", ".down")):
             assert ((values.reshape(len(values), -1, 4) != 0).sum(-1) <= 2).all()
+
+
+def test_a_later_recipe_keeps_2_of_4(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    """Rounded again, by rounding alone or with text; what breaks the pattern gives it up."""
+    pruned = made(tiny_model("llama"), recipe(text, Prune(pattern="2:4", targets=("mlp",))), tmp_path / "pruned")
+    later = {
+        "rtn": (Recipe((Quantize("int8", 0),)), True),
+        "gptq": (recipe(text, Quantize("int8", 0, method="gptq")), True),
+        "rotate": (recipe(text, Rotate(), Quantize("int8", 0)), False),
+    }
+    for name, (steps, kept) in later.items():
+        compress(pruned, steps, tmp_path / name, device="cpu")
+        found = {name: fmt for name, _, fmt in open_checkpoint(tmp_path / name).matrices()}
+        assert found["layers.1.down"] == formats.Format("int8", sparse24=kept), name
+        assert found["layers.1.q"] == formats.Format("int8"), name
 
 
 def test_recovering_lowers_the_error_and_keeps_the_zeros(

@@ -114,7 +114,7 @@ def predictions(checkpoint: "Checkpoint", limits: "Limits", kv_cache: str, conte
     found = {name: fmt for name, _, fmt in checkpoint.matrices()}
     ways = {"as stored": found}
     for name, recipe in uniform(checkpoint.spec, found).items():
-        ways[name] = {**found, **resolve(recipe, checkpoint.spec).formats}
+        ways[name] = {**found, **resolve(recipe, checkpoint.spec, found).formats}
     return {
         name: predict(checkpoint.spec, formats, limits, kv_cache, context, STREAMS) for name, formats in ways.items()
     }

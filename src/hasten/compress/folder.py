@@ -44,8 +44,8 @@ def compress(
     check_out(Path(out))
     recipe = Recipe.load(recipe)
     checkpoint = open_checkpoint(resolve_name(str(model)))
-    plan = resolve(recipe, checkpoint.spec)
     before = {name: fmt for name, _, fmt in checkpoint.matrices()}
+    plan = resolve(recipe, checkpoint.spec, before)
     receipt = Receipt(
         what="compress",
         model=str(model),
@@ -79,10 +79,11 @@ def write_folder(
 ) -> None:
     """The model under the recipe as a Hugging Face folder, with recipe.yaml, and how to run it in config.json's
     `hasten.run`. It appears whole or not at all."""
-    plan = resolve(recipe, checkpoint.spec)
+    found = {name: fmt for name, _, fmt in checkpoint.matrices()}
+    plan = resolve(recipe, checkpoint.spec, found)
     config = config_of_text(checkpoint.config)
     config.setdefault("hasten", {})["run"] = run_settings(recipe)
-    formats = {**{name: fmt for name, _, fmt in checkpoint.matrices()}, **plan.formats}
+    formats = {**found, **plan.formats}
     kinds = {formats[name].kind for name in matrix_shapes(checkpoint.spec)}
     if len(kinds) == 1 and (dtype := _DTYPES.get(kinds.pop())) is not None:
         config.pop("torch_dtype", None)

@@ -78,11 +78,16 @@ class Plan:
         )
 
 
-def resolve(recipe: Recipe, spec: ModelSpec) -> Plan:
-    """Check a recipe against an architecture; nothing is read. RecipeError names the layer and the choices."""
+def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None = None) -> Plan:
+    """Check a recipe against an architecture; nothing is read. RecipeError names the layer and the choices.
+
+    found: formats of the folder that it is carried out on. What is 2:4 there stays so, but behind steps that undo it.
+    """
     _check_order(recipe)
-    plan = Plan(spec)
+    plan = Plan(spec, sparse=frozenset(name for name, fmt in (found or {}).items() if fmt.sparse24))
     for step in recipe.steps:
+        if Prune in _UNDONE.get(type(step), ()):
+            plan = replace(plan, sparse=frozenset())
         plan = plan_step(step, plan)
     return plan
 

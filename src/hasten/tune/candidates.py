@@ -29,7 +29,7 @@ def uniform(spec: ModelSpec, found: Mapping[str, Format], device: str = "cpu") -
     seen = [dict(found)]
     for name in _TRIED_CUDA if device == "cuda" else _TRIED:
         recipe = with_fallback(presets()[name])
-        formats = {**found, **resolve(recipe, spec).formats}
+        formats = {**found, **resolve(recipe, spec, found).formats}
         if formats not in seen and total_bytes(spec, formats) < total_bytes(spec, found):
             seen.append(formats)
             out[name] = recipe

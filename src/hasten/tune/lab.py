@@ -81,7 +81,7 @@ class Lab:
 
     def formats(self, recipe: Recipe) -> dict[str, Format]:
         """The format of every matrix under a recipe."""
-        return all_formats(self.found, resolve(recipe, self.spec))
+        return all_formats(self.found, resolve(recipe, self.spec, self.found))
 
     def kv_cache(self, recipe: Recipe) -> str:
         """How keys and values are stored under a recipe."""
@@ -258,7 +258,7 @@ class Lab:
         if (written := self._written.get(recipe.steps)) is not None:
             backend.load(written.spec, written.weights())
             return backend
-        plan = resolve(recipe, self.spec)
+        plan = resolve(recipe, self.spec, self.found)
         with ThreadPoolExecutor(self.threads) as pool:
             backend.load(self.spec, carry_out(plan, self.checkpoint.weights(), pool))
         return backend

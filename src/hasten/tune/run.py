@@ -225,7 +225,7 @@ def _kept(goal: Goal, max_loss: float) -> str:
 
 
 def _notes(lab: Lab, chosen: Candidate | None) -> tuple[str, ...]:
-    plan = resolve(chosen.recipe if chosen else Recipe(), lab.spec)
+    plan = resolve(chosen.recipe if chosen else Recipe(), lab.spec, lab.found)
     notes = [*plan.notes, *requantised(plan, lab.found)]
     if chosen is not None and (slower := choose.slower_at(chosen)):
         notes.append(f"{chosen.name} reaches {choose.in_words(chosen, slower)}: use the original where that matters")
