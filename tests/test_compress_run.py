@@ -90,6 +90,8 @@ def test_text_that_is_too_short_or_missing(tiny_model: Callable[..., Path], tmp_
         compress(tiny_model("llama"), smooth(str(tmp_path / "short.txt")), tmp_path / "out", device="cpu")
     with pytest.raises(HastenError, match=r"no calibration text at .*missing.txt"):
         compress(tiny_model("llama"), smooth(str(tmp_path / "missing.txt")), tmp_path / "out2", device="cpu")
+    with pytest.raises(HastenError, match=r"no calibration text at nofile: there is no such file or folder"):
+        list(read("nofile"))  # at once: the hub is asked about OWNER/NAME alone
 
 
 @pytest.mark.parametrize(

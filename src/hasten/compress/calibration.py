@@ -81,6 +81,10 @@ def read(text: str) -> Iterator[str]:
         raise HastenError(f"no calibration text at {text}: expected a file, a folder or a data set's name")
     elif path.suffix in TEXT_SUFFIXES:
         raise HastenError(f"no calibration text at {text}: there is no such file")
+    elif "/" not in text:  # the hub is not asked about every misspelt file
+        raise HastenError(
+            f"no calibration text at {text}: there is no such file or folder, and data sets are named OWNER/NAME"
+        )
     else:
         yield _data_set(text)
 
@@ -184,9 +188,12 @@ def _data_set(name: str) -> str:
             "pip install datasets, or give a file"
         )
     import datasets
+    from huggingface_hub import HfApi
 
     dataset, _, configuration = name.partition(":")
     try:
+        if not Path(name).is_dir():
+            HfApi().dataset_info(dataset, timeout=10)  # asks once: load_dataset asks for half a minute, and logs it
         found = datasets.load_dataset(dataset, configuration or None, streaming=True)
         rows = found["train"] if "train" in found else next(iter(found.values()))
         texts, size = [], 0
