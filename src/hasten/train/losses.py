@@ -10,6 +10,7 @@ Times T^2, so that gradients keep their size when T changes. Over a large vocabu
 memory: rows are taken some at a time, and their gradients, known in closed form, are all that is kept.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def divergence_reference(
     elif kind == "reverse-kl":
         value = kl_div(p, q, reduction="none", log_target=True)
     else:
-        m = torch.log(beta * p.exp() + (1 - beta) * q.exp())
+        m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
         value = beta * kl_div(m, p, reduction="none", log_target=True)
         value = value + (1 - beta) * kl_div(m, q, reduction="none", log_target=True)
     return value.sum(-1).mean() * temperature**2
@@ -80,7 +81,7 @@ def _of_rows(q: Tensor, p: Tensor, kind: str, beta: float) -> tuple[Tensor, Tens
     if kind == "reverse-kl":
         values = (q.exp() * (q - p)).sum(-1)
         return values, q.exp() * (q - p - values[:, None])
-    m = torch.log(beta * p.exp() + (1 - beta) * q.exp())
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
     from_student = (q.exp() * (q - m)).sum(-1)
     values = beta * (p.exp() * (p - m)).sum(-1) + (1 - beta) * from_student
     return values, (1 - beta) * q.exp() * (q - m - from_student[:, None])
