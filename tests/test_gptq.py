@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 from hasten.compress import awq, gptq  # noqa: E402
 from hasten.compress.grid import REACH, Grid  # noqa: E402
+from hasten.errors import ModelError  # noqa: E402
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -119,3 +120,8 @@ def test_a_fitted_range_is_no_worse_than_any_that_was_tried() -> None:
                 found = grid.fit(weight, metric, reach)
                 errors.append(gptq.output_error(grid.nearest(weight, *found) - weight, full))
             assert errors[0] == min(errors)
+
+
+def test_moments_that_are_no_numbers_are_said_in_a_line() -> None:
+    with pytest.raises(ModelError, match="they hold NaN or infinity"):
+        gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.compress.grid import Grid, spread
+from hasten.errors import ModelError
 
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -140,7 +141,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
             return factor.flip(0, 1)
         damping *= 10
-    raise ArithmeticError("the inputs' second moments have no Cholesky factor: they hold NaN or infinity")
+    raise ModelError("the inputs' second moments have no Cholesky factor: they hold NaN or infinity")
 
 
 def numbers(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
