@@ -83,7 +83,7 @@ def _replace(
             continue
         weight, rank = linear.weight.float(), ranks[role]
         b, a = lowrank.svd_llm(weight, hessians[role], rank) if step.method == "svd-llm" else lowrank.svd(weight, rank)
-        context.errors[block.name(role)] = relative_error(weight, b @ a, hessians[role])
+        context.lost(block.name(role), relative_error(weight, b @ a, hessians[role]))
         linears[f"{role}.a"], linears[f"{role}.b"] = _linear(a, None, linear), _linear(b, linear.bias, linear)
     ranked = tuple(sorted((*block.layer.ranks, *ranks.items())))
     block.reshape(replace(block.layer, ranks=ranked), linears)

@@ -24,7 +24,7 @@ def _(step: Prune, block: Block, inputs: Inputs, context: Context) -> None:
             linear, hessian = block.linears[role], found[role].hessian
             before = linear.weight.float()
             after = pruned(step, before, hessian)
-            context.errors[block.name(role)] = relative_error(before, after, hessian)
+            context.lost(block.name(role), relative_error(before, after, hessian))
             linear.weight.data = after.to(linear.weight.dtype)
 
 

@@ -104,7 +104,7 @@ def _note(block: Block, role: str, before: Tensor, after: Tensor, hessian: Tenso
     """The squared error of a matrix's outputs over their square, for the receipt."""
     whole = float(gptq.output_error(before, hessian))
     error = float(gptq.output_error(after - before, hessian))
-    context.errors[block.name(role)] = error / whole if whole > 0 else 0.0
+    context.lost(block.name(role), error / whole if whole > 0 else 0.0)
 
 
 def _scale_channels(

@@ -82,7 +82,8 @@ def run(
             _run_stage(steps, target, context)
             _remember(context)
         context = _remembered(context)
-        errors, facts, notes = errors | context.errors, facts | context.facts, [*notes, *context.notes]
+        facts, notes = facts | context.facts, [*notes, *context.notes]
+        errors |= {name: errors.get(name, 0.0) + error for name, error in context.errors.items()}
         source = target
     source = _packed(source, work / "packed", plan, notes)
     settings = {

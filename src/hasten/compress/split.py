@@ -35,7 +35,7 @@ def _(step: SplitExperts, block: Block, inputs: Inputs, context: Context) -> Non
     trained = experts.train_router(x, norms, seed)
     router.weight = nn.Parameter(trained.to(down.dtype), requires_grad=False)
     mask = experts.active_mask(x @ trained.T, step.active, hidden.shape[1])
-    context.errors[block.name("experts")] = _lost(hidden, mask, columns)
+    context.lost(block.name("experts"), _lost(hidden, mask, columns))
     layer = replace(block.layer, experts=step.experts, active_experts=step.active)
     block.reshape(layer, {**block.linears, "router": router})
 

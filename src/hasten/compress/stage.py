@@ -41,6 +41,11 @@ class Context:
     facts: dict[str, object] = field(default_factory=dict)
     surveys: dict[Step, Any] = field(default_factory=dict)
 
+    def lost(self, name: str, error: float) -> None:
+        """Take the relative squared error that a step adds to a matrix's outputs. Those of steps one after the other
+        add up, as errors do that have nothing to do with each other."""
+        self.errors[name] = self.errors.get(name, 0.0) + error
+
 
 def is_blockwise(step: Step) -> bool:
     """Whether a step changes one block after the other, rather than a whole folder."""
