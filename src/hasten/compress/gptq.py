@@ -140,7 +140,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
             factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
             return factor.flip(0, 1)
-        damping *= 10
+        damping = max(10 * damping, 1e-4)
     raise ModelError("the inputs' second moments have no Cholesky factor: they hold NaN or infinity")
 
 

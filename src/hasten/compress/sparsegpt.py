@@ -10,13 +10,11 @@ Within a block of columns, masks are chosen by that cost as the columns stand at
 group's start); what a block pushes to the right of itself is added when it is done, as one product.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
+from hasten.compress.gptq import inverse_factor
 from hasten.compress.wanda import keep_largest, keep_of_each
-from hasten.errors import ModelError
 
 BLOCK = 128
 
@@ -67,24 +65,6 @@ def _solve(
         errors = _sweep(block, factor, keep, pattern)
         out[:, part.stop :] -= errors @ upper[part, part.stop :]
     return out
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U [K, K] with U^T U = (H + damping * mean(diag H) * I)^-1."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    share = damping
-    for _ in range(4):  # single precision may need more than was asked for
-        diagonal += share * hessian.diagonal().mean()
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return cast(Tensor, upper)
-        share = max(10 * share, 1e-4)
-    raise ModelError("the inputs' second moment is not positive definite: more calibration text, or more damping")
 
 
 def _sweep(block: Tensor, factor: Tensor, keep: Tensor | None, pattern: tuple[int, int] | None) -> Tensor:
