@@ -330,6 +330,29 @@ def test_full_disk(stories, tmp_path):
 # Ctrl-C
 
 
+def test_ctrl_c_during_compress_keeps_finished_blocks_and_a_rerun_goes_on(stories, tmp_path):
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    text.write_text("Once upon a time there was a little girl named Lily. " * 4000)
+    recipe.write_text("calibration: {sequence_len: 256}\nsteps: [{quantize: {format: int8, method: gptq}}]\n")
+    out, work = tmp_path / "out", tmp_path / "out.work"
+    command = ["compress", str(stories), str(recipe), "--text", str(text), "-o", str(out), "--device", "cpu", "--json"]
+    process = subprocess.Popen([*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(work.glob("*/block-0*")):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert f"kept in {work}: the same command goes on from there" in stderr
+    assert not out.exists()
+    receipt = json.loads(hasten(*command).good.stdout)
+    assert not work.exists()
+    assert json.loads((out / "receipt.json").read_text()) == receipt
+
+
 def test_ctrl_c_during_tune_keeps_what_is_finished_and_a_rerun_goes_on(stories, tmp_path):
     out, state = tmp_path / "out", tmp_path / "out.tune.json"
     command = ["tune", str(stories), "-o", str(out), "--rounds", "1", "--minutes", "0.5", "--no-transformers", "--json"]

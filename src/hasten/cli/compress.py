@@ -65,8 +65,13 @@ def compress(
     from hasten.train.run import compress as carry_out
 
     out = out or folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem)
-    with progress_bar() as progress:
-        receipt = carry_out(model, _with_text(recipe, text), out, device=device, progress=progress)
+    try:
+        with progress_bar() as progress:
+            receipt = carry_out(model, _with_text(recipe, text), out, device=device, progress=progress)
+    except KeyboardInterrupt:
+        if (work := out.with_name(out.name + ".work")).is_dir():
+            note(f"Stopped. What is finished is kept in {work}: the same command goes on from there.")
+        raise
     for line in receipt.notes:
         note(f"note: {line}")
     if json:
