@@ -21,7 +21,7 @@ from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_sho
 from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-_LAUNCH_FLOPS = 8e12  # what a device does about as fast as the host launches a step's kernels
+_LAUNCH_FLOPS = 24e12  # what a device does in the time that slow hosts take to launch a step's kernels
 _MOST_TOKENS = 4096
 _STAND_INS = 24  # steps that a larger bucket's graph runs before a bucket gets its own
 _MOST_PROMPTS = 64  # in a step with other than single tokens
@@ -29,7 +29,7 @@ _MOST_PROMPTS = 64  # in a step with other than single tokens
 
 @dataclass
 class _Bucket:
-    """logits of a step of decodes or runs, else hidden: of all its tokens."""
+    """logits of a step of decodes or runs, else hidden: of all its tokens. Both lie where other graphs write too."""
 
     sizes: Sizes
     inputs: Inputs
@@ -178,11 +178,31 @@ class Graphs:
         with device.capturing, torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                bucket.logits, bucket.hidden = self._run(bucket)
+                logits, hidden = self._run(bucket)
             finally:
                 graph.capture_end()
+        # Not kept from graphs that are captured later: results are read before another one runs, and those of all
+        # buckets side by side would be gigabytes.
+        bucket.logits = None if logits is None else _borrowed(logits)
+        if hidden is not None:
+            delta = None if hidden.delta is None else _borrowed(hidden.delta)
+            bucket.hidden = Hidden(_borrowed(hidden.x), delta, hidden.post)
         self._pool = graph.pool()
         bucket.graph = graph
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes on a device, as other libraries lend them to torch."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in the same place, which the allocator may give to others. tensor: contiguous."""
+    memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2}
+    flat = torch.as_tensor(_Memory(memory), device=tensor.device)
+    return flat.view(tensor.dtype).view(tensor.shape)
 
 
 def _warn_of_failure(job: Future[None]) -> None:
