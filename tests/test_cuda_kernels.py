@@ -3,6 +3,7 @@ sampling against the numpy sampler. On a GPU tests/gpu does the same at real siz
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,20 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
+from attention_tools import check_attention  # noqa: E402
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
 from cuda_tools import batch, check_composed, check_normed_int4, check_product, fetched, load, make_linear, pieces  # noqa: E402
 
-from hasten.backends.base import SamplingBatch  # noqa: E402
+from hasten.backends.base import SamplingBatch, StepLimits  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
 from hasten.backends.cuda.sampling import Sampler, uniform  # noqa: E402
+from hasten.backends.cuda.tuning import decode_tile, prefill_tile  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
 from hasten.backends.reference_sampling import sample_rows  # noqa: E402
 from hasten.backends.reference_sampling import uniform as one_uniform  # noqa: E402
+from hasten.errors import ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import Format, quantize, sparsify  # noqa: E402
 
@@ -99,11 +103,15 @@ def sampling(rows: int, vocab: int, rng: np.random.Generator) -> SamplingBatch:
     )
 
 
-def test_sampling_equals_the_reference() -> None:
+@pytest.mark.parametrize("least_k", [0, 1])
+def test_sampling_equals_the_reference(least_k: int) -> None:
+    """least_k 1: every row is cut to its best ids, which are then found without a sort."""
     rng = np.random.default_rng(4)
     logits = 3 * rng.standard_normal((24, 211)).astype(np.float32)
     logits[7] = np.round(logits[7])  # ties
+    logits[7, ::3] = -0.0
     params = sampling(24, 211, rng)
+    params = replace(params, top_k=np.maximum(params.top_k, least_k))
     device = open_device("cpu")
     sampler = Sampler(Ops(device, False, 1e-5), torch.zeros(64, dtype=torch.int32))
     got = sampler(torch.from_numpy(logits.copy()), params).result()
@@ -209,3 +217,56 @@ def test_two_of_four_are_expanded(kind: str) -> None:
     x = torch.randn(3, 64)
     got, want = (make_linear([weight], device, "fp32")(x) for weight in (sparsify(whole), whole))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [("decodes", [(1, 1), (200, 1), (65, 1)]), ("runs", [(40, 3), (17, 2)]), ("general", [(33, 20), (70, 1)])],
+)
+@pytest.mark.parametrize(
+    ("dtype", "kv", "head_dim", "window", "softcap"),
+    [("fp32", "fp32", 24, 0, 0.0), ("fp32", "bf16", 16, 18, 4.0)],
+)
+def test_attention(
+    dtype: str, kv: str, head_dim: int, window: int, softcap: float, kind: str, runs: list[tuple[int, int]]
+) -> None:
+    """More sizes on a GPU, see tests/gpu/test_attention.py."""
+    check_attention(
+        "cpu",
+        runs,
+        heads=6,
+        kv_heads=2,
+        head_dim=head_dim,
+        dtype=dtype,
+        kv=kv,
+        window=window,
+        softcap=softcap,
+        kind=kind,
+    )
+
+
+@pytest.mark.parametrize("key_bytes", [64, 128, 256, 512, 1024])
+def test_tiles_of_attention_fit_any_gpu(key_bytes: int) -> None:
+    """Keys and values of a tile in 64 KB: with what is beside them, less than the 99 KB of the smallest."""
+    for sequences in (1, 64):
+        keys = decode_tile(sequences, key_bytes).keys
+        assert keys & (keys - 1) == 0
+        assert 2 * keys * key_bytes <= 64 << 10
+    rows, keys = prefill_tile(key_bytes, key_bytes)
+    assert (rows + 4 * keys) * key_bytes <= 99 << 10
+
+
+def test_steps_that_do_not_fit_are_refused_in_one_line(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
+    with pytest.raises(ResourceError, match=r"8192 sequences .* 8448 rows of logits, expected at most 4096 on a GPU"):
+        backend.memory(StepLimits(8192, 8192, 8448))
+
+    def full(*args: object) -> None:
+        raise torch.cuda.OutOfMemoryError("a page of torch's")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    monkeypatch.setattr(backend._decoder, "attention", full)
+    with pytest.raises(ResourceError, match=r"step of 3 rows does not fit .* 1.0 of 80.0 GB are free: lower memory"):
+        backend.forward(batch([(np.arange(3, dtype=np.int32), 0, table(0))]))

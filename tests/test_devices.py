@@ -44,6 +44,23 @@ def test_a_torch_that_sees_no_gpu_says_so(driver: Path, monkeypatch: pytest.Monk
     assert "sees no GPU: update the driver" in str(missing_for_cuda())
 
 
+def test_without_a_compiler_triton_is_of_no_use(driver: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    driver.touch()
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "needs a C compiler and gcc or clang was not found: install gcc" in str(missing_for_cuda())
+    compiler = tmp_path / "cc"
+    compiler.touch(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert f"{tmp_path} has none: install python3-dev" in str(missing_for_cuda())
+    (tmp_path / "Python.h").touch()
+    assert missing_for_cuda() is None
+
+
 def test_what_a_cpu_cannot_do_is_refused(driver: Path) -> None:
     with pytest.raises(RequestError, match="device is 'tpu', expected one of auto, cpu, cuda, reference"):
         open_backend("tpu")

@@ -4,6 +4,9 @@ Importing this imports no backend, and looking for a GPU imports torch only wher
 a start costs nothing more.
 """
 
+import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,4 +72,15 @@ def missing_for_cuda() -> str | None:
 
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU: update the driver, or {_INSTALL} for a torch with CUDA"
+    return _missing_to_compile()
+
+
+def _missing_to_compile() -> str | None:
+    """Triton compiles what launches a kernel as a module of Python's, when the kernel first runs."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(shutil.which(name) for name in compilers):
+        return f"Triton needs a C compiler and {' or '.join(compilers)} was not found: install gcc, or name one in CC"
+    include = Path(sysconfig.get_paths()["include"])
+    if not (include / "Python.h").exists():
+        return f"Triton needs Python's header files and {include} has none: install python3-dev or what has them"
     return None

@@ -8,14 +8,12 @@ import triton
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
-from hasten.backends.cuda.tuning import decode_tile
+from hasten.backends.cuda.tuning import decode_tile, prefill_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _FILL = 4  # programs of decode attention for each processor, if keys are cut finely enough
-_PREFILL_ROWS = 64
-_PREFILL_KEYS = 64
 _PREFILL_WARPS = 4
 _PREFILL_STAGES = 2
 
@@ -113,7 +111,7 @@ class Attention:
     ) -> None:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing = self._device.workspace
-        tile = decode_tile(inputs.num_decodes)
+        tile = decode_tile(inputs.num_decodes, shape.dp * cache.itemsize)
         kernels.decode[(len(inputs.owners), layer.num_kv_heads)](
             qkv, cache[0], cache[1], out, rope.table if rope else nothing, norms.q if norms else nothing,
             norms.k if norms else nothing, self._parts, self._device.counters, inputs.owners, inputs.firsts,
@@ -134,14 +132,14 @@ class Attention:
         group = shape.gq
         assert inputs.tile_tokens is not None
         rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * group))
+        _, keys = prefill_tile(shape.dp * qkv.itemsize, shape.dp * cache.itemsize)
         kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
             qkv, cache[0], cache[1], out, inputs.tile_tokens, inputs.tile_counts, inputs.tile_sequences,
             inputs.positions, inputs.tables, inputs.width, qkv.stride(0), self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads,
             D=layer.head_dim, DP=shape.dp, GP=group, CAPPED=self._spec.attention_softcap > 0,
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
-            BN=_PREFILL_KEYS if shape.dp <= 128 and qkv.itemsize <= 2 else 32, STAGES=_PREFILL_STAGES,
-            PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
+            BN=keys, STAGES=_PREFILL_STAGES, PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
         )  # fmt: skip
 
 
@@ -163,7 +161,9 @@ def decode_programs(device: Device, spec: ModelSpec) -> int:
 def tile_tokens(spec: ModelSpec) -> int:
     """Tokens of an attention tile: its rows are tokens times the query heads of a KV head."""
     group: int = max(_Shape(layer).gq for layer in spec.layers)
-    return max(1, _PREFILL_ROWS // group)
+    size = 4 if spec.dtype == "fp32" else 2
+    rows = min(prefill_tile(_Shape(layer).dp * size, 0)[0] for layer in spec.layers)
+    return max(1, rows // group)
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: str) -> int:

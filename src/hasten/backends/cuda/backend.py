@@ -1,7 +1,8 @@
 """CudaBackend: the Backend protocol on one NVIDIA GPU. Knows what is loaded and in which way a step runs; how is in the
 modules beside it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -28,7 +29,7 @@ from hasten.model.formats import Weight
 from hasten.model.spec import ModelSpec
 
 FORMATS = ("fp8",)
-_MAX_ROWS = 4096  # of logits in a step, at the least
+_MAX_ROWS = 4096  # of logits in a step
 _GRAPH_BYTES = 1 << 30  # of graphs and their buffers, measured with room to spare
 
 
@@ -76,8 +77,14 @@ class CudaBackend:
         self._sampler = Sampler(ops, sampled)
 
     def memory(self, limits: StepLimits) -> DeviceMemory:
-        """Room on the GPU for the KV cache; nobody else is expected on it."""
+        """Room on the GPU for the KV cache; nobody else is expected on it. Raises ResourceError for steps larger than
+        there is room for what they sample."""
         spec = self._loaded_spec
+        if limits.max_rows > _MAX_ROWS:
+            raise ResourceError(
+                f"{limits.max_sequences} sequences at once with drafts or scores have {limits.max_rows} rows of logits,"
+                f" expected at most {_MAX_ROWS} on a GPU: lower max_sequences"
+            )
         size = TORCH_DTYPES[spec.dtype].itemsize
         widest = max(
             (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim + 3 * layer.intermediate_size
@@ -134,20 +141,22 @@ class CudaBackend:
         if self._decoder is None or self._stager is None:
             raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
         self._chosen = None
-        if self._graphs is not None:
-            done = self._graphs(batch)
-            if done is not None:
-                logits, chosen = done
-                self._chosen = logits if chosen else None
-                return logits
-        inputs = self._stager.general(batch)
-        return self._decoder(inputs)
+        with self._told_of_memory(len(batch.tokens)):
+            if self._graphs is not None:
+                done = self._graphs(batch)
+                if done is not None:
+                    logits, chosen = done
+                    self._chosen = logits if chosen else None
+                    return logits
+            inputs = self._stager.general(batch)
+            return self._decoder(inputs)
 
     @torch.inference_mode()
     def sample(self, logits: Logits, params: SamplingBatch) -> PendingSample:
         """Choose one token a row, on the device."""
         assert self._sampler is not None
-        return self._sampler(logits, params, chosen=logits is self._chosen)
+        with self._told_of_memory(len(logits)):
+            return self._sampler(logits, params, chosen=logits is self._chosen)
 
     def finish_captures(self) -> None:
         """Wait for graphs that are being captured, for those who time or compare steps."""
@@ -191,6 +200,18 @@ class CudaBackend:
         """Copy KV blocks (source, destination), one pair after the other."""
         if self._decoder is not None and self._decoder.attention is not None:
             self._decoder.attention.copy_blocks(list(pairs))
+
+    @contextmanager
+    def _told_of_memory(self, rows: int) -> Iterator[None]:
+        """Where a step needs more memory than is left, in one line."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError:
+            free, total = torch.cuda.mem_get_info(self._device.handle)
+            raise ResourceError(
+                f"a step of {rows} rows does not fit the GPU, of whose memory {free / 1e9:.1f} of {total / 1e9:.1f} GB"
+                " are free: lower memory (the share of the GPU that is taken) or max_step_tokens"
+            ) from None
 
     @property
     def _loaded_spec(self) -> ModelSpec:

@@ -102,9 +102,20 @@ class DecodeTile:
     stages: int = 2
 
 
-def decode_tile(sequences: int) -> DecodeTile:
-    """Early keys pay where latency is all; they take the registers of a second program."""
-    return DecodeTile(64, True, 8) if sequences <= 8 else DecodeTile(128, False, 8)
+_TILE = 64 << 10  # bytes of a tile's keys and values in shared memory; small GPUs have 99 KB of it
+
+
+def decode_tile(sequences: int, key_bytes: int) -> DecodeTile:
+    """key_bytes: of one key, padded. Early keys pay where latency is all; they take the registers of a second
+    program."""
+    most = _TILE // (2 * key_bytes)
+    return DecodeTile(min(64, most), True, 8) if sequences <= 8 else DecodeTile(min(128, most), False, 8)
+
+
+def prefill_tile(query_bytes: int, key_bytes: int) -> tuple[int, int]:
+    """Rows (tokens times query heads) and keys of a tile; bytes of one row, padded, of queries and of keys."""
+    widest = max(query_bytes, key_bytes)
+    return 64 if query_bytes <= 512 else 32, 64 if widest <= 256 else 32 if widest <= 512 else 16
 
 
 def _power_of_two(n: int) -> int:
