@@ -65,7 +65,7 @@ def test_zero_eigenvalues_count_the_parts_of_a_graph() -> None:
 def test_correlations_are_summed_over_batches() -> None:
     x, gate, up, down, _ = planted()
     values = experts.contributions(hidden_of(x, gate, up), down).double()
-    want = torch.corrcoef(values.T).clamp(min=0)
+    want = torch.corrcoef(values.T).clamp(min=0).fill_diagonal_(0)
     torch.testing.assert_close(graph_of(hidden_of(x, gate, up), down), want)
 
 
@@ -73,8 +73,20 @@ def test_a_neuron_that_never_fires_is_joined_to_none() -> None:
     hidden = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
     hidden[:, 2] = 0
     graph = graph_of(hidden, torch.ones(3, 6))
-    assert torch.equal(graph[2], torch.eye(6, dtype=torch.float64)[2])
+    assert not graph[2].any()
     assert torch.isfinite(experts.spectral_embedding(graph, 3)).all()
+
+
+def test_neurons_that_never_fire_do_not_hide_the_groups_of_the_others() -> None:
+    x, gate, up, down, topics = planted()
+    hidden = hidden_of(x, gate, up)
+    idle = torch.cat([(topics == topic).nonzero()[:2, 0] for topic in range(4)])
+    hidden[:, idle] = 0
+    labels = experts.spectral(graph_of(hidden, down), 4)
+    fires = torch.ones(len(topics), dtype=torch.bool)
+    fires[idle] = False
+    for topic in range(4):
+        assert len(labels[fires & (topics == topic)].unique()) == 1, topic
 
 
 def test_assignments_are_balanced_and_near_the_best() -> None:

@@ -29,18 +29,18 @@ def test_svd_llm_loses_what_the_discarded_singular_values_say(shape: tuple[int, 
     found = lowrank.spectrum(weight, hessian)
     assert (found.energies.diff() <= 0).all()
     for rank in (1, 5, 12):
-        b, a = lowrank.svd_llm(weight, hessian, rank)
+        b, a = lowrank.factors(weight, hessian, rank)
         assert b.shape == (shape[0], rank)
         assert a.shape == (rank, shape[1])
         assert loss(weight, (b, a), hessian) == pytest.approx(float(found.energies[rank:].sum()), abs=1e-7)
-        assert loss(weight, (b, a), hessian) <= loss(weight, lowrank.svd(weight, rank), hessian) + 1e-7
+        assert loss(weight, (b, a), hessian) <= loss(weight, lowrank.factors(weight, None, rank), hessian) + 1e-7
 
 
 def test_no_other_factors_of_the_rank_are_better() -> None:
     """Gradient descent from the found factors, and from chance, does not get below."""
     weight, hessian = problem(6, 8)
-    best = loss(weight, lowrank.svd_llm(weight, hessian, 3), hessian)
-    b, a = (t.clone().requires_grad_() for t in lowrank.svd(weight, 3))
+    best = loss(weight, lowrank.factors(weight, hessian, 3), hessian)
+    b, a = (t.clone().requires_grad_() for t in lowrank.factors(weight, None, 3))
     optimiser = torch.optim.LBFGS([b, a], max_iter=500, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
@@ -58,16 +58,29 @@ def test_no_other_factors_of_the_rank_are_better() -> None:
 
 def test_plain_svd_is_nearest_in_numbers() -> None:
     weight, _ = problem(10, 16)
-    b, a = lowrank.svd(weight, 4)
+    b, a = lowrank.factors(weight, None, 4)
     assert float((b @ a - weight).square().sum()) == pytest.approx(float(lowrank.spectrum(weight).energies[4:].sum()))
 
 
 def test_singular_moments_and_single_precision() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-    b, a = lowrank.svd_llm(weight, x.T @ x / 5, 5)
+    b, a = lowrank.factors(weight, x.T @ x / 5, 5)
     assert b.dtype == a.dtype == torch.float32
-    torch.testing.assert_close(x @ a.T @ b.T, x @ weight.T, atol=1e-3, rtol=1e-3)  # rank 5 inputs: nothing is lost
+    torch.testing.assert_close(x @ a.T @ b.T, x @ weight.T, atol=1e-5, rtol=1e-5)  # rank 5 inputs: nothing is lost
+    for wanted in (3, 5, 8):  # against truncating the outputs themselves, also beyond the inputs' rank
+        b, a = lowrank.factors(weight.double(), (x.T @ x / 5).double(), wanted)
+        left, values, right = torch.linalg.svd(x.double() @ weight.T.double(), full_matrices=False)
+        best = (left[:, :wanted] * values[:wanted]) @ right[:wanted]
+        torch.testing.assert_close(x.double() @ a.T @ b.T, best, atol=1e-6, rtol=1e-6)
+
+
+def test_a_matrix_of_zeros_has_factors_of_zeros() -> None:
+    for shape in ((4, 6), (6, 4)):
+        b, a = lowrank.factors(torch.zeros(shape), torch.eye(shape[1]), 2)
+        assert not (b @ a).any()
+    spectra = {"idle": lowrank.spectrum(torch.zeros(4, 6)), "other": Spectrum(0.5 ** torch.arange(4.0), (4, 6))}
+    assert lowrank.allocate(spectra, 0.9, {"idle": 1, "other": 1})["idle"] == 1
 
 
 def energy_left(spectra: dict[str, Spectrum], ranks: dict[str, int]) -> float:

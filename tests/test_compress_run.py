@@ -1,6 +1,7 @@
 """Recipes that look at text: stages, interruptions, what the receipt says, and errors before any weight is read."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -154,6 +155,68 @@ def test_text_from_a_folder_a_data_set_and_the_model_itself(
     assert (own[:, 0] == 1).all()
     assert np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=3), model), own)
     assert not np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=4), model), own)
+
+
+def test_tokens_from_a_file_and_what_is_wrong_with_them(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from hasten.compress.calibration import calibration_tokens
+
+    model, file = tiny_model("llama"), tmp_path / "tokens.npy"
+    settings = Calibration(str(file), num_sequences=2, sequence_len=8)
+
+    def complaint() -> str:
+        with pytest.raises(HastenError) as error:
+            calibration_tokens(settings, model)
+        return str(error.value)
+
+    file.write_bytes(b"")
+    assert "cannot read calibration tokens" in complaint()
+    with open(file, "wb") as opened:
+        np.savez(opened, np.ones(3))
+    assert "an archive of arrays" in complaint()
+    for token in (-1, 10**6):
+        np.save(file, np.full((2, 8), token))
+        assert f"has tokens from {token} to {token}, the model knows 0 to" in complaint()
+    np.save(file, np.ones((3, 9), np.int64))
+    assert calibration_tokens(settings, model).shape == (2, 8)
+    settings = Calibration(str(file), num_sequences=2, sequence_len=100_000)
+    assert "have 100000 tokens, the model at most" in complaint()
+
+
+def test_of_a_long_text_parts_are_read(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hasten.compress import calibration
+
+    read_so_far = []
+    plain = calibration.encode
+    monkeypatch.setattr(calibration, "encode", lambda t, part: read_so_far.append(part) or plain(t, part))
+    (tmp_path / "text.txt").write_text("".join(f"{number} " for number in range(20_000)))
+    tokens = calibration.calibration_tokens(Calibration(str(tmp_path / "text.txt"), 4, 16), tiny_model("llama"))
+    assert tokens.shape == (4, 16)
+    assert sum(map(len, read_so_far)) < 5000
+    assert read_so_far[0].startswith("0 1 2 ")
+    assert read_so_far[-1].endswith(" 19999 ")
+
+
+def test_a_mistake_in_the_text_leaves_nothing_that_is_in_the_way(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(HastenError, match="there is no such file"):
+        compress(tiny_model("llama"), smooth("misspelt"), tmp_path / "out", device="cpu")
+    with pytest.raises(HastenError, match="there is no such file"):
+        compress(tiny_model("llama"), smooth("word " * 200), tmp_path / "out", device="cpu")
+    compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
+
+
+def test_a_full_disk_is_said_in_one_line(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (1 << 8, 1 << 14):  # of tokens, and of a block
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(ResourceError, match=r"out\.work.* cannot be written"):
+                compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_smoothing_changes_nothing_where_matrices_are_thin_and_a_router_chooses(

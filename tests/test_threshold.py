@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from hasten.compress import sweep, threshold  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.compress.threshold import choose  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
@@ -39,21 +40,45 @@ def test_nothing_may_be_lost_or_all_may(tiny_model: Callable[..., Path], tmp_pat
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
     model = tiny_model("llama", hidden_size=96, intermediate_size=160)
     kinds = {}
-    for threshold in (0, 0.001, 1):
-        step = Quantize("int4", 32, method="gptq", threshold=threshold)
+    for allowed in (0, 0.001, 1):
+        step = Quantize("int4", 32, method="gptq", threshold=allowed)
         recipe = Recipe((step,), calibration=Calibration(str(tmp_path / "text.txt"), 8, 32))
-        receipt = compress(model, recipe, tmp_path / str(threshold), device="cpu")
+        receipt = compress(model, recipe, tmp_path / str(allowed), device="cpu")
         found = receipt.settings["threshold"]
-        formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / str(threshold)).matrices()}
+        formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / str(allowed)).matrices()}
         wanted = {name: "fp32" if kind == "keep" else kind for name, kind in found["kinds"].items()}
         assert {name: kind for name, kind in formats.items() if name.startswith("layers.")} == wanted
-        assert found["expected"] <= threshold
+        assert found["expected"] <= allowed
         assert all(one <= two for _, one, two in found["costs"].values())
-        kinds[threshold] = list(wanted.values())
-        assert any(note.startswith(f"threshold {threshold:.2%}: ") for note in receipt.notes)
+        kinds[allowed] = list(wanted.values())
+        assert any(note.startswith(f"threshold {allowed:.2%}: ") for note in receipt.notes)
     assert set(kinds[0]) == {"fp32"}
     assert {"int8"} <= set(kinds[0.001])
     assert set(kinds[1]) == {"int4"}
+
+
+def test_little_memory_changes_nothing(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states in a mapped file, and variants measured a sequence at a time."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
+    step = Quantize("int4", 32, method="gptq", threshold=0.001)
+    recipe = Recipe((step,), calibration=Calibration(str(tmp_path / "text.txt"), 8, 32))
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160)
+    found = [compress(model, recipe, tmp_path / "much", device="cpu").settings]
+    for module in (sweep, threshold):
+        monkeypatch.setattr(module, "memory_available", lambda: 0)
+    found.append(compress(model, recipe, tmp_path / "little", device="cpu").settings)
+    much, little = (settings["threshold"] for settings in found)
+    assert much["kinds"] == little["kinds"]
+    for unit, costs in much["costs"].items():
+        assert costs == pytest.approx(little["costs"][unit], rel=1e-3, abs=1e-6)
+    assert found[0]["errors"] == pytest.approx(found[1]["errors"], rel=1e-3)
+
+
+def test_only_integers_are_chosen_among() -> None:
+    with pytest.raises(RecipeError, match="threshold chooses among int8 and int4, found format fp8"):
+        Quantize("fp8", threshold=0.1)
 
 
 def test_head_and_embedding_have_a_step_of_their_own(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

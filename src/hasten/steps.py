@@ -72,6 +72,8 @@ class Quantize:
             raise RecipeError(f"bits is {self.bits!r}, expected 3 or 4 with int4, or 8 with int8, found {self.format}")
         if self.threshold is not None:
             number("threshold", self.threshold, 0, 1)
+            if self.format not in ("int8", "int4"):
+                raise RecipeError(f"threshold chooses among int8 and int4, found format {self.format}: remove it")
 
     def _check_activations(self) -> None:
         if self.activations is None:

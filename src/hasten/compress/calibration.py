@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.errors import HastenError, RecipeError, ResourceError
+from hasten.model.checkpoint import open_checkpoint
 from hasten.model.tokenizer import Tokenizer
 from hasten.recipe import Calibration
 
@@ -26,38 +27,65 @@ Int32 = NDArray[np.int32]
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 _PIECE = 1 << 16  # characters that are made into tokens at a time
 _MOST = 1 << 28  # characters that are read at most
+_AMPLE = 64  # characters for each token that is wanted: more are not looked at
 
 
 def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
-    """The sequences [num_sequences, sequence_len] for the model in `folder`. RecipeError where the text is too short,
-    HastenError where it cannot be read."""
+    """The sequences [num_sequences, sequence_len] for the model in `folder`. RecipeError where the text is too short or
+    sequences too long for the model, HastenError where it cannot be read."""
+    spec = open_checkpoint(folder).spec
+    if calibration.sequence_len > spec.max_position:
+        raise RecipeError(
+            f"calibration sequences have {calibration.sequence_len} tokens, the model at most {spec.max_position}: "
+            "lower sequence_len"
+        )
     if calibration.text is None:
         return generate(calibration, folder, device)
-    if calibration.text.endswith(".npy"):
-        return _ready(calibration, calibration.text)
+    found = _ready if calibration.text.endswith(".npy") else _cut
+    tokens = found(calibration, calibration.text, folder)
+    if tokens.min() < 0 or tokens.max() >= spec.vocab_size:
+        raise RecipeError(
+            f"calibration text {calibration.text} has tokens from {tokens.min()} to {tokens.max()}, "
+            f"the model knows 0 to {spec.vocab_size - 1}: it is of another tokenizer"
+        )
+    return tokens
+
+
+def _cut(calibration: Calibration, text: str, folder: Path) -> Int32:
     tokenizer = Tokenizer(folder)
     bos = tokenizer.bos_token_id
     first = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
     length = calibration.sequence_len - len(first)
     pieces: list[list[int]] = []
-    for text in read(calibration.text):
-        ids = encode(tokenizer, text)
+    for part in (span for whole in read(text) for span in _spans(whole, calibration)):
+        ids = encode(tokenizer, part)
         pieces += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     wanted = calibration.num_sequences
     if len(pieces) < wanted:
         raise RecipeError(
-            f"calibration text {calibration.text} gives {len(pieces)} sequences of {calibration.sequence_len} tokens, "
+            f"calibration text {text} gives {len(pieces)} sequences of {calibration.sequence_len} tokens, "
             f"{wanted} are asked for: give more text, or lower num_sequences or sequence_len"
         )
     chosen = [first + pieces[index * len(pieces) // wanted] for index in range(wanted)]
     return np.array(chosen, np.int32)
 
 
-def _ready(calibration: Calibration, file: str) -> Int32:
+def _spans(text: str, calibration: Calibration) -> list[str]:
+    """The text, or where it is far longer than is needed, parts of it, evenly: a million tokens take a second."""
+    count, length = calibration.num_sequences, _AMPLE * calibration.sequence_len
+    if len(text) <= count * length:
+        return [text]
+    starts = [(len(text) - length) * index // max(count - 1, 1) for index in range(count)]
+    return [text[start : start + length] for start in starts]
+
+
+def _ready(calibration: Calibration, file: str, folder: Path) -> Int32:
     try:
         found = np.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise HastenError(f"cannot read calibration tokens {file}: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise HastenError(f"calibration tokens {file} are an archive of arrays, expected one array")
     wanted = (calibration.num_sequences, calibration.sequence_len)
     if found.ndim != 2 or found.dtype.kind not in "iu" or len(found) < wanted[0] or found.shape[1] < wanted[1]:
         raise RecipeError(
@@ -69,9 +97,9 @@ def _ready(calibration: Calibration, file: str) -> Int32:
 def read(text: str) -> Iterator[str]:
     """The texts that `text` names: one of a file, one a file of a folder, all of a data set as one."""
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(path):  # which is False for a name that the system does not take, too
         yield _file(path)
-    elif path.is_dir():
+    elif os.path.isdir(path):
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
         if files:
             yield from map(_file, files)

@@ -3,7 +3,8 @@
 Pure functions of tensors on any device; knows no model. Which neurons belong together is read off their co-activation:
 
 1. A neuron's contribution to a token is |act(gate) * up| (or |act(up)|) times the length of its column of `down`.
-2. Two neurons are joined by their contributions' correlation over the calibration tokens, where it is positive: A.
+2. Two neurons are joined by their contributions' correlation over the calibration tokens, where it is positive: A. None
+   is joined to itself.
 3. The graph's normalised Laplacian L = I - D^-1/2 A D^-1/2, with D the degrees, has small eigenvalues for cuts that
    sever little. The eigenvectors of the smallest, one row a neuron, rows scaled to length one, place neurons so that
    those that fire together lie together (Ng, Jordan & Weiss 2001; von Luxburg 2007).
@@ -46,14 +47,13 @@ class CoActivation:
         self.products.addmm_(values.T, values)
 
     def graph(self) -> Tensor:
-        """Affinities A [I, I]: positive correlations, 1 on the diagonal; a neuron that never varies is joined to none
-        but itself."""
+        """Affinities A [I, I]: positive correlations of different neurons; one that never varies is joined to none."""
         mean = self.total / self.count
         covariance = self.products / self.count - torch.outer(mean, mean)
         variance = covariance.diagonal()
         scale = torch.where(variance > 1e-12 * variance.mean(), variance.rsqrt(), 0)
         graph: Tensor = (covariance * scale[:, None] * scale).clamp(min=0)
-        graph.fill_diagonal_(1)
+        graph.fill_diagonal_(0)
         return graph
 
 
@@ -64,8 +64,10 @@ def contributions(hidden: Tensor, down: Tensor) -> Tensor:
 
 
 def laplacian(graph: Tensor) -> Tensor:
-    """The normalised Laplacian I - D^-1/2 A D^-1/2 of affinities A [I, I]."""
-    scale = graph.sum(1).rsqrt()
+    """The normalised Laplacian I - D^-1/2 A D^-1/2 of affinities A [I, I]. A neuron joined to none has eigenvalue 1, so
+    that it is no group of its own: a few dozen of them would be all that the smallest eigenvalues tell of."""
+    degrees = graph.sum(1)
+    scale = torch.where(degrees > 0, degrees.rsqrt(), 0)
     return torch.eye(len(graph), dtype=graph.dtype, device=graph.device) - scale[:, None] * graph * scale
 
 

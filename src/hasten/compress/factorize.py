@@ -82,7 +82,7 @@ def _replace(
             linears[role] = linear
             continue
         weight, rank = linear.weight.float(), ranks[role]
-        b, a = lowrank.svd_llm(weight, hessians[role], rank) if step.method == "svd-llm" else lowrank.svd(weight, rank)
+        b, a = lowrank.factors(weight, hessians[role] if step.method == "svd-llm" else None, rank)
         context.lost(block.name(role), relative_error(weight, b @ a, hessians[role]))
         linears[f"{role}.a"], linears[f"{role}.b"] = _linear(a, None, linear), _linear(b, linear.bias, linear)
     ranked = tuple(sorted((*block.layer.ranks, *ranks.items())))

@@ -61,10 +61,30 @@ def run(
 ) -> Receipt:
     """Carry out the stages and write the folder `out`; the receipt comes back with what was found out.
 
-    receipt: what is known before the work. Raises ResourceError where the work folder is of other work.
+    receipt: what is known before the work. Raises ResourceError where the work folder is of other work, or cannot be
+    written.
     """
-    started = time.monotonic()
     work = _work_folder(out, recipe, receipt)
+    try:
+        folder, receipt = _stages(recipe, plan, checkpoint, work, receipt, device, progress)
+    except OSError as error:  # such as a full disk
+        raise ResourceError(f"{error.filename or work} cannot be written: {error.strerror or error}") from error
+    _publish(folder, out, recipe, receipt)
+    shutil.rmtree(work, ignore_errors=True)
+    return receipt
+
+
+def _stages(
+    recipe: Recipe,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    work: Path,
+    receipt: Receipt,
+    device: str,
+    progress: Progress | None,
+) -> tuple[Path, Receipt]:
+    """Stage after stage, each from the folder of the one before: the last one's folder, and the receipt."""
+    started = time.monotonic()
     stages = stages_of(recipe.steps)
     held_out = any(isinstance(step, Quantize) and step.threshold is not None for step in recipe.steps)
     tokens = Sequences(recipe.calibration, checkpoint.path, work / "calibration.npy", device, held_out)
@@ -96,10 +116,7 @@ def run(
         "peak_memory": _peak_memory(),
         **facts,
     }
-    receipt = replace(receipt, settings=settings, notes=tuple(notes))
-    _publish(source, out, recipe, receipt)
-    shutil.rmtree(work, ignore_errors=True)
-    return receipt
+    return source, replace(receipt, settings=settings, notes=tuple(notes))
 
 
 def device_of(name: str) -> str:
@@ -142,23 +159,21 @@ def _round(target: Path, context: Context) -> None:
 
 
 def _work_folder(out: Path, recipe: Recipe, receipt: Receipt) -> Path:
-    """The folder of this work beside `out`, new or found again. ResourceError where it is of other work."""
+    """The folder of this work beside `out`, new or found again. ResourceError where it is of other work, of which
+    something is finished."""
     work = out.with_name(out.name + ".work")
-    about = {"recipe": recipe.to_dict(), "inputs": receipt.inputs}
+    about = json.dumps({"recipe": recipe.to_dict(), "inputs": receipt.inputs})
     state = work / "state.json"
-    if state.is_file():
-        if json.loads(state.read_text()) != json.loads(json.dumps(about)):
-            raise ResourceError(
-                f"{work} holds unfinished work of another recipe or model: remove it, or take another -o"
-            )
-    elif work.exists():
-        raise ResourceError(f"{work} is in the way, and is no unfinished work: remove it, or take another -o")
-    else:
-        try:
-            work.mkdir(parents=True)
-            write_text(state, json.dumps(about))
-        except OSError as error:
-            raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
+    try:
+        if state.is_file() and state.read_text() == about:
+            return work
+        if any(file.is_file() and file != state for file in work.rglob("*")) or (work.exists() and not work.is_dir()):
+            what = "holds unfinished work of another recipe or model" if state.is_file() else "is in the way"
+            raise ResourceError(f"{work} {what}: remove it, or take another -o")
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(state, about)
+    except OSError as error:
+        raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
     return work
 
 

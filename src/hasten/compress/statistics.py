@@ -74,13 +74,18 @@ def rows_of(block: Block, inputs: Inputs, role: str, most: int) -> Tensor:
 
 
 def groups_of(block: Block) -> list[tuple[str, ...]]:
-    """The block's roles in groups that read the same input, in the order of use; the second of two thin matrices, which
-    reads what the first gives, is a group of its own."""
+    """The block's roles in groups that read the same input, in the order of use."""
+    return grouped(block.linears)
+
+
+def grouped(roles: Collection[str]) -> list[tuple[str, ...]]:
+    """Roles of a block in such groups; the second of two thin matrices, which reads what the first gives, is a group of
+    its own."""
     groups: list[tuple[str, ...]] = []
     for group in INPUT_GROUPS:
-        names = [name for role in group for name in (role, f"{role}.a") if name in block.linears]
+        names = [name for role in group for name in (role, f"{role}.a") if name in roles]
         groups += [tuple(names)] if names else []
-        groups += [(f"{role}.b",) for role in group if f"{role}.b" in block.linears]
+        groups += [(f"{role}.b",) for role in group if f"{role}.b" in roles]
     return groups
 
 

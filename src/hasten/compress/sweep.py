@@ -2,6 +2,7 @@
 sees what was done. Going on after an interruption, kept blocks are read and run, not changed again. Knows no method."""
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from hasten.compress import store
 from hasten.compress.apply import carry_out
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.stage import Context, change_block, survey
-from hasten.errors import ModelError, RecipeError
+from hasten.errors import RecipeError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, sparsify
@@ -32,11 +33,6 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
     checkpoint = open_checkpoint(context.source)
     skeleton = Skeleton(checkpoint, context.device)
     tokens = context.tokens()
-    if tokens.shape[1] > checkpoint.spec.max_position:
-        raise ModelError(
-            f"calibration sequences have {tokens.shape[1]} tokens, the model at most {checkpoint.spec.max_position}: "
-            "lower sequence_len"
-        )
     context.surveys.update(_surveys(steps, skeleton, context))
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
     unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
@@ -132,7 +128,9 @@ def _states(skeleton: Skeleton, tokens: torch.Tensor, folder: Path) -> torch.Ten
         return torch.empty(shape, dtype=skeleton.dtype, device=skeleton.device)
     if size < memory_available() // _STATES_SHARE:
         return torch.empty(shape, dtype=skeleton.dtype)
-    mapped = torch.from_file(str(folder / "states"), shared=True, size=int(np.prod(shape)), dtype=skeleton.dtype)
+    with open(folder / "states", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a disk that fills up under a mapped file would kill the process
+    mapped = torch.from_file(file.name, shared=True, size=int(np.prod(shape)), dtype=skeleton.dtype)
     return mapped.view(shape)
 
 

@@ -5,29 +5,41 @@ is narrower than what it has, and the model run on: how far its distributions mo
 nats a token) is what that format costs there. Costs are taken to add up. From all matrices as they are, the steps that
 save the most bytes for what they cost are taken while the sum stays within threshold * the original's own nats a token.
 
-All variants go through the blocks side by side, so each block is loaded once. Rounding to nearest stands in for the
-method that is used in the end, which does better.
+Variants go through the blocks side by side, so each block is loaded once. Rounding to nearest stands in for the method
+that is used in the end, which does better.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.grid import Grid
-from hasten.compress.plan import stored_as
+from hasten.compress.plan import matrix_shapes, stored_as
 from hasten.compress.stage import Context, survey
-from hasten.compress.statistics import groups_of
+from hasten.compress.statistics import grouped
+from hasten.hardware import memory_available
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, bytes_of
+from hasten.model.spec import ModelSpec
 from hasten.steps import Quantize, Step
 
 Options = Sequence[tuple[int, float]]  # bytes and cost, the widest first
-Variant = tuple[str, int]  # matrices that are rounded, and to which of their options
+Variant = tuple[str, int]  # a unit that is rounded, and to which of its options
+
+_STATES_SHARE = 4  # hidden states take at most this part of free memory
+
+
+class Unit(NamedTuple):
+    """Matrices that are rounded together; of each option, as they are and then ever narrower, formats and bytes."""
+
+    names: tuple[str, ...]
+    formats: list[list[Format]]
+    sizes: list[int]
 
 
 def choose(options: Mapping[str, Options], budget: float) -> dict[str, int]:
@@ -56,40 +68,69 @@ def _(step: Quantize, blocks: Iterator[tuple[Block, Inputs]], context: Context) 
     if step.threshold is None:
         return None
     skeleton = Skeleton(open_checkpoint(context.source), context.device)
+    units = _units(step, skeleton.spec, context)
     tokens = context.tokens.held_out()
+    nats, costs = 0.0, {(name, number): 0.0 for name, unit in units.items() for number in range(1, len(unit.sizes))}
+    for part in torch.split(tokens, _at_once(len(costs), skeleton, tokens.shape[1])):
+        own, found = _measured(step, skeleton, units, part, context)
+        nats += own * len(part) / len(tokens)
+        for key, cost in found.items():
+            costs[key] += cost * len(part) / len(tokens)
+    options = {
+        name: [(size, max(costs.get((name, number), 0.0), 0.0)) for number, size in enumerate(unit.sizes)]
+        for name, unit in units.items()
+    }
+    chosen = choose(options, step.threshold * nats)
+    kinds = ("keep", *dict.fromkeys(("int8", step.format)))
+    return {
+        "kinds": {name: kinds[index] for unit, index in chosen.items() for name in units[unit].names},
+        "costs": {unit: [cost for _, cost in found] for unit, found in options.items()},
+        "expected": sum(options[unit][index][1] for unit, index in chosen.items()) / nats,
+    }
+
+
+def _units(step: Quantize, spec: ModelSpec, context: Context) -> dict[str, Unit]:
+    """What is rounded alone: matrices of a layer that read one input, as far as the step targets them."""
+    units, shapes = {}, matrix_shapes(spec)
+    for index in range(len(spec.layers)):
+        before = f"layers.{index}."
+        mine = [name.removeprefix(before) for name in shapes if name.startswith(before)]
+        for group in grouped([role for role in mine if context.plan.steps.get(before + role) == step]):
+            names = tuple(before + role for role in group)
+            formats = [[Format(spec.dtype)] * len(names)]
+            if step.format != "int8":
+                formats.append([stored_as(wide(step), spec, shapes[name][1]) for name in names])
+            formats.append([context.plan.formats[name] for name in names])
+            sizes = [sum(map(bytes_of, found, (shapes[name] for name in names))) for found in formats]
+            units[before + "+".join(group)] = Unit(names, formats, sizes)
+    return units
+
+
+def _at_once(num_variants: int, skeleton: Skeleton, length: int) -> int:
+    """Sequences whose hidden states, one copy a variant, take no more than a part of the memory that is free. More of
+    them are measured in several passes over the blocks."""
+    size = (num_variants + 1) * length * skeleton.spec.hidden_size * skeleton.dtype.itemsize
+    return max(1, memory_available() // _STATES_SHARE // size)
+
+
+def _measured(
+    step: Quantize, skeleton: Skeleton, units: Mapping[str, Unit], tokens: Tensor, context: Context
+) -> tuple[float, dict[Variant, float]]:
+    """The original's -log p a token, and what each variant costs, on these sequences [n, T]."""
     original = skeleton.inputs(tokens)
     variants: dict[Variant, Inputs] = {}
-    members: dict[str, list[str]] = {}
-    sizes: dict[str, list[int]] = {}
     num_blocks = len(skeleton.spec.layers)
     for index in range(num_blocks):
         context.tell(0, f"measuring what rounding costs: block {index + 1} of {num_blocks}")
         block = skeleton.block(index)
         for inputs in variants.values():
             inputs.advance(block)
-        for group in groups_of(block):
-            roles = [role for role in group if context.plan.steps.get(block.name(role)) == step]
-            if not roles:
-                continue
-            unit = block.name("+".join(roles))
-            members[unit] = [block.name(role) for role in roles]
-            sizes[unit] = [_bytes(block, roles, [Format(skeleton.spec.dtype)] * len(roles))]
-            for number, formats in enumerate(_narrower(step, block, roles, context), 1):
-                sizes[unit].append(_bytes(block, roles, formats))
-                variants[unit, number] = _rounded(step, block, roles, formats, original)
+        for name, unit in units.items():
+            if name.startswith(block.name("")):
+                for number, formats in list(enumerate(unit.formats))[1:]:
+                    variants[name, number] = _rounded(step, block, unit.names, formats, original)
         original.advance(block)
-    nats, costs = _costs(_Head(skeleton), original, variants, tokens)
-    options = {
-        unit: [(size, costs.get((unit, number), 0.0)) for number, size in enumerate(found)]
-        for unit, found in sizes.items()
-    }
-    chosen = choose(options, step.threshold * nats)
-    kinds = ("keep", *(kind for kind in ("int8", step.format) if kind in _kinds(step)))
-    return {
-        "kinds": {name: kinds[index] for unit, index in chosen.items() for name in members[unit]},
-        "costs": {unit: [cost for _, cost in found] for unit, found in options.items()},
-        "expected": sum(options[unit][index][1] for unit, index in chosen.items()) / nats,
-    }
+    return _costs(_Head(skeleton), original, variants, tokens)
 
 
 def check(steps: Sequence[Step], target: Path, context: Context) -> None:
@@ -121,7 +162,7 @@ def nats_of(folder: Path, context: Context) -> float:
 
 
 class _Head:
-    """Hidden states behind the last block [b, T, H] -> log-probabilities [b, T, V]."""
+    """Hidden states behind the last block [T, H] -> log-probabilities [T, V]."""
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._norm, self._weight = skeleton.final_norm(), skeleton.head()
@@ -138,34 +179,16 @@ class _Head:
 def _costs(
     head: _Head, original: Inputs, variants: Mapping[Variant, Inputs], tokens: Tensor
 ) -> tuple[float, dict[Variant, float]]:
-    """The original's -log p a token, and KL(original || variant) of each variant, nats a token. A batch at a time:
+    """The original's -log p a token, and KL(original || variant) of each variant, nats a token. A sequence at a time:
     distributions of all text at once may not fit."""
     total, found = 0.0, dict.fromkeys(variants, 0.0)
-    others = {key: inputs.batches() for key, inputs in variants.items()}
-    for states, part in zip(original.batches(), torch.split(tokens, original.batch_size), strict=True):
-        log_p = head(states)
-        total += _nats(log_p, part)
-        for key, batches in others.items():
-            found[key] += float((log_p.exp() * (log_p - head(next(batches)))).sum())
-    return total / tokens[:, 1:].numel(), {key: max(cost / tokens.numel(), 0.0) for key, cost in found.items()}
-
-
-def _nats(log_p: Tensor, tokens: Tensor) -> float:
-    """-log p of each token but the first, summed; log_p [b, T, V]."""
-    return -float(log_p[:, :-1].gather(2, tokens[:, 1:, None].to(log_p.device)).sum())
-
-
-def _kinds(step: Quantize) -> tuple[str, ...]:
-    return ("int8",) if step.format == "int8" else ("int8", step.format)
-
-
-def _narrower(step: Quantize, block: Block, roles: Sequence[str], context: Context) -> Iterator[list[Format]]:
-    for kind in _kinds(step):
-        if kind == step.format:
-            yield [context.plan.formats[block.name(role)] for role in roles]
-        else:
-            columns = [block.linears[role].weight.shape[1] for role in roles]
-            yield [stored_as(wide(step), block.spec, number) for number in columns]
+    for row, ids in enumerate(tokens):
+        log_p = head(original.states[row].to(original.device))
+        total -= float(log_p[:-1].gather(1, ids[1:, None].to(log_p.device)).sum())
+        p = log_p.exp()
+        for key, inputs in variants.items():
+            found[key] += float((p * (log_p - head(inputs.states[row].to(inputs.device)))).sum())
+    return total / tokens[:, 1:].numel(), {key: cost / tokens.numel() for key, cost in found.items()}
 
 
 def wide(step: Quantize) -> Quantize:
@@ -173,20 +196,15 @@ def wide(step: Quantize) -> Quantize:
     return replace(step, format="int8", group_size=None, symmetric=True, bits=None, threshold=None)
 
 
-def _bytes(block: Block, roles: Sequence[str], formats: Sequence[Format]) -> int:
-    shapes = [tuple(block.linears[role].weight.shape) for role in roles]
-    return sum(bytes_of(fmt, (rows, columns)) for fmt, (rows, columns) in zip(formats, shapes, strict=True))
-
-
-def _rounded(step: Quantize, block: Block, roles: Sequence[str], formats: Sequence[Format], inputs: Inputs) -> Inputs:
+def _rounded(step: Quantize, block: Block, names: Sequence[str], formats: Sequence[Format], inputs: Inputs) -> Inputs:
     """The block's outputs with these matrices rounded; the block is left as it was."""
-    before = {role: block.linears[role].weight.data for role in roles}
-    for role, fmt in zip(roles, formats, strict=True):
-        bits = 8 if fmt.kind == "int8" else step.bits or 4
-        weight = block.linears[role].weight
-        weight.data = Grid(bits, fmt.symmetric).rounded(weight.float(), fmt.group_size).to(weight.dtype)
+    weights = [block.linears[name.removeprefix(block.name(""))].weight for name in names]
+    before = [weight.data for weight in weights]
+    for weight, fmt in zip(weights, formats, strict=True):
+        grid = Grid(8 if fmt.kind == "int8" else step.bits or 4, fmt.symmetric)
+        weight.data = grid.rounded(weight.float(), fmt.group_size).to(weight.dtype)
     out = replace(inputs, states=inputs.states.clone())
     out.advance(block)
-    for role, weight in before.items():
-        block.linears[role].weight.data = weight
+    for weight, values in zip(weights, before, strict=True):
+        weight.data = values
     return out
