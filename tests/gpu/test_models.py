@@ -83,6 +83,32 @@ def test_steps_go_on_while_graphs_are_captured(tiny_model: Build) -> None:
     backend.finish_captures()
 
 
+@pytest.mark.parametrize("kind", ["decodes", "any"])
+def test_a_graph_that_never_ran_equals_eager_steps(kind: str, tiny_model: Build) -> None:
+    """Larger buckets stand in for the small one until it has its own graph, captured without a step of its own."""
+    backend = load(tiny_model("qwen3", dtype="bfloat16"), "cuda", "bf16")
+    tables = [np.array([i], np.int32) for i in range(40)]
+    large, small = (24, 12) if kind == "decodes" else (1, 1)
+    lengths = (1, 1) if kind == "decodes" else (60, 35)
+
+    def step(count: int, length: int):
+        return batch([(TOKENS[i : i + length], 0, table(1) if length > 1 else tables[i]) for i in range(count)])
+
+    graphs, backend._graphs = backend._graphs, None
+    want = fetched(backend, step(small, lengths[1]))
+    backend._graphs = graphs
+    assert graphs is not None
+    fetched(backend, step(large, lengths[0]))
+    backend.finish_captures()
+    for _ in range(30):
+        got = fetched(backend, step(small, lengths[1]))
+    backend.finish_captures()
+    got = fetched(backend, step(small, lengths[1]))
+    (bucket,) = [b for (what, _), b in graphs._buckets.items() if what == kind and not b.ran]
+    assert bucket.graph is not None
+    assert np.abs(got - want).max() < 2e-2 * np.abs(want).max()
+
+
 def test_tuned_kernels_give_the_same(tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tiny_model("qwen3", dtype="bfloat16", num_hidden_layers=1)

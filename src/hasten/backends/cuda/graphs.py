@@ -3,8 +3,9 @@
 
 A bucket runs kernel by kernel at first, so no token waits for a capture: captures are made by a thread of their own, on
 a stream of its own, while steps go on; the one after a capture replays it. Where a larger bucket has a graph already,
-that one stands in, until the bucket has come so often that a step kernel by kernel pays. Large steps need no graph: the
-device takes longer for them than the host does to launch them.
+that one stands in, and one that comes often is captured without ever running kernel by kernel, which takes a host up to
+ten times as long as the device. Large steps need no graph: the device takes longer for them than the host does to
+launch them.
 """
 
 import threading
@@ -18,6 +19,7 @@ import torch
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder, Hidden
 from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
+from hasten.backends.cuda.linear import MAX_SKINNY
 from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -37,6 +39,8 @@ class _Bucket:
     logits: torch.Tensor | None = None
     hidden: Hidden | None = None
     asked: bool = False
+    ran: bool = False  # kernel by kernel
+    must_run: bool = False  # before it can be captured
     uses: int = 0
 
 
@@ -82,6 +86,7 @@ class Graphs:
             logits, hidden = bucket.logits, bucket.hidden
         else:
             logits, hidden = self._run(bucket)
+            bucket.ran = True
             self._ask(bucket)
         if logits is not None:
             return self._rows(logits[:count], batch)
@@ -122,14 +127,15 @@ class Graphs:
         """The bucket of a step, or one that stands in for it."""
         bucket = self._bucket(kind, size)
         bucket.uses += 1
-        if bucket.graph is not None or (bucket.uses > _STAND_INS and not bucket.asked):
+        if bucket.graph is not None:
             return bucket
-        larger = [
-            at
-            for at, other in self._buckets.items()
-            if at[0] == kind and size < at[1] <= 2 * size and other.graph is not None
-        ]
-        return self._buckets[min(larger)] if larger else bucket
+        alike = {at[1]: other for at, other in self._buckets.items() if at[0] == kind}
+        larger = [at for at, other in alike.items() if size < at <= 2 * size and other.graph is not None]
+        if larger and bucket.uses > _STAND_INS and not bucket.asked:
+            if bucket.must_run or not any(other.ran for at, other in alike.items() if _way(at) == _way(size)):
+                return bucket
+            self._ask(bucket)
+        return alike[min(larger)] if larger else bucket
 
     def _bucket(self, kind: str, size: int) -> _Bucket:
         bucket = self._buckets.get((kind, size))
@@ -154,7 +160,7 @@ class Graphs:
         return logits, None
 
     def _ask(self, bucket: _Bucket) -> None:
-        """Have the bucket captured: its kernels are compiled, for it has run."""
+        """Have the bucket captured: what its kernels need is there, for it has run, or one that goes the same way."""
         if not bucket.asked:
             bucket.asked = True
             job = self._thread.submit(self._capture, bucket)
@@ -175,12 +181,14 @@ class Graphs:
                 self._decoder.warm_products()
             self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with device.capturing, torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                logits, hidden = self._run(bucket)
-            finally:
-                graph.capture_end()
+        try:
+            with device.capturing, torch.cuda.stream(self._stream):
+                logits, hidden = self._record(bucket, graph)
+        except Exception:
+            if bucket.ran:
+                raise
+            bucket.must_run, bucket.asked = True, False
+            return
         # Not kept from graphs that are captured later: results are read before another one runs, and those of all
         # buckets side by side would be gigabytes.
         bucket.logits = None if logits is None else _borrowed(logits)
@@ -189,6 +197,14 @@ class Graphs:
             bucket.hidden = Hidden(_borrowed(hidden.x), delta, hidden.post)
         self._pool = graph.pool()
         bucket.graph = graph
+
+    def _record(self, bucket: _Bucket, graph: torch.cuda.CUDAGraph) -> tuple[torch.Tensor | None, Hidden | None]:
+        # Relaxed: a kernel that no bucket has had in just this form yet is compiled and loaded on the way.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local" if bucket.ran else "relaxed")
+        try:
+            return self._run(bucket)
+        finally:
+            graph.capture_end()
 
 
 @dataclass(frozen=True)
@@ -210,6 +226,11 @@ def _warn_of_failure(job: Future[None]) -> None:
     error = None if job.cancelled() else job.exception()
     if error is not None:
         warnings.warn(f"a CUDA graph was not captured, its steps run kernel by kernel: {error}", stacklevel=2)
+
+
+def _way(rows: int) -> int:
+    """Which kernels multiply so many rows: one, few or many."""
+    return (rows > 1) + (rows > MAX_SKINNY)
 
 
 def _decode_bucket(count: int) -> int | None:

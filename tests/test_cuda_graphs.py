@@ -1,0 +1,80 @@
+"""Which steps run as graphs: buckets, those that stand in for others, and captures without a step of their own. Replays
+are stood in for by running the step in Triton's interpreter; captures themselves are tested on a GPU."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
+
+from cuda_tools import batch, fetched, load  # noqa: E402
+
+from hasten.backends.base import Batch  # noqa: E402
+from hasten.backends.cuda import graphs as module  # noqa: E402
+from hasten.backends.cuda.graphs import Graphs  # noqa: E402
+
+TOKENS = np.random.default_rng(0).integers(3, 300, 40).astype(np.int32)
+
+
+class Played(Graphs):
+    """Captures that only note what is to be run. fails: those of buckets that have not run."""
+
+    fails = False
+
+    def _capture(self, bucket) -> None:  # type: ignore[no-untyped-def]
+        if self.fails and not bucket.ran:
+            bucket.must_run, bucket.asked = True, False
+            return
+
+        def replay() -> None:
+            bucket.logits, bucket.hidden = self._run(bucket)
+
+        bucket.graph = SimpleNamespace(replay=replay)
+
+
+@pytest.fixture
+def graphs(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(module, "_STAND_INS", 2)
+    backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
+    made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16)  # type: ignore[arg-type]
+    made.backend = backend  # type: ignore[attr-defined]
+    return made
+
+
+def decodes(count: int) -> Batch:
+    return batch([(TOKENS[i : i + 1], 0, np.arange(4 * i, 4 * i + 4, dtype=np.int32)) for i in range(count)])
+
+
+def run(graphs, count: int) -> np.ndarray:  # type: ignore[no-untyped-def]
+    got, chosen = graphs(decodes(count))
+    graphs.finish()
+    assert chosen
+    return np.array(got)
+
+
+def test_a_bucket_that_comes_often_is_captured_without_running(graphs) -> None:  # type: ignore[no-untyped-def]
+    want = fetched(graphs.backend, decodes(4))
+    for count in (4, 2, 2, 2, 1, 1):
+        got = run(graphs, count)
+        np.testing.assert_allclose(got, want[:count], atol=1e-5)
+    found = {size: (bucket.ran, bucket.graph is not None) for (_, size), bucket in graphs._buckets.items()}
+    assert found == {4: (True, True), 2: (False, True), 1: (False, False)}
+    run(graphs, 1)
+    assert graphs._buckets["decodes", 1].ran  # other kernels than those of several rows
+
+
+def test_where_that_fails_it_runs_first(graphs) -> None:  # type: ignore[no-untyped-def]
+    graphs.fails = True
+    for count in (4, 2, 2, 2):
+        run(graphs, count)
+    assert not graphs._buckets["decodes", 2].ran
+    run(graphs, 2)
+    assert graphs._buckets["decodes", 2].ran
+    assert graphs._buckets["decodes", 2].graph is not None
