@@ -46,6 +46,22 @@ def test_as_transformers_loads_it(family: str, tiny_model: Callable[..., Path]) 
     np.testing.assert_allclose(in_torch(folder), want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("family", ["llama3", "phi3", "gemma3", "gpt2", "gpt_neox", "granite"])
+def test_in_bfloat16_as_transformers_loads_it(family: str, tiny_model: Callable[..., Path]) -> None:
+    """Rotary frequencies stay in float32, all that is multiplied is in bfloat16."""
+    folder = tiny_model(family)
+    ours = load_torch(folder, dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    buffers = dict(theirs.named_buffers())
+    for name, buffer in ours.named_buffers():
+        if name.endswith("inv_freq"):
+            torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0)
+    with torch.no_grad():
+        found, want = (model(torch.tensor([TOKENS])).logits for model in (ours, theirs))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, want, rtol=0, atol=0.02 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_widths_of_their_own(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_model(family))

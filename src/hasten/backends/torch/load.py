@@ -49,7 +49,7 @@ def load_torch(folder: str | Path, dtype: torch.dtype | None = None, device: str
     _fill(model, spec, current, waiting[current], held.pop(current), dtype, device)
     if spec.tied_head:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model.to(dtype)
+    return model  # buffers, such as rotary frequencies, stay in float32, as Transformers keeps them
 
 
 def empty_model(checkpoint: Checkpoint, device: torch.device) -> Any:
