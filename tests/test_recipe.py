@@ -63,6 +63,14 @@ def test_yaml_and_back(recipe: Recipe) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_numbers_with_an_exponent_alone_are_numbers() -> None:
+    for text, value in (("1e-4", 1e-4), ("2E-3", 2e-3), ("5.e-1", 0.5), (".5e-1", 0.05), ("1.5e-05", 1.5e-5)):
+        assert Recipe.from_yaml(f"steps: [{{finetune: {{learning_rate: {text}}}}}]").steps == (
+            Finetune(learning_rate=value),
+        )
+    assert Recipe.from_yaml("calibration: {text: e5}").calibration.text == "e5"
+
+
 def test_every_step_round_trips() -> None:
     schedule = Gradual(final_sparsity=0.5, begin_step=10, end_step=100)
     steps = (
@@ -120,6 +128,12 @@ def test_rounding_presets_say_what_they_do(name: str) -> None:
         ("steps: [{shrink: {}}]", "shrink removes nothing"),
         ("steps: [{split_experts: {active: 32}}]", "active is 32, expected at most experts, which is 16"),
         ("steps: [{finetune: {sparsity: {final_sparsity: 0.5}}}]", "missing 2 required .*'begin_step' and 'end_step'"),
+        ("steps: [{finetune: {sparsity: 0.5}}]", "sparsity is float, expected names and values"),
+        ("steps: [{finetune: {text: 5}}]", "text is 5, expected a file, a folder or a data set's name"),
+        ("steps: [{recover: {text: [a]}}]", r"text is \['a'\], expected a file"),
+        ("steps: [{distill: {teacher: 7}}]", "teacher is 7, expected a model's folder or name"),
+        ("steps: [{distill: {student: 7}}]", "student is 7, expected a config.json"),
+        ("steps: [{distill: {logs: true}}]", "logs is True, expected a folder"),
         ("steps: [{smooth: {strenght: 1}}]", r"unknown key 'strenght' in smooth: did you mean 'strength'\?"),
         ("calibration: {txt: a}", r"unknown key 'txt' in calibration: did you mean 'text'\?"),
         ("calibration: {num_sequences: 0}", "num_sequences is 0, expected a whole number of at least 1"),

@@ -50,6 +50,12 @@ def names(key: str, value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
+def string(key: str, value: object, expected: str) -> None:
+    """A string, or None."""
+    if value is not None and not isinstance(value, str):
+        raise RecipeError(f"{key} is {value!r}, expected {expected}")
+
+
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -14,6 +14,7 @@ decoder layer. Where the head is tied, `head` and `embedding` are the one matrix
 earlier one on the matrices that both name, and starts from the original numbers.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys, mapping
+from hasten.checks import build, choose, count, did_you_mean, is_int, known_keys, mapping, string
 from hasten.errors import RecipeError
-from hasten.steps import STEPS, Distill, Factorize, Prune, Quantize, Rotate, Shrink, Smooth, Step, step_name
+from hasten.steps import STEPS, TEXT, Distill, Factorize, Prune, Quantize, Rotate, Shrink, Smooth, Step, step_name
 
 KV_CACHES = ("fp32", "bf16", "int8", "fp8")
 SPECULATIONS = ("none", "ngram")
@@ -66,8 +67,7 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.text is not None and not isinstance(self.text, str):
-            raise RecipeError(f"text is {self.text!r}, expected a file, a folder or a data set's name")
+        string("text", self.text, TEXT)
         count("num_sequences", self.num_sequences)
         count("sequence_len", self.sequence_len, 2)
         count("seed", self.seed, 0)
@@ -106,7 +106,7 @@ class Recipe:
     @staticmethod
     def from_yaml(text: str) -> "Recipe":
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
         return Recipe.from_dict(data)
@@ -132,6 +132,15 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as users know it: 1e-4 is a number. YAML 1.1 wants 1.0e-4, and takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def presets() -> dict[str, Recipe]:

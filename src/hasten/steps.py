@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.checks import build, choose, count, flag, is_int, names, number
+from hasten.checks import build, choose, count, flag, is_int, names, number, string
 from hasten.errors import RecipeError
 
 KINDS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
@@ -16,6 +16,7 @@ METHODS = ("rtn", "gptq", "awq")
 ACTIVATIONS = ("int8", "fp8", "fp8-static")
 PATTERNS = ("unstructured", "2:4")
 LINEAR = ("Linear",)
+TEXT = "a file, a folder or a data set's name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +286,9 @@ class Training:
         number("weight_decay", self.weight_decay, 0, 10)
         number("dropout", self.dropout, 0, 0.9)
         count("seed", self.seed, 0)
-        if isinstance(self.sparsity, Mapping):
+        string("text", self.text, TEXT)
+        string("logs", self.logs, "a folder")
+        if self.sparsity is not None and not isinstance(self.sparsity, Gradual):
             object.__setattr__(self, "sparsity", build(Gradual, "sparsity", self.sparsity))
         if self.sparsity is not None and self.sparsity.end_step > self.steps:
             raise RecipeError(f"end_step is {self.sparsity.end_step}, expected at most steps, which is {self.steps}")
@@ -338,6 +341,8 @@ class Distill(Training):
         for key in ("hidden", "attention"):
             number(key, getattr(self, key), 0, 1000)
         choose("samples", self.samples, ("text", "teacher", "student"))
+        string("teacher", self.teacher, "a model's folder or name")
+        string("student", self.student, "a config.json")
         layers = self.keep_layers
         if not isinstance(layers, list | tuple) or not all(is_int(layer) and layer >= 0 for layer in layers):
             raise RecipeError(f"keep_layers is {layers!r}, expected numbers of layers such as [0, 2, 4]")
@@ -378,6 +383,7 @@ class Recover:
             count(key, getattr(self, key))
         number("learning_rate", self.learning_rate, 0, 1, closed=False)
         count("sequence_len", self.sequence_len, 2)
+        string("text", self.text, TEXT)
         number("weight", self.weight, 0, 1)
         count("seed", self.seed, 0)
 
