@@ -1,6 +1,7 @@
 """Steps that train, in recipes: what comes out, what stays, what is said, and that a killed one goes on."""
 
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import hasten  # noqa: E402
-from hasten.errors import HastenError, RecipeError  # noqa: E402
+from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
 from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Smooth, Step, Training  # noqa: E402
+from hasten.train import finetune, trainer  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
@@ -115,29 +117,75 @@ def test_a_killed_training_goes_on_to_the_same_end(tiny_model: Model, text: str,
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
-    from hasten.train.trainer import Around, fit
-
-    training = Training(steps=7, batch_size=2, sequence_len=16)
-    stream = torch.arange(200) % 64
-
-    def trained() -> tuple[Any, dict[str, torch.Tensor]]:
-        torch.manual_seed(1)
-        config = transformers.LlamaConfig(
+def small_model() -> Any:
+    torch.manual_seed(1)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=2,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config)
-        return fit(model, Sequences(stream, 16, 14), training, Around(tmp_path)), model.state_dict()
+        )
+    )  # fmt: skip
 
-    first, weights = trained()
-    again, same = trained()
+
+def fit_small(work: Path, steps: int = 7, **around: Any) -> tuple[trainer.Trained, dict[str, torch.Tensor]]:
+    training = Training(steps=steps, batch_size=2, sequence_len=16, logs=around.pop("logs", None))
+    model = small_model()
+    sequences = Sequences(torch.arange(200) % 64, 16, 2 * steps)
+    return trainer.fit(model, sequences, training, trainer.Around(work, **around)), model.state_dict()
+
+
+def test_a_training_that_was_done_is_not_done_again(tmp_path: Path) -> None:
+    first, weights = fit_small(tmp_path)
+    again, same = fit_small(tmp_path)
     assert (again.curve, again.tokens, again.seconds) == (first.curve, 0, 0)
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     (tmp_path / "checkpoint-7/trainer_state.json").write_text('{"cut')  # killed while it was written
-    third, same = trained()
+    third, same = fit_small(tmp_path)
     assert third.curve == first.curve
     assert third.tokens > 0
+
+
+def test_layers_run_again_for_want_of_memory_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    tokens, numbers = 8 * 512, sum(parameter.numel() for parameter in model.parameters())
+    needed = 12 * numbers + tokens * (64 * 16 + 16 * 64)
+    assert trainer.is_tight(model, Training(), needed / 0.81)
+    assert not trainer.is_tight(model, Training(), needed / 0.79)
+    _, weights = fit_small(tmp_path / "one")
+    monkeypatch.setattr(trainer, "free_memory", lambda device: 0.0)
+    _, same = fit_small(tmp_path / "two")
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_last_loss_is_told_and_a_lost_one_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_LOGS", 2)
+    told: list[str] = []
+    found, _ = fit_small(tmp_path / "one", tell=lambda part, what: told.append(what))
+    assert [step for step, _ in found.curve] == [3, 6, 7]
+    assert told[0] == "step 1"
+    assert told[6].startswith("step 7, loss 4.")
+
+    def lost(model: Any, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        return trainer.text_loss(model, tokens, step) * (float("nan") if step >= 2 else 1.0)
+
+    found, _ = fit_small(tmp_path / "two", steps=40, loss=lost)
+    assert found.curve[-1][0] == 20
+    assert np.isnan(found.curve[-1][1])
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"logs is .*file, which cannot be written"):
+        fit_small(tmp_path / "work", logs=str(tmp_path / "file"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(ResourceError, match=r"checkpoints cannot be written to .*: is the disk full"):
+            fit_small(tmp_path / "work")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_gradual_pruning_ends_exactly_and_is_stripped(tiny_model: Model, text: str, tmp_path: Path) -> None:
@@ -178,6 +226,40 @@ def test_lora_adds_its_rank_and_no_more(tiny_model: Model, text: str, tmp_path: 
     difference = np.linalg.svd(after["layers.1.up"] - before["layers.1.up"], compute_uv=False)
     assert difference[2] > 100 * difference[3]
     np.testing.assert_array_equal(after["embed"], before["embed"])
+
+
+def test_lora_keeps_what_trains_alone_and_goes_on_to_the_same_end(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    step = Recover("lora", rank=3, **short(text))
+    run(tiny_model("llama"), tmp_path / "whole", text, step)
+
+    def kill(done: int, total: int, what: str) -> None:
+        if "step 4" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model("llama"), tmp_path / "out", text, step, progress=kill)
+    kept = torch.load(tmp_path / "out.work/work-0/checkpoint-3/pytorch_model.bin", weights_only=True)
+    assert all(name.endswith((".0.a", ".0.b")) for name in kept)
+    run(tiny_model("llama"), tmp_path / "out", text, step)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_factors_thinner_than_the_rank_take_what_fits(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    steps = (Factorize(rank=2, targets=("mlp",), method="svd"), Recover("lora", rank=4, **short(text, steps=2)))
+    run(tiny_model("llama"), tmp_path / "out", text, *steps)
+    assert open_checkpoint(tmp_path / "out").spec.layers[0].rank_of("down") == 2
+
+
+def test_memory_that_runs_out_is_said_in_a_line(
+    tiny_model: Model, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(finetune, "fit", too_much)
+    with pytest.raises(ResourceError, match=r"the GPU's memory ran out in finetune: .*lower batch_size"):
+        run(tiny_model("llama"), tmp_path / "out", text, Finetune(**short(text)))
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_shrink_distill_factorize_quantize(tiny_model: Model, text: str, tmp_path: Path) -> None:
@@ -258,4 +340,5 @@ def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> 
     with pytest.raises(RecipeError, match=r"rank is 60, layers\.0\.k is"):
         run(model, tmp_path / "out", text, Recover("lora", rank=60, **short(text)))
     with pytest.raises(HastenError, match="training sequences have 512 tokens, the model at most 256"):
-        run(model, tmp_path / "out2", text, Finetune(**short(text, sequence_len=512)))
+        run(model, tmp_path / "out", text, Finetune(**short(text, sequence_len=512)))
+    assert not (tmp_path / "out.work").exists()  # a mended recipe takes the same name

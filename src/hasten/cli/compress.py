@@ -103,6 +103,10 @@ def _facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
         name = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)
         facts.append(("error of outputs", f"{mean:.2%} on average, at most {errors[name]:.2%} ({name})"))
+    for name, found in settings.items():
+        if isinstance(found, dict) and (curve := found.get("loss")):
+            speed = f"{found['tokens_per_second']:,} tokens/s"
+            facts.append((name, f"loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}, {speed}"))
     if "seconds" in settings:
         peak = ", ".join(f"{kind} {bytes_in_words(size)}" for kind, size in settings["peak_memory"].items())
         facts.append(("time, peak memory", f"{settings['seconds']:.0f} s, {peak}"))

@@ -34,7 +34,7 @@ from hasten.compress.folder import run_settings
 from hasten.compress.plan import Plan, needs_text
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
-from hasten.errors import RecipeError, ResourceError
+from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, bytes_of, sparsify
@@ -42,10 +42,13 @@ from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
 from hasten.recipe import Recipe
-from hasten.steps import Quantize, Step
+from hasten.steps import Quantize, Step, step_name
 
 # Modules that register their steps as they are imported.
 CHANGES = (factorize, kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, split, threshold)
+
+# What interrupted work goes on from: stages that are finished, text, blocks, a training.
+_KEPT = ("found.json", "survey-*.json", "*.npy", "block-*.npz", "checkpoint-*")
 
 Progress = Callable[[int, int, str], None]
 
@@ -99,7 +102,7 @@ def _stages(
         context = Context(recipe, plan, checkpoint.path, source, tokens, device, own, tell)
         if not (own / "found.json").is_file():  # else it was finished before an interruption
             shutil.rmtree(target, ignore_errors=True)
-            _run_stage(steps, target, context)
+            _try_stage(steps, target, context, work)
             _remember(context)
         context = _remembered(context)
         facts, notes = facts | context.facts, [*notes, *context.notes]
@@ -138,6 +141,21 @@ def stages_of(steps: tuple[Step, ...]) -> list[tuple[Step, ...]]:
         else:
             stages.append((step,))
     return stages
+
+
+def _try_stage(steps: tuple[Step, ...], target: Path, context: Context, work: Path) -> None:
+    """Where it fails before anything is worth keeping, the work folder goes: it would be in a mended recipe's way."""
+    try:
+        _run_stage(steps, target, context)
+    except (HastenError, torch.OutOfMemoryError) as error:
+        if not any(any(work.rglob(pattern)) for pattern in _KEPT):
+            shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, HastenError):
+            raise
+        raise ResourceError(
+            f"the GPU's memory ran out in {', '.join(map(step_name, steps))}: free it of other work, lower batch_size "
+            "or sequence_len where the step has them, or use --device cpu"
+        ) from None
 
 
 def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from hasten.backends.torch.load import load_torch
-from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.compress.calibration import generate
 from hasten.compress.stage import Context, run_step
 from hasten.model.checkpoint import open_checkpoint
@@ -25,7 +24,7 @@ from hasten.recipe import Calibration
 from hasten.steps import Distill
 from hasten.train.data import Sequences
 from hasten.train.finetune import train
-from hasten.train.folder import open_folder, write_folder
+from hasten.train.folder import frozen_dtype, open_folder, write_folder
 from hasten.train.losses import divergence
 from hasten.train.match import attention_loss, hidden_loss, layer_map, projection
 from hasten.train.student import student_of
@@ -42,12 +41,12 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
     teacher_folder = context.original if step.teacher is None else resolve(step.teacher)
     student_folder = student_of(step, source, context.work)
     vocab = check_teacher(teacher_folder, student_folder)
-    opened = open_folder(student_folder, context.device)
-    teacher = load_teacher(teacher_folder, context.device)
-    sequences, training = sequences_of(step, opened.checkpoint, context)
-    if step.samples == "teacher":
+    sequences, training = sequences_of(step, open_checkpoint(student_folder), context)
+    if step.samples == "teacher":  # before the two models fill the device
         rows = written_by(teacher_folder, sequences, training, context)
         sequences, training = rows_as_sequences(rows, training, context.device)
+    opened = open_folder(student_folder, context.device)
+    teacher = load_teacher(teacher_folder, context.device)
     student = opened.model
     if step.attention:
         plain_attention(student)
@@ -60,10 +59,8 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
 
 
 def load_teacher(folder: Path, device: str) -> Any:
-    """Frozen; in float32 on a CPU, in its own dtype elsewhere."""
-    spec = open_checkpoint(folder).spec
-    teacher = load_torch(folder, torch.float32 if device == "cpu" else TORCH_DTYPES[spec.dtype], device)
-    return teacher.eval().requires_grad_(False)
+    model = load_torch(folder, frozen_dtype(folder, device), device)
+    return model.requires_grad_(False)
 
 
 def plain_attention(model: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hasten.backends.torch.load import load_torch, module_of
 from hasten.backends.torch.modules import Experts, Joined, LowRank, MaskedInput
-from hasten.backends.torch.tensors import to_weight
+from hasten.backends.torch.tensors import TORCH_DTYPES, to_weight
 from hasten.errors import RecipeError
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import DENSE_BYTES, Weight
@@ -26,7 +26,7 @@ _DROPPED = ("embed", "o", "down")
 
 @dataclass(eq=False)
 class Opened:
-    """model: in float32, from load_torch. modules: what holds each canonical weight: Linears, embeddings, norms."""
+    """model: from load_torch. modules: what holds each canonical weight: Linears, embeddings, norms."""
 
     model: Any
     checkpoint: Checkpoint
@@ -59,6 +59,11 @@ def open_folder(folder: Path, device: str, dtype: torch.dtype = torch.float32) -
             raise RecipeError(f"{name} is {fmt.kind}, training takes unquantised models: start from the original")
     model = load_torch(folder, dtype, device)
     return Opened(model, checkpoint, dict(_modules(model, checkpoint)))
+
+
+def frozen_dtype(folder: Path, device: str) -> torch.dtype:
+    """Of a model that is not trained: float32 on a CPU, its own elsewhere."""
+    return torch.float32 if device == "cpu" else TORCH_DTYPES[open_checkpoint(folder).spec.dtype]
 
 
 def write_folder(opened: Opened, target: Path) -> None:

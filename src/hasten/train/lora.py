@@ -15,7 +15,7 @@ from hasten.errors import RecipeError
 from hasten.steps import Distill, Recover
 from hasten.train.distill import Lesson, load_teacher
 from hasten.train.finetune import train
-from hasten.train.folder import Opened, open_folder, write_folder
+from hasten.train.folder import Opened, frozen_dtype, open_folder, write_folder
 from hasten.train.masks import is_pruned
 from hasten.train.teacher import check_teacher
 from hasten.train.text import sequences_of
@@ -23,7 +23,7 @@ from hasten.train.text import sequences_of
 
 @run_step.register
 def _(step: Recover, source: Path, target: Path, context: Context) -> None:
-    opened = open_folder(source, context.device)
+    opened = open_folder(source, context.device, frozen_dtype(source, context.device))
     wanted = Distill(
         text=step.text, steps=step.steps, batch_size=step.batch_size, sequence_len=step.sequence_len,
         learning_rate=step.learning_rate, weight_decay=0.0, seed=step.seed, weight=step.weight,
@@ -55,17 +55,19 @@ class Addition(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         addition = self.b @ self.a
-        return weight + (addition if self.keep is None else addition * self.keep)
+        return (weight + (addition if self.keep is None else addition * self.keep)).to(weight.dtype)
 
 
 def add(opened: Opened, rank: int, seed: int) -> None:
-    """Freeze the model, and add to each matrix of its layers. RecipeError where a matrix has no such rank."""
+    """Freeze the model, and add to each matrix of its layers; to factors of low rank no more than theirs. RecipeError
+    where another matrix has no such rank."""
     opened.model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in opened.matrices().items():
-        if rank > min(linear.weight.shape):
+        most = min(linear.weight.shape)
+        if rank > most and not name.endswith((".a", ".b")):
             raise RecipeError(f"rank is {rank}, {name} is {list(linear.weight.shape)}: at most its smaller side")
-        parametrize.register_parametrization(linear, "weight", Addition(linear.weight, rank, generator))
+        parametrize.register_parametrization(linear, "weight", Addition(linear.weight, min(rank, most), generator))
 
 
 def merge(opened: Opened) -> None:

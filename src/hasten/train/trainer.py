@@ -70,9 +70,15 @@ def text_loss(model: nn.Module, tokens: Tensor, step: int) -> Tensor:
 
 
 def fit(model: Any, sequences: Sequences, training: Training, around: Around) -> Trained:
-    """Train `model` in place, in float32 (under bfloat16 autocast on a GPU), on the device that it is on."""
-    model.float()
+    """Train what of `model` takes gradients, in place, in float32 (under bfloat16 autocast on a GPU), on the device
+    that it is on. The rest stays in its own dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     device = next(model.parameters()).device
+    if is_tight(model, training, free_memory(device)):
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     watcher = _Watcher(training.steps, around)
     trainer = _Trainer(
         model=model,
@@ -89,6 +95,10 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
     logging.set_verbosity(40)  # errors alone: what else it says, users cannot act on
     try:
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save names its file
+            raise
+        raise ResourceError(f"checkpoints cannot be written to {around.work}: is the disk full?") from None
     finally:
         logging.set_verbosity(verbosity)
     model.eval()
@@ -99,6 +109,27 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
 
 def sequences_needed(training: Training) -> int:
     return training.steps * training.batch_size * training.gradient_accumulation
+
+
+def is_tight(model: Any, training: Training, free: float) -> bool:
+    """Whether a step does not fit `free` bytes unless layers are run again for the backward pass, which takes a third
+    more time (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
+
+    By estimate: gradients and Adam's moments, 12 bytes for each number that trains; for each token some 64 bytes times
+    the width of each layer (34 without a gated MLP: Korthikanti et al. 2022), and 16 for each logit.
+    """
+    config = model.config
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    a_token = 64 * config.hidden_size * config.num_hidden_layers + 16 * config.vocab_size
+    return bool(12 * trained + training.batch_size * training.sequence_len * a_token > 0.8 * free)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that nobody has; a CPU's are not counted."""
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _arguments(training: Training, around: Around, device: torch.device) -> transformers.TrainingArguments:
@@ -140,7 +171,10 @@ def _tensorboard(training: Training) -> list[transformers.TrainerCallback]:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
-    writer: Any = SummaryWriter(log_dir=training.logs)
+    try:
+        writer: Any = SummaryWriter(log_dir=training.logs)
+    except OSError as error:
+        raise ResourceError(f"logs is {training.logs}, which cannot be written: {error.strerror or error}") from None
     return [TensorBoardCallback(writer)]  # type: ignore[no-untyped-call]
 
 
@@ -171,11 +205,12 @@ class _Trainer(transformers.Trainer):
         return (loss, None) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The bare numbers: Transformers' own way knows its own modules only."""
+        """The bare numbers of what trains: Transformers' own way knows its own modules only."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
-        torch.save(model.state_dict(), folder / WEIGHTS_NAME)
+        numbers = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        torch.save(numbers, folder / WEIGHTS_NAME)
 
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         sequences: Any = self.train_dataset
@@ -202,9 +237,14 @@ class _Watcher(transformers.TrainerCallback):
         self.first = self.first or self.last
         if self.around.after is not None:
             self.around.after(state.global_step)
+        if state.global_step >= self.steps:
+            control.should_log = True  # the last loss is told, whatever the interval
         if self.around.tell is not None:
-            self.around.tell(state.global_step / self.steps, f"step {state.global_step}, loss {self.loss:.3f}")
+            known = "" if math.isnan(self.loss) else f", loss {self.loss:.3f}"
+            self.around.tell(state.global_step / self.steps, f"step {state.global_step}{known}")
 
     def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.last = time.perf_counter()  # the device was waited for
         self.loss = named["logs"].get("loss", self.loss)
+        if not math.isfinite(named["logs"].get("loss", 0.0)):
+            control.should_training_stop = True  # from here on every number is lost
