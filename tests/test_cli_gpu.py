@@ -10,15 +10,20 @@ from typing import cast
 import pytest
 from command_line import hasten
 
+from hasten.backends.base import Backend
 from hasten.cli import bench, inspect
 from hasten.cli.terminal import write_json
 from hasten.engine.llm import LLM
 from hasten.hardware import Gpu
 from hasten.measure import energy
 from hasten.measure.energy import Rapl
-from hasten.measure.speed import Energy, energy_of
+from hasten.measure.speed import Energy, energy_of, notes_on_format
 from hasten.model.checkpoint import open_checkpoint
+from hasten.receipt import Receipt
+from hasten.recipe import Recipe
+from hasten.tune import finish
 from hasten.tune.predict import predict
+from hasten.tune.search import Search
 
 GPU = Gpu("a GPU", "9.0", 132, "13.0", 140 << 30, 100 << 20, 4e12, {"bf16": 7e14, "fp32": 5e13})
 
@@ -94,9 +99,15 @@ def test_kernels_are_tuned_on_a_gpu_only() -> None:
 
 
 def test_a_format_that_loses_is_noted() -> None:
-    backend = SimpleNamespace(slower_than_dense=lambda: {256: 1.31})
-    model = cast(LLM, SimpleNamespace(backend=backend))
-    (line,) = bench.notes_on_format(model, "cuda")
+    """In a receipt it is measured where it is not known; bench says what is known."""
+    slower: dict[int, float] = {}
+    known = SimpleNamespace(slower_than_dense=lambda: slower, compare_with_dense=lambda: slower.update({256: 1.31}))
+    backend = cast(Backend, known)
+    assert notes_on_format(backend, "cuda") == ()
+    assert notes_on_format(backend, "cpu", measure=True) == ()
+    (line,) = notes_on_format(backend, "cuda", measure=True)
     assert "with 256 streams" in line
     assert "1.31 times as long as in bf16" in line
-    assert bench.notes_on_format(model, "cpu") == []
+    lab = SimpleNamespace(device="cuda", load=lambda recipes: dict.fromkeys(recipes, backend))
+    receipt = Receipt("tune", "m", "now", {}, {}, {}, {}, recipe=Recipe(), notes=("first",))
+    assert finish._with_products(receipt, cast(Search, SimpleNamespace(lab=lab))).notes == ("first", line)

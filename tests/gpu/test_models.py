@@ -124,6 +124,22 @@ def test_tuned_kernels_give_the_same(tiny_model: Build, tmp_path: Path, monkeypa
         assert np.abs(got - want).max() < 3e-2 * np.abs(want).max()
 
 
+def test_a_format_is_compared_with_bf16_once(
+    tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tiny_model("qwen3", dtype="bfloat16", num_hidden_layers=1)
+    backend = load(path, "cuda", "bf16", format="fp8")
+    assert backend.slower_than_dense() == {}
+    backend.compare_with_dense()
+    (times,) = backend._device.measured.products.values()
+    assert all(0 < milliseconds < 1 for pair in times.values() for milliseconds in pair)
+    assert load(path, "cuda", "bf16", format="fp8")._device.measured == backend._device.measured
+    dense = load(path, "cuda", "bf16")
+    dense.compare_with_dense()
+    assert dense.slower_than_dense() == {}
+
+
 @pytest.mark.parametrize("count", [2, 9, 40])
 def test_batch_agrees_with_each_alone(count: int, tiny_model: Build) -> None:
     backend = load(tiny_model("qwen3"), "cuda")

@@ -76,20 +76,12 @@ def tune(llm: "LLM") -> dict[str, Any]:
     return found
 
 
-def notes_on_format(llm: "LLM", device: str) -> list[str]:
-    """Where the model's format was measured to be slower than bf16."""
-    slower: dict[int, float] = llm.backend.slower_than_dense() if device == "cuda" else {}  # type: ignore[attr-defined]
-    return [
-        f"with {batch} streams this model's products take {ratio:.2f} times as long as in bf16: if memory allows, use "
-        "the unquantised model there"
-        for batch, ratio in slower.items()
-    ]
-
-
 def measure(
     llm: "LLM", device: str, works: dict[str, "Workload"], rounds: int, format: str | None = None
 ) -> dict[str, Any]:
     """Speed, and on a GPU energy, of every workload, with the conditions, as plain data. format: as LLM's."""
+    from hasten.measure.speed import notes_on_format
+
     engine = engine_for(llm, works)
     limits, machine = probe_device(llm, device)
     note(f"{len(works)} measurements, {rounds} rounds ...")
@@ -104,7 +96,7 @@ def measure(
         "read_bandwidth": limits.bandwidth,
     }
     results = summarize(llm, works, time_all(engine, works, rounds), energy, limits, format)
-    return {"results": results, "conditions": conditions, "notes": notes + notes_on_format(llm, device)}
+    return {"results": results, "conditions": conditions, "notes": [*notes, *notes_on_format(llm.backend, device)]}
 
 
 def engine_for(llm: "LLM", works: dict[str, "Workload"]) -> "Engine":

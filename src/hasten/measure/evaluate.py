@@ -15,7 +15,15 @@ from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.measure.memory import peak_memory
 from hasten.measure.overlap import check_unseen
 from hasten.measure.quality import Model, score, summarize
-from hasten.measure.speed import Timing, Workload, interleave, make_engine, prompts_from, time_workload
+from hasten.measure.speed import (
+    Timing,
+    Workload,
+    interleave,
+    make_engine,
+    notes_on_format,
+    prompts_from,
+    time_workload,
+)
 from hasten.measure.statistics import ratio_of_rounds, spread
 from hasten.measure.task_files import Task, read_task
 from hasten.measure.tasks import STREAMS, answer, make_prompts, summarize_task
@@ -96,6 +104,8 @@ def evaluate(
     models = {} if original is None else {"against": _load(original, device, threads, None)}
     models["model"] = _load(checkpoint, device, threads, kv_cache, format)  # after the one compared with
     found = {text.name: _quality(models, text.windows, threads, progress) for text in texts}
+    if speed:
+        notes += notes_on_format(models["model"].model[0], device, measure=True)
     return Receipt(
         what="evaluate",
         model=str(model),

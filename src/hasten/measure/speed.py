@@ -146,3 +146,18 @@ def prompts_from(tokens: Sequence[int], streams: int, length: int) -> tuple[tupl
     last = len(enough) - length
     starts = [index * last // max(1, streams - 1) if streams > 1 else 0 for index in range(streams)]
     return tuple(tuple(enough[start : start + length]) for start in starts)
+
+
+def notes_on_format(backend: Backend, device: str, measure: bool = False) -> tuple[str, ...]:
+    """Where the format of a model that is loaded on a GPU is slower than bf16, a line for each number of streams: as
+    was measured once on this GPU, or is now (measure)."""
+    if device != "cuda":
+        return ()
+    if measure:
+        backend.compare_with_dense()  # type: ignore[attr-defined]
+    slower: dict[int, float] = backend.slower_than_dense()  # type: ignore[attr-defined]
+    return tuple(
+        f"with {streams} stream{'s' * (streams != 1)} this model's products take {ratio:.2f} times as long as in bf16:"
+        " if memory allows, use the unquantised model there"
+        for streams, ratio in slower.items()
+    )

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from hasten.errors import ResourceError
 from hasten.measure.memory import run_fresh
+from hasten.measure.speed import notes_on_format
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import Candidate, Receipt, Sample
 from hasten.recipe import Recipe
@@ -22,6 +23,7 @@ def finish(staged: Staged, search: Search, receipt: Receipt, text: HeldOut) -> R
     search.progress.expect(search.cost_of_end())
     staged.write(receipt.recipe)
     receipt = _with_energy(receipt, search)
+    receipt = _with_products(receipt, search)
     receipt = _with_fresh_runs(receipt, staged, search, text.tokens[:_PROMPT_TOKENS])
     receipt = replace(receipt, settings={**receipt.settings, "seconds": round(search.budget.spent, 1)})
     staged.publish(receipt)
@@ -40,6 +42,13 @@ def _with_energy(receipt: Receipt, search: Search) -> Receipt:
     except ResourceError as error:
         return replace(receipt, notes=(*receipt.notes, f"energy was not measured: {error}"))
     return _changed(receipt, {name: {"energy": energy} for name, energy in found.items()})
+
+
+def _with_products(receipt: Receipt, search: Search) -> Receipt:
+    """With a note for each number of streams, of more than were timed, at which the chosen format loses on a GPU."""
+    assert receipt.recipe is not None
+    backend = search.lab.load({"": receipt.recipe})[""]
+    return replace(receipt, notes=(*receipt.notes, *notes_on_format(backend, search.lab.device, measure=True)))
 
 
 def _with_fresh_runs(receipt: Receipt, staged: Staged, search: Search, prompt: list[int]) -> Receipt:

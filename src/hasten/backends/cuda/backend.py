@@ -2,7 +2,7 @@
 modules beside it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,6 +20,7 @@ from hasten.backends.cuda.tuner import (
     COMPARED_BATCHES,
     TUNED_BATCHES,
     Steps,
+    all_dense,
     compare_with_dense,
     signature,
     tune_tiles,
@@ -181,6 +182,21 @@ class CudaBackend:
         self._graphs.forget()
         path = write_measured(torch.cuda.get_device_name(self._device.handle), measured)
         return {"step_ms": milliseconds, "products_ms": measured.products[signature(decoder)], "file": str(path)}
+
+    @torch.inference_mode()
+    def compare_with_dense(self) -> None:
+        """Measure how this model's products compare with bf16's, unless that is known of this GPU or there is nothing
+        to compare; it is kept in the user's cache."""
+        if self._decoder is None or not self._device.is_cuda:
+            return
+        products, kind = self._device.measured.products, signature(self._decoder)
+        if kind in products or all_dense(self._decoder):
+            return
+        self.finish_captures()
+        with suppress(torch.cuda.OutOfMemoryError):
+            products[kind] = compare_with_dense(self._decoder, COMPARED_BATCHES)
+            with suppress(ResourceError):  # a cache that cannot be written: then it is measured again next time
+                write_measured(torch.cuda.get_device_name(self._device.handle), self._device.measured)
 
     def slower_than_dense(self) -> dict[int, float]:
         """Batch sizes at which this model's products were measured to take longer than in bf16, and how many times as

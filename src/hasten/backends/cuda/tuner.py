@@ -140,9 +140,16 @@ def signature(decoder: Decoder) -> str:
     return ", ".join(parts)
 
 
+def all_dense(decoder: Decoder) -> bool:
+    """Whether no product that one kernel does is of another format."""
+    return all(linear.matrices[0].kind == DENSE for linear in decoder.shapes()[:-1])
+
+
 def compare_with_dense(decoder: Decoder, batches: tuple[int, ...]) -> dict[int, tuple[float, float]]:
     """Milliseconds of one layer's products as they are and in bf16, by batch size."""
     linears = decoder.shapes()[:-1]
+    if not linears:
+        return {}
     dense = [_dense_twin(linear) for linear in linears]
     return {batch: (_products_ms(linears, batch), _products_ms(dense, batch)) for batch in batches}
 
