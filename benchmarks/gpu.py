@@ -2,6 +2,7 @@
 of a copy measured in the same run.
 
     python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine] [--runs 3]
+                             [--profile] [--skip-backend]
 
 Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one.
 Times are medians of whole runs; tokens are greedy.
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from step_profile import Profile, report_profile
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
@@ -262,9 +264,10 @@ def write_folder(folder: Path, model: str) -> None:
 
 
 def measure_engine(
-    folder: Path, model: str, format: str, batches: list[int], runs: int, mixed: bool = True
+    folder: Path, model: str, format: str, batches: list[int], runs: int, profile: bool = False
 ) -> dict[str, Any]:
-    """The same runs as whole requests of LLM.generate, and 256 requests of 100 to 1,024 tokens in and out at once."""
+    """The same runs as whole requests of LLM.generate, and 256 requests of 100 to 1,024 tokens in and out at once.
+    profile: the last of each once more, watched."""
     llm = LLM(folder, device="cuda", format="fp8" if format == "fp8" else None)
     rng = np.random.default_rng(3)
     found: dict[str, Any] = {"model": model, "format": format, "runs": {}}
@@ -278,6 +281,11 @@ def measure_engine(
         assert sum(len(output.outputs[0].token_ids) for output in outputs) == sum(out for _, out in lengths)
         return taken
 
+    def watched(lengths: list[tuple[int, int]]) -> dict[str, float]:
+        with Profile(llm.backend) as seen:  # type: ignore[arg-type]
+            run(lengths)
+        return seen.summary()
+
     for batch in batches:
         prompt, output = RUNS[batch]
         run([(prompt, 8)] * batch)
@@ -288,11 +296,14 @@ def measure_engine(
             "output": output,
             "tokens_per_s": batch * output / statistics.median(times),
         }
-    if mixed:
-        lengths = [(int(a), int(b)) for a, b in rng.integers(100, 1025, (256, 2))]
-        times = [run(lengths) for _ in range(2)]  # the first captures graphs beside its steps
-        found["mixed_tokens_per_s"] = sum(out for _, out in lengths) / min(times)
-        found["mixed_first_tokens_per_s"] = sum(out for _, out in lengths) / times[0]
+        if profile:
+            found["runs"][batch]["profile"] = watched([(prompt, output)] * batch)
+    lengths = [(int(a), int(b)) for a, b in rng.integers(100, 1025, (256, 2))]
+    times = [run(lengths) for _ in range(2)]  # the first captures graphs beside its steps
+    found["mixed_tokens_per_s"] = sum(out for _, out in lengths) / min(times)
+    found["mixed_first_tokens_per_s"] = sum(out for _, out in lengths) / times[0]
+    if profile:
+        found["mixed_profile"] = watched(lengths)
     llm.close()
     return found
 
@@ -351,6 +362,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,64,256")
     parser.add_argument("--prefills", default="1024,4000")
     parser.add_argument("--engine", action="store_true", help="also through LLM, with a model folder on disk")
+    parser.add_argument("--profile", action="store_true", help="with --engine: graphs, host time and idle device")
+    parser.add_argument("--skip-backend", action="store_true", help="only what --engine adds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--runs", type=int, default=3, help="of each batch size; one less from 64 on")
     options = parser.parse_args()
@@ -362,7 +375,7 @@ def main() -> None:
     summary: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
-        for format in options.formats.split(","):
+        for format in [] if options.skip_backend else options.formats.split(","):
             found = measure_backend(model, format, batches, prefills, options.runs)
             report(found, bandwidth)
             summary.setdefault("backend", []).append(found)
@@ -377,7 +390,7 @@ def main() -> None:
                 for format in options.formats.split(","):
                     if format not in ("bf16", "fp8"):
                         continue
-                    found = measure_engine(Path(folder), model, format, batches, options.runs)
+                    found = measure_engine(Path(folder), model, format, batches, options.runs, options.profile)
                     report_engine(found)
                     summary.setdefault("engine", []).append(found)
                     torch.cuda.empty_cache()
@@ -393,9 +406,11 @@ def report_engine(found: dict[str, Any]) -> None:
     for batch, run in found["runs"].items():
         versus = f"{run['tokens_per_s'] / speeds[batch]:.2f}x vLLM" if batch in speeds else ""
         print(f"  LLM batch {batch:3}: {run['tokens_per_s']:8.0f} tokens/s  {versus}", flush=True)
+        report_profile(run.get("profile"))
     mixed = VLLM_MIXED.get((found["model"], found["format"]))
     versus = f"{found['mixed_tokens_per_s'] / mixed:.2f}x vLLM" if mixed else ""
     print(f"  LLM 256 mixed requests: {found['mixed_tokens_per_s']:.0f} tokens/s  {versus}", flush=True)
+    report_profile(found.get("mixed_profile"))
 
 
 if __name__ == "__main__":
