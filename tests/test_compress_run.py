@@ -117,6 +117,7 @@ def test_steps_that_undo_others_are_refused(tiny_model: Callable[..., Path], tmp
     for steps, message in (
         ((Quantize("int8"), Prune()), "prune comes after quantize"),
         ((Prune(), Rotate()), "rotate comes after prune, and would undo it"),
+        ((Smooth(), Rotate()), "rotate comes after smooth, and would undo it"),
     ):
         with pytest.raises(RecipeError, match=message):
             compress(tiny_model("llama"), Recipe(steps), tmp_path / "out", device="cpu")
@@ -155,6 +156,23 @@ def test_text_from_a_folder_a_data_set_and_the_model_itself(
     assert (own[:, 0] == 1).all()
     assert np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=3), model), own)
     assert not np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=4), model), own)
+
+
+def test_scales_that_the_models_dtype_does_not_hold_are_left_out() -> None:
+    from types import SimpleNamespace
+
+    from hasten.compress.fold import into_norm
+
+    norm, up = torch.nn.RMSNorm(3), torch.nn.Linear(3, 2, bias=False)
+    block = SimpleNamespace(
+        spec=SimpleNamespace(norm_offset=0.0, dtype="fp16"), norms={"mlp_norm": norm}, linears={"up": up}
+    )
+    x, before = torch.randn(4, 3), up.weight.clone()
+    with torch.no_grad():
+        expected = up(norm(x))
+        into_norm(block, ("up",), torch.tensor([1e-6, 0.5, 1e9]))  # type: ignore[arg-type]
+        torch.testing.assert_close(up(norm(x)), expected)
+    torch.testing.assert_close(up.weight, before * torch.tensor([1, 0.5, 1]))
 
 
 def test_tokens_from_a_file_and_what_is_wrong_with_them(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

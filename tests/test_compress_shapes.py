@@ -239,7 +239,8 @@ def planted(model: Path, tmp_path: Path) -> Path:
 
 
 def test_an_interrupted_recipe_of_forms_goes_on(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    steps = (Factorize(keep=0.7, targets=("attention",)), SplitExperts(4, 2), Recover(steps=3), Quantize("int8", 0))
+    steps = (Factorize(keep=0.7, targets=("attention",)), SplitExperts(4, 2))
+    steps = (*steps, Recover(steps=3, learning_rate=0.5), Quantize("int8", 0))
     wanted, model = recipe(text, *steps), tiny_model("qwen3")
 
     def stop(done: int, total: int, what: str) -> None:
@@ -253,6 +254,8 @@ def test_an_interrupted_recipe_of_forms_goes_on(tiny_model: Callable[..., Path],
     resumed = compress(model, wanted, tmp_path / "out", device="cpu")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     assert resumed.settings["errors"] == whole.settings["errors"]
+    assert resumed.notes == whole.notes
+    assert "layers.0: recover did not help" in whole.notes[0]
 
 
 @pytest.mark.parametrize(

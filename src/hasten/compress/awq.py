@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hasten.compress.gptq import output_error
 from hasten.compress.grid import Grid
 
 _STEPS = 20
@@ -24,8 +25,7 @@ def channel_scales(
         scales = _scales_of(absolute, step / _STEPS)
         error = 0.0
         for weight, grid, group in zip(weights, grids, groups, strict=True):
-            left = grid.rounded(weight * scales, group) / scales - weight
-            error += float((left @ hessian * left).sum())
+            error += float(output_error(grid.rounded(weight * scales, group) / scales - weight, hessian))
         if error < best_error:
             best, best_error = scales, error
     return best

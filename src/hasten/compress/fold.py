@@ -34,8 +34,9 @@ def into_norm(block: Block, roles: Sequence[str], scales: Tensor) -> None:
     weight = cast(nn.Parameter, norm.weight)
     before = weight.float() + offset
     after = _rounded(before / scales - offset, block) + offset
-    left = torch.where((before != 0) & (after != 0), before / after, torch.ones_like(before))
-    weight.data = torch.where(before != 0, after - offset, weight.float()).to(weight.dtype)
+    fits = (before != 0) & (after != 0) & after.isfinite()  # else the channel is left as it is
+    left = torch.where(fits, before / after, torch.ones_like(before))
+    weight.data = torch.where(fits, after - offset, weight.float()).to(weight.dtype)
     bias = getattr(norm, "bias", None)
     if bias is not None:
         bias.data = (bias.float() / left).to(bias.dtype)

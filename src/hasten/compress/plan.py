@@ -36,7 +36,7 @@ ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
 # What a step cannot follow.
 _UNDONE: Mapping[type, tuple[type, ...]] = {
-    Rotate: (Prune, Factorize, SplitExperts),
+    Rotate: (Prune, Factorize, SplitExperts, Smooth),
     Shrink: (Prune, Factorize, SplitExperts),
     Factorize: (Prune,),
     SplitExperts: (Prune,),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hasten.compress import sparsegpt, wanda
 from hasten.compress.blocks import Block, Inputs
+from hasten.compress.gptq import output_error
 from hasten.compress.plan import targeted
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import collect, groups_of
@@ -40,6 +41,4 @@ def pruned(step: Prune, weight: Tensor, hessian: Tensor) -> Tensor:
 
 def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
     """Squared error of the outputs over their square, over inputs with this second moment."""
-    change = after - before
-    lost = (change @ hessian * change).sum()
-    return float(lost / (before @ hessian * before).sum().clamp(min=1e-30))
+    return float(output_error(after - before, hessian) / output_error(before, hessian).clamp(min=1e-30))

@@ -13,6 +13,7 @@ from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.grid import Grid, pack
 from hasten.compress.plan import stored_as
+from hasten.compress.prune import relative_error
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import Statistics, collect, groups_of
 from hasten.compress.threshold import wide
@@ -32,12 +33,11 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
         roles = [role for role in group if role in wanted]
         if not roles:
             continue
+        found = collect(block, inputs, roles, hessian=True)[roles[0]]
         if step.method == "rtn":
-            found = collect(block, inputs, roles, hessian=True)[roles[0]]
             for role in roles:
                 _round(step, block, role, found, context)
             continue
-        found = collect(block, inputs, roles, hessian=True)[roles[0]]
         if step.method == "awq":
             _scale_channels(step, block, group, roles, found, context)
             found = collect(block, inputs, roles, hessian=True)[roles[0]]
@@ -72,7 +72,7 @@ def _round(step: Quantize, block: Block, role: str, found: Statistics, context: 
         scale = (found.largest.max() / LARGEST).clamp(min=_LEAST).bfloat16().float()
         weight = replace(weight, input_scale=scale.reshape(1).cpu().numpy())
     block.store(role, weight)
-    _note(block, role, before, block.linears[role].weight.float(), found.hessian, context)
+    context.lost(block.name(role), relative_error(before, block.linears[role].weight.float(), found.hessian))
 
 
 def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:
@@ -96,15 +96,8 @@ def _store(
     block: Block, role: str, fmt: Format, before: Tensor, found: Found, hessian: Tensor, context: Context
 ) -> None:
     numbers = gptq.numbers(*found)
-    _note(block, role, before, numbers, hessian, context)
+    context.lost(block.name(role), relative_error(before, numbers, hessian))
     block.store(role, pack(fmt, *found), numbers)
-
-
-def _note(block: Block, role: str, before: Tensor, after: Tensor, hessian: Tensor, context: Context) -> None:
-    """The squared error of a matrix's outputs over their square, for the receipt."""
-    whole = float(gptq.output_error(before, hessian))
-    error = float(gptq.output_error(after - before, hessian))
-    context.lost(block.name(role), error / whole if whole > 0 else 0.0)
 
 
 def _scale_channels(

@@ -49,14 +49,16 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
             weights, noted = store.load(file)
             block = skeleton.block(index, weights, _layer(noted["layer"]))
             context.errors.update(noted["errors"])
+            context.notes += noted["notes"]
         else:
-            before = dict(context.errors)
+            before, so_far = dict(context.errors), len(context.notes)
             block = skeleton.block(index)
             for step in steps:
                 change_block(step, block, inputs, context)
             block.settle()
-            noted = {name: error for name, error in context.errors.items() if name not in before}
-            store.save(file, dict(block.weights()), {"errors": noted, "layer": asdict(block.layer)})
+            errors = {name: error for name, error in context.errors.items() if name not in before}
+            about = {"errors": errors, "notes": context.notes[so_far:], "layer": asdict(block.layer)}
+            store.save(file, dict(block.weights()), about)
         layers.append(block.layer)
         inputs.advance(block)
     context.tell(1, "writing")
