@@ -81,8 +81,8 @@ def report_profile(seen: dict[str, float] | None) -> None:
     if seen is None:
         return
     print(
-        f"    {seen['seconds']:.2f} s: {seen['steps']} steps, {seen['graphs']} of them graphs, {seen['step_ms']:.2f} ms each"
-        f" on the device, idle for {seen['idle_share']:.1%}; the host: {seen['host_ms']:.2f} ms a step (launching"
+        f"    {seen['seconds']:.2f} s: {seen['steps']} steps, {seen['graphs']} of them graphs, {seen['step_ms']:.2f} ms"
+        f" each on the device, idle for {seen['idle_share']:.1%}; the host: {seen['host_ms']:.2f} ms a step (launching"
         f" {seen['launch_ms']:.2f}, at most {seen['longest_launch_ms']:.0f}), waiting {seen['wait_ms']:.2f}",
         flush=True,
     )
