@@ -21,29 +21,33 @@ class NgramIndex:
     """Where each n-gram of one growing token list was last followed by something, and how often that would have been
     right lately, whether or not it was used: `luck`, begun at even odds."""
 
-    __slots__ = ("_guess", "_last", "_num_indexed", "luck")
+    __slots__ = ("_last", "_num_indexed", "luck")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
         self._num_indexed = 0
-        self._guess = -1  # the token expected after those indexed; -1 where nothing is, or is asked
         self.luck = 0.5
 
     def extend(self, tokens: list[int]) -> None:
-        """Index the tokens that are new and known. What comes first, a prompt, says nothing of luck."""
-        last, is_first = self._last, self._num_indexed == 0
+        """Index the tokens that are new and known. What comes first, a prompt, says nothing of luck. Runs for every
+        token of every sequence, so each n-gram is made once: to be looked up, then to be put in its place."""
+        last, get, is_first = self._last, self._last.get, self._num_indexed == 0
         end = len(tokens)
         while end and tokens[end - 1] < 0:
             end -= 1
         for at in range(max(self._num_indexed, 1), end):
+            four = tuple(tokens[at - 4 : at]) if at >= 4 else ()
+            three = four[1:] if four else tuple(tokens[at - 3 : at]) if at == 3 else ()
+            two = three[1:] if three else tuple(tokens[at - 2 : at]) if at == 2 else ()
             if not is_first:
-                self.luck += _FORGET * ((self._guess == tokens[at]) - self.luck)
-            for size in _SIZES:
-                if at >= size:
-                    last[tuple(tokens[at - size : at])] = at
-            if not is_first or at == end - 1:
-                start = self._match(tokens, at + 1)
-                self._guess = -1 if start is None else tokens[start]
+                start = get(four) or get(three) or get(two)
+                self.luck += _FORGET * ((start is not None and tokens[start] == tokens[at]) - self.luck)
+            if two:
+                last[two] = at
+                if three:
+                    last[three] = at
+                    if four:
+                        last[four] = at
         self._num_indexed = max(self._num_indexed, end)
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
@@ -123,13 +127,18 @@ def best_depth(acceptance: float, relative_cost: float, most: int, waiting: floa
     """The number k of drafts that gives the most tokens per time: (1 + p + .. + p^k) / (1 + waiting + k * cost). 0: do
     not draft, nor wait."""
     best, best_rate = 0, 1.0
-    expected, chance = 1.0, 1.0
+    expected, chance, before = 1.0, 1.0, 0.0
+    if (1 + waiting + relative_cost) * (1 - acceptance) >= 1:
+        return 0  # not even all the tokens that drafts can ever bring are worth one
     for depth in range(1, most + 1):
         chance *= acceptance
         expected += chance
         rate = expected / (1 + waiting + depth * relative_cost)
         if rate > best_rate:
             best, best_rate = depth, rate
+        elif rate < before:
+            break  # it has one peak
+        before = rate
     return best
 
 
