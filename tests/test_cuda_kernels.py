@@ -14,11 +14,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
-from attention_tools import check_attention  # noqa: E402
+from attention_tools import check_attention, make_spec  # noqa: E402
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
 from cuda_tools import batch, check_composed, check_normed_int4, check_product, fetched, load, make_linear, pieces  # noqa: E402
 
 from hasten.backends.base import SamplingBatch, StepLimits  # noqa: E402
+from hasten.backends.cuda import CudaBackend  # noqa: E402
+from hasten.backends.cuda.attention import Attention  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
@@ -270,3 +272,35 @@ def test_steps_that_do_not_fit_are_refused_in_one_line(
     monkeypatch.setattr(backend._decoder, "attention", full)
     with pytest.raises(ResourceError, match=r"step of 3 rows does not fit .* 1.0 of 80.0 GB are free: lower memory"):
         backend.forward(batch([(np.arange(3, dtype=np.int32), 0, table(0))]))
+
+
+@pytest.mark.parametrize("kv", ["fp32", "fp8"])
+def test_blocks_are_copied_in_order(kv: str) -> None:
+    device = open_device("cpu")
+    attention = Attention(device, make_spec(2, 1, 16, "fp32", 0, 0.0), 6, BLOCK, kv)
+    (cache,) = attention._caches
+    for block in range(6):
+        cache[:, block] = block
+    attention.copy_blocks([])
+    attention.copy_blocks([(1, 4), (1, 5), (2, 3)])
+    assert cache[:, :, 0, 0, 0].float().tolist() == [[0, 1, 2, 2, 1, 1]] * 2
+    attention.copy_blocks([(0, 1), (1, 2)])
+    assert cache[1, :, 0, -1, -1].float().tolist() == [0, 0, 0, 2, 1, 1]
+
+
+def test_gpus_without_8_bit_floats_say_so(tiny_model: Callable[..., Path]) -> None:
+    old = replace(open_device("cpu"), fp8=False)
+    with pytest.raises(ResourceError, match=r"format fp8 needs a GPU of compute capability 8.9 or newer: use int8"):
+        CudaBackend(format="fp8", device=old)
+    assert CudaBackend(device=old).kv_dtypes == ("fp32", "bf16")
+    with pytest.raises(ResourceError, match=r"a folder of 8-bit floats needs a GPU of compute capability 8.9"):
+        make_linear([quantize(np.ones((8, 16), np.float32), Format("fp8"))], old, "fp32")
+
+
+def test_a_gpu_that_others_have_filled_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 MiB.\nA page of advice")
+
+    monkeypatch.setattr(torch.cuda, "init", full)
+    with pytest.raises(ResourceError, match=r"cannot be used: CUDA out of memory. Tried .* 64 MiB.: see nvidia-smi"):
+        open_device("cuda")

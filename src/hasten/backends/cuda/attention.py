@@ -65,9 +65,16 @@ class Attention:
         self._parts = torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device.handle)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        for source, destination in pairs:
+        """Source to destination, one pair after the other; at once where none reads what another writes."""
+        if not pairs:
+            return
+        sources, destinations = zip(*pairs, strict=True)
+        rounds = [pairs] if set(sources).isdisjoint(destinations) else [[pair] for pair in pairs]
+        for copies in rounds:
+            source, destination = torch.tensor(copies, device=self._device.handle).unbind(1)
             for cache in self._caches:
-                cache[:, destination].copy_(cache[:, source])
+                octets = cache.view(torch.uint8)  # there is no indexing of 8-bit floats
+                octets.index_copy_(1, destination, octets.index_select(1, source))
 
     def __call__(self, index: int, qkv: torch.Tensor, inputs: Inputs, norms: HeadNorms | None) -> torch.Tensor:
         """[T, heads * head_dim] from qkv [T, (heads + 2 kv_heads) * head_dim] of layer `index`; stores keys and values,

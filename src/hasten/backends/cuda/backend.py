@@ -9,7 +9,7 @@ import torch
 from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
 from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, decode_programs, tile_tokens
 from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.device import Device, open_device
+from hasten.backends.cuda.device import Device, check_fp8, open_device
 from hasten.backends.cuda.graphs import Graphs
 from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
@@ -43,7 +43,7 @@ class CudaBackend:
     Raises ResourceError for a GPU that is too old, RequestError for a format that there is not.
     """
 
-    kv_dtypes = tuple(KV_DTYPES)
+    kv_dtypes: tuple[str, ...] = tuple(KV_DTYPES)
     overlaps = True
     usual = StepLimits(max_tokens=8192, max_sequences=256, max_rows=512)
 
@@ -51,6 +51,9 @@ class CudaBackend:
         if format is not None and format not in FORMATS:
             raise RequestError(f"format on load is {format!r}, expected {' or '.join(FORMATS)}")
         self._device = open_device(device) if isinstance(device, str) else device
+        if format == "fp8":
+            check_fp8(self._device, "format fp8")
+        self.kv_dtypes = tuple(name for name in KV_DTYPES if self._device.fp8 or name != "fp8")
         self._format = format
         self._deterministic = deterministic
         self._spec: ModelSpec | None = None
@@ -101,12 +104,12 @@ class CudaBackend:
 
     def block_bytes(self, block_size: int, dtype: str) -> int:
         """Bytes of one KV block over all layers."""
-        _check_kv(block_size, dtype)
+        self._check_kv(block_size, dtype)
         return block_bytes(self._loaded_spec, block_size, dtype)
 
     def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
         """Make the KV cache; an earlier one is dropped, but one just like it is kept, with its graphs."""
-        _check_kv(block_size, dtype)
+        self._check_kv(block_size, dtype)
         if self._allocated == (num_blocks, block_size, dtype):
             return
         self._allocated = None
@@ -235,9 +238,10 @@ class CudaBackend:
             raise ModelError("no model is loaded: call load() first")
         return self._spec
 
-
-def _check_kv(block_size: int, dtype: str) -> None:
-    if dtype not in KV_DTYPES:
-        raise ResourceError(f"KV cache dtype {dtype!r} is not supported on cuda; supported: {', '.join(KV_DTYPES)}")
-    if block_size < 16 or block_size % 16:
-        raise ResourceError(f"KV block size is {block_size}, expected a multiple of 16")
+    def _check_kv(self, block_size: int, dtype: str) -> None:
+        if dtype not in self.kv_dtypes:
+            raise ResourceError(
+                f"KV cache dtype {dtype!r} is not supported here on cuda; supported: {', '.join(self.kv_dtypes)}"
+            )
+        if block_size < 16 or block_size % 16:
+            raise ResourceError(f"KV block size is {block_size}, expected a multiple of 16")

@@ -10,6 +10,7 @@ from hasten.backends.cuda.tuning import Tile
 from hasten.errors import ResourceError
 
 _MIN_CAPABILITY = (8, 0)
+_FP8_CAPABILITY = (8, 9)
 _WORKSPACE_BYTES = 64 << 20
 _NUM_COUNTERS = 1 << 16
 
@@ -19,6 +20,7 @@ class Device:
     """One device. pdl: kernels are launched while the one before still runs (compute capability 9.0). asm: packed
     weights are unpacked by inline assembly. Both are off in Triton's interpreter, where `handle` is the CPU.
 
+    fp8: it has numbers of 8 bits; fp8_products: and multiplies them.
     workspace: partial sums of the kernel that runs. counters: int32 zeros that kernels leave as zeros. measured: what a
     tuner has found out about this GPU.
     """
@@ -29,6 +31,7 @@ class Device:
     asm: bool
     workspace: torch.Tensor
     counters: torch.Tensor
+    fp8: bool = True
     fp8_products: bool = False
     launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
     measured: Measured = field(default_factory=Measured)
@@ -44,19 +47,33 @@ class Device:
 
 
 def open_device(name: str) -> Device:
-    """ "cuda" (or "cuda:1"), or "cpu" for Triton's interpreter. Raises ResourceError for a GPU that is too old."""
+    """ "cuda" (or "cuda:1"), or "cpu" for Triton's interpreter. Raises ResourceError for a GPU that is too old, that
+    others have to themselves, or whose memory they have taken."""
     handle = torch.device(name)
     if handle.type != "cuda":
         return _device(handle, 4, (0, 0))
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    handle = torch.device("cuda", torch.cuda.current_device() if handle.index is None else handle.index)
-    capability = torch.cuda.get_device_capability(handle)
-    if capability < _MIN_CAPABILITY:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        handle = torch.device("cuda", torch.cuda.current_device() if handle.index is None else handle.index)
+        capability = torch.cuda.get_device_capability(handle)
+        if capability >= _MIN_CAPABILITY:
+            return _device(handle, torch.cuda.get_device_properties(handle).multi_processor_count, capability)
+    except RuntimeError as error:  # that its memory is full is one of them
+        reason = str(error).strip().split("\n")[0]
+        raise ResourceError(f"the GPU cannot be used: {reason:.160}: see nvidia-smi, or use --device cpu") from None
+    raise ResourceError(
+        f"{torch.cuda.get_device_name(handle)} has compute capability {capability[0]}.{capability[1]}, "
+        f"expected {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} or newer: use --device cpu"
+    )
+
+
+def check_fp8(device: Device, what: str) -> None:
+    """Raises ResourceError where the device has no 8-bit floats."""
+    if not device.fp8:
         raise ResourceError(
-            f"{torch.cuda.get_device_name(handle)} has compute capability {capability[0]}.{capability[1]}, "
-            f"expected {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} or newer: use --device cpu"
+            f"{what} needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} or newer: use int8,"
+            " int4 or the unquantised model"
         )
-    return _device(handle, torch.cuda.get_device_properties(handle).multi_processor_count, capability)
 
 
 def _device(handle: torch.device, num_processors: int, capability: tuple[int, int]) -> Device:
@@ -68,7 +85,8 @@ def _device(handle: torch.device, num_processors: int, capability: tuple[int, in
         asm=handle.type == "cuda",
         workspace=torch.empty(_WORKSPACE_BYTES // 4, dtype=torch.float32, device=handle),
         counters=torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=handle),
-        fp8_products=capability >= (8, 9),
+        fp8=handle.type != "cuda" or capability >= _FP8_CAPABILITY,
+        fp8_products=capability >= _FP8_CAPABILITY,
         launch={"launch_pdl": True} if pdl else {},
         measured=read_measured(torch.cuda.get_device_name(handle)) if handle.type == "cuda" else Measured(),
     )

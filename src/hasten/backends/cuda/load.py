@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hasten.backends.cuda.composed import Composed, Experts
 from hasten.backends.cuda.decoder import LayerWeights, Weights
-from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.device import Device, check_fp8
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
 from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
 from hasten.errors import ModelError, ResourceError
@@ -148,6 +148,8 @@ class Loader:
         weight = densify(weight)
         n, k = weight.shape
         kind = weight.format.kind
+        if kind == "fp8":
+            check_fp8(self._device, "a folder of 8-bit floats")
         data = torch.from_numpy(np.empty(0, weight.data.dtype)).dtype
         target = torch.empty(weight.data.shape, dtype=data, device=self._device.handle)
         uploader.send(weight.data, target)
