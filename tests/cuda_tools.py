@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
+from hasten.backends.cuda.composed import split_mlp
 from hasten.backends.cuda.device import Device, open_device
 from hasten.backends.cuda.linear import Linear, Norm
 from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference import ReferenceBackend
-from hasten.backends.reference_math import activate
+from hasten.backends.reference_math import activate, choose_experts
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, Weight, dense_weight, dequantize, quantize
 from hasten.model.spec import ModelSpec
@@ -123,6 +124,61 @@ def check_normed_int4(format: Format, gated: bool, device: str = "cpu", n: int =
         got = linear(x, norm=Norm(norm, 1e-5), activation="silu" if gated else "none", dtype=torch.float32)
         error = np.linalg.norm(got[0].cpu().numpy() - want) / np.linalg.norm(want)
         assert error < 2e-3, f"relative error {error:.2e} of numbers about {size:g}"
+
+
+def check_experts(
+    device: str, format: Format | None, dtype: str, rows: int, sizes: tuple[int, int, int, int, int], tolerance: float
+) -> None:
+    """An MLP of which some experts run, one row with its norm, against float64. sizes: hidden, neurons of an expert,
+    experts, active ones, and 1 where gated. Experts 1 and 2 have equal scores. format None is fp8 on load."""
+    hidden, size, experts, active, gated = sizes
+    rng = np.random.default_rng(rows)
+    handle = open_device(device)
+    width = experts * size
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+    def weight(n: int, k: int, format: Format | None) -> Weight:
+        return quantize(rng.standard_normal((n, k)).astype(np.float32) / np.float32(k**0.5), format or Format(dtype))
+
+    up_weight, down_weight = weight((1 + gated) * width, hidden, format), weight(hidden, width, format)
+    scores = dequantize(weight(experts, hidden, Format(dtype)))
+    scores[2] = scores[1]
+    linears = [
+        make_linear([w], handle, dtype, g, format is None) for w, g in ((up_weight, gated == 1), (down_weight, False))
+    ]
+    router = make_linear([quantize(scores, Format(dtype))], handle, dtype)
+    numbers = [dequantize(up_weight), dequantize(down_weight)]
+    if format is None:
+        numbers = [
+            (m.data.float() * m.scales[0, :, None]).cpu().numpy() for m in (linear.matrices[0] for linear in linears)
+        ]  # type: ignore[index]
+    gate_up, down = split_mlp(linears[0], linears[1], router, experts, active)
+    assert (
+        (linears[0].running is not None)
+        == (linears[1].running is not None)
+        == (format is None or size % (format.group_size or 1) == 0)
+    )
+    x = torch.from_numpy(rng.standard_normal((rows, hidden)).astype(np.float32)).to(handle.handle, torch_dtype)
+    norm = torch.from_numpy(rng.uniform(0.5, 2, hidden).astype(np.float32)).to(handle.handle)
+    exact = x.double().cpu().numpy()
+    given: dict[str, Norm] = {}
+    if gate_up.fuses_norm(rows, torch_dtype, norm):
+        exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-5) * norm.double().cpu().numpy()
+        given["norm"] = Norm(norm, 1e-5)
+    chosen = np.stack([choose_experts(row, active) for row in exact @ scores.T.astype(np.float64)])
+    raw = exact @ numbers[0].T.astype(np.float64)
+    inner = activate("silu", raw[:, :width].astype(np.float32)) * (raw[:, width:] if gated else 1)
+    residual = torch.from_numpy(rng.standard_normal((rows, hidden)).astype(np.float32)).to(handle.handle, torch_dtype)
+    want = 0.5 * (inner * np.repeat(chosen, size, 1)) @ numbers[1].T.astype(np.float64)
+    torch.empty((rows, width), dtype=torch_dtype, device=handle.handle).fill_(float("nan"))  # poisons what comes next
+    between = gate_up(x, activation="silu", **given)
+    if down.fuses_residual(rows):
+        want += residual.float().cpu().numpy()
+        got = down(between, residual=residual, scale=0.5)
+    else:
+        got = down(between, scale=0.5)
+    error = np.linalg.norm(got.float().cpu().numpy() - want) / np.linalg.norm(want)
+    assert error < tolerance, f"relative error {error:.2e}"
 
 
 def composed(path: Path) -> tuple[ModelSpec, list[tuple[str, Weight]]]:

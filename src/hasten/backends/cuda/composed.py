@@ -1,39 +1,46 @@
 """Products made of several: matrices of low rank, and an MLP of which a router runs some experts. To the decoder each
-is a Linear; norms and activations in 8 bits stay outside them.
-
-All experts are computed and those that the router left out set to zero: exact, and no faster than the dense MLP.
-"""
+is a Linear."""
 
 import torch
+import triton
 
-from hasten.backends.cuda.linear import ACTIVATIONS, Linear, Norm
-from hasten.backends.cuda.ops import Ops
+from hasten.backends.cuda.kernels import experts as kernels
+from hasten.backends.cuda.linear import ACTIVATIONS, COLUMNS, DENSE, INT4, MAX_SKINNY, ROWS, Linear, Norm, Running
+
+_PAIRS = 16384  # of scores that are compared at once
 
 
 class Composed(Linear):
-    """Parts whose outputs lie side by side, each whole or a pair (a, b) for b (a x), with their biases in the last."""
+    """Parts whose outputs lie side by side, with their biases: each whole, or the b of a pair for b (a x). a: all
+    of the a's as one product; `starts`: where in its outputs a part's begin (None: the part is whole and reads x).
+    pair: gate and up, both of low rank, as one product."""
 
-    def __init__(self, ops: Ops, parts: list[tuple[Linear, ...]], gated: bool) -> None:
-        every = [linear for part in parts for linear in part]
-        matrices = [matrix for linear in every for matrix in linear.matrices]
-        super().__init__(every[0].device, ops, matrices, None, gated, every[0].fixed)
+    def __init__(
+        self, a: Linear, parts: list[Linear], starts: list[int | None], gated: bool, pair: Linear | None
+    ) -> None:
+        matrices = [matrix for linear in (a, *parts) for matrix in linear.matrices]
+        super().__init__(a.device, a.ops, matrices, None, gated, a.fixed)
+        self._a = a
         self._parts = parts
-        self.n = sum(part[-1].n for part in parts)
-        self.k = parts[0][0].k
+        self._starts = starts
+        self._pair = pair
+        self._readers = [a, *(part for part, start in zip(parts, starts, strict=True) if start is None)]
+        self.n = sum(part.n for part in parts)
+        self.k = a.k
         self.is_whole = False
 
     def fuses_norm(self, rows: int, dtype: torch.dtype, weight: torch.Tensor) -> bool:
-        return False
+        return all(linear.fuses_norm(rows, dtype, weight) for linear in self._readers)
 
     def fuses_residual(self, rows: int) -> bool:
-        return len(self._parts) == 1 and self._parts[0][-1].fuses_residual(rows)
+        return len(self._parts) == 1 and self._parts[0].fuses_residual(rows)
 
     def takes_fp8(self, rows: int) -> bool:
-        return False
+        return all(linear.takes_fp8(rows) for linear in self._readers)
 
     @property
     def num_weights(self) -> int:
-        return sum(linear.num_weights for part in self._parts for linear in part)
+        return self._a.num_weights + sum(linear.num_weights for linear in self._parts)
 
     def __call__(
         self,
@@ -45,19 +52,38 @@ class Composed(Linear):
         scale: float = 1.0,
         activation: str = "none",
         dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As Linear's."""
-        assert norm is None, "nothing here norms its input"
-        outs = []
-        for part in self._parts:
-            hidden = x if len(part) == 1 else part[0](x)
-            outs.append(part[-1](hidden, residual=residual, scale=scale, dtype=dtype))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-        return out if activation == "none" else self.ops.activate(out, ACTIVATIONS[activation], self.gated)
+        assert out is None, "nobody asks"
+        dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
+        hidden = self._a(x, x_scales=x_scales, norm=norm, dtype=torch.bfloat16 if x_scales is not None else x.dtype)
+        if self._pair is not None and self._pair.fuses_residual(len(x)) and activation != "none":
+            return self._pair(hidden, activation=activation, dtype=dtype)
+        made = torch.empty((len(x), self.n), dtype=dtype, device=x.device)
+        first = 0
+        for part, start in zip(self._parts, self._starts, strict=True):
+            columns = made[:, first : first + part.n]
+            if start is None:
+                part(x, x_scales=x_scales, norm=norm, dtype=dtype, out=columns)
+            else:
+                given = _aligned(hidden[:, start : start + part.k])
+                part(given, residual=residual, scale=scale, dtype=dtype, out=columns)
+            first += part.n
+        return made if activation == "none" else self.ops.activate(made, ACTIVATIONS[activation], self.gated)
+
+
+def _aligned(columns: torch.Tensor) -> torch.Tensor:
+    """Some columns, such that kernels may read two at a time."""
+    return columns.contiguous() if columns.storage_offset() % 2 else columns
 
 
 class Experts(Linear):
-    """gate_up (or up) of an MLP in equal runs of neurons, `active` of which run: MoEfication (Zhang et al. 2022)."""
+    """gate_up (or up) of an MLP in equal runs of neurons, `active` of which run: MoEfication (Zhang et al. 2022).
+
+    Few rows: the others are neither computed nor read, nor does `down` read them, where both products know who runs
+    (Linear.running). Else all are computed, and those that the router left out set to zero.
+    """
 
     def __init__(self, inner: Linear, router: Linear, experts: int, active: int) -> None:
         super().__init__(inner.device, inner.ops, inner.matrices, inner.bias, inner.gated, inner.fixed)
@@ -69,13 +95,13 @@ class Experts(Linear):
         self.is_whole = False
 
     def fuses_norm(self, rows: int, dtype: torch.dtype, weight: torch.Tensor) -> bool:
-        return False
+        return self._skips(rows) and self._inner.fuses_norm(rows, dtype, weight)
 
     def fuses_residual(self, rows: int) -> bool:
         return True  # nothing follows the activation
 
     def takes_fp8(self, rows: int) -> bool:
-        return False
+        return False  # the router reads more exact ones
 
     @property
     def num_weights(self) -> int:
@@ -91,12 +117,55 @@ class Experts(Linear):
         scale: float = 1.0,
         activation: str = "none",
         dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The activated neurons, those of experts that do not run set to zero."""
-        assert norm is None, "nothing here norms its input"
+        """The activated neurons; of experts that do not run zero, or anything where `down` does not read them."""
+        if self._skips(len(x)):
+            self._route(x, norm)
+            return self._inner(x, norm=norm, activation=activation, dtype=dtype)
+        assert norm is None, "experts that are all computed do not norm their input"
         hidden = self._inner(x, activation=activation, dtype=dtype)
         scores = self._router(x, dtype=torch.float32)
         # Stable: of equal scores the first experts win, as in the reference.
         ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, : self._active]
         chosen = torch.zeros_like(scores, dtype=hidden.dtype).scatter_(1, ranked, 1)
         return (hidden.view(len(x), self._experts, -1) * chosen[:, :, None]).view(len(x), -1)
+
+    def _skips(self, rows: int) -> bool:
+        return self._inner.running is not None and rows <= MAX_SKINNY
+
+    def _route(self, x: torch.Tensor, norm: Norm | None) -> None:
+        """Write who runs into `running`."""
+        running, router, device = self._inner.running, self._router.matrices[0], self.device
+        assert running is not None
+        padded: int = triton.next_power_of_2(self._experts)
+        at_once = max(1, min(triton.next_power_of_2(len(x)), _PAIRS // padded**2))
+        block = triton.next_power_of_2(self.k)
+        kernels.route[(self._experts, len(x))](
+            x, router.data, norm.weight if norm else x, device.workspace, running.experts, running.taken,
+            device.counters, len(x), self._experts, self.k, self._active, norm.eps if norm else 0.0,
+            NORM=norm is not None, EP=padded, BT=at_once, BK=block, PDL=device.pdl,
+            num_warps=4 if block <= 4096 else 8, **device.launch,
+        )  # fmt: skip
+
+
+def split_mlp(gate_up: Linear, down: Linear, router: Linear, experts: int, active: int) -> tuple[Experts, Linear]:
+    """gate_up and down of an MLP in experts; sharing what says who runs, where their kernels can skip the others."""
+    size = down.k // experts
+    can_route = router.is_whole and router.bias is None and router.matrices[0].kind == DENSE and experts**2 <= _PAIRS
+    if can_route and all(_can_skip(linear, size) for linear in (gate_up, down)):
+        handle = down.device.handle
+        running = torch.zeros(1 + experts, dtype=torch.int32, device=handle)
+        taken = torch.zeros((MAX_SKINNY, experts), dtype=torch.int8, device=handle)
+        gate_up.running = Running(ROWS, size, active, running, taken)
+        down.running = Running(COLUMNS, size, active, running, taken)
+    return Experts(gate_up, router, experts, active), down
+
+
+def _can_skip(linear: Linear, size: int) -> bool:
+    """Whether a product of few rows can be of some experts. Not where it is fixed: nothing may depend on other rows."""
+    if type(linear) is not Linear or not linear.is_whole or linear.fixed:
+        return False
+    matrix = linear.matrices[0]
+    chunk = 4 * (32 if matrix.group == 32 else 64) if matrix.kind == INT4 else 1  # columns that are stored together
+    return size % chunk == 0 and (matrix.group in (0, matrix.k) or size % matrix.group == 0)

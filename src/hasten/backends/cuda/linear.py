@@ -5,18 +5,20 @@ first where the format is packed, or fp8 products where the device has them. `Li
 with at once: q, k and v, or gate and up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import linear as kernels
+from hasten.backends.cuda.kernels.experts import gemv_columns
 from hasten.backends.cuda.kernels.int4 import gemv_int4
 from hasten.backends.cuda.ops import Ops
-from hasten.backends.cuda.tuning import Tile, gemv_tile, int4_tile, skinny_tile, tile_key
+from hasten.backends.cuda.tuning import Tile, columns_tile, divisor, gemv_tile, int4_tile, skinny_tile, tile_key
 
 DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
+ROWS, COLUMNS = kernels.EXPERT_ROWS.value, kernels.EXPERT_COLUMNS.value
 MAX_SKINNY = 64
 MAX_INT4 = 256  # of int4: what cuBLAS needs must be expanded first
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -54,11 +56,40 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True)
+class Running:
+    """Which experts run, as kernels.experts.route writes it, and what is theirs in a product of few rows: ROWS or
+    COLUMNS of the matrix, `size` each in turn. experts [1 + E]: how many, and which. taken [MAX_SKINNY, E]: by which
+    row of x."""
+
+    side: int
+    size: int
+    active: int
+    experts: torch.Tensor
+    taken: torch.Tensor
+
+    def shape(self, n: int, k: int, rows: int) -> tuple[int, int]:
+        """Rows and columns of the matrix that `rows` rows of x have use for, at the most."""
+        used = self.size * min(self.taken.shape[1], rows * self.active)
+        return (used, k) if self.side == ROWS else (n, used)
+
+
 class Linear:
-    """Matrices [N_i, K] whose outputs lie side by side. gated: the first half of the rows gates the second."""
+    """Matrices [N_i, K] whose outputs lie side by side. gated: the first half of the rows gates the second. up_x: where
+    that is not 0, the second half multiplies other K columns of x, which begin there. running: experts, of which some
+    run where rows are few; with many rows all do."""
 
     def __init__(
-        self, device: Device, ops: Ops, matrices: list[Matrix], bias: torch.Tensor | None, gated: bool, fixed: bool
+        self,
+        device: Device,
+        ops: Ops,
+        matrices: list[Matrix],
+        bias: torch.Tensor | None,
+        gated: bool,
+        fixed: bool,
+        *,
+        up_x: int = 0,
+        running: Running | None = None,
     ) -> None:
         self.device = device
         self.ops = ops
@@ -66,6 +97,8 @@ class Linear:
         self.bias = bias
         self.gated = gated
         self.fixed = fixed
+        self.up_x = up_x
+        self.running = running
         self.n = sum(matrix.n for matrix in matrices)
         self.k = matrices[0].k
         self._by_row: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -88,7 +121,14 @@ class Linear:
             return False
         if matrix.kind == FP8 and matrix.group:
             return False
-        return matrix.kind in (DENSE, FP8) or (matrix.kind == INT4 and dtype == torch.bfloat16)
+        if matrix.kind == INT4:
+            return dtype == torch.bfloat16 and not self.up_x and self.running is None
+        return matrix.kind in (DENSE, FP8)
+
+    @property
+    def _reads_parts(self) -> bool:
+        """Whether columns of x that nobody reads may hold anything."""
+        return self.running is not None and self.running.side == COLUMNS
 
     def fuses_residual(self, rows: int) -> bool:
         """Whether a residual is added without a pass of its own."""
@@ -109,19 +149,34 @@ class Linear:
         scale: float = 1.0,
         activation: str = "none",
         dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """scale * (x [T, K] W.T + bias) -> [T, N]; activated, and gated [T, N / 2]. residual (only where
         fuses_residual) is added. x is e4m3 with x_scales float32 [T] only where takes_fp8. The result has `dtype`, or
-        that of x."""
+        that of x; it is `out` where that is given, which may be columns of something wider, as may x."""
         dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
         rows = len(x)
         matrix = self.matrices[0]
         if self.is_whole and self._few(matrix, rows):
             n = self.n // 2 if self.gated else self.n
-            out = torch.empty((rows, n), dtype=dtype, device=x.device)
+            out = torch.empty((rows, n), dtype=dtype, device=x.device) if out is None else out
             self._run_few(x, x_scales, matrix, 0, out, norm, residual, scale, ACTIVATIONS[activation], self.gated)
             return out
-        if len(self.matrices) == 1 and not self._few(matrix, rows):
+        found = self._unfused(x, x_scales, residual, scale, activation, dtype)
+        return found if out is None else out.copy_(found)
+
+    def _unfused(
+        self,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """What takes more than one kernel."""
+        matrix = self.matrices[0]
+        if len(self.matrices) == 1 and not self._few(matrix, len(x)):
             out = self._run_many(x, x_scales, matrix, dtype)
             self._add_bias(out, 0, scale)
         else:
@@ -153,7 +208,7 @@ class Linear:
         return out
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
-        return self.fixed or rows <= (MAX_INT4 if matrix.kind == INT4 else MAX_SKINNY)
+        return self.fixed or rows <= (MAX_INT4 if matrix.kind == INT4 and self.running is None else MAX_SKINNY)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:
@@ -183,8 +238,8 @@ class Linear:
             run(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
             return
         assert norm is None, "only kernels for one row norm their input"
-        if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix):
-            x, x_scales = self.ops.quantize_rows(x)
+        if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix) and not self._reads_parts:
+            x, x_scales = self.ops.quantize_rows(x.contiguous())
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
 
     def tile_of(self, rows: int) -> tuple[str, Tile]:
@@ -203,13 +258,24 @@ class Linear:
         self, matrix: Matrix, rows: int, n: int, x_itemsize: int, gated: bool, one: bool
     ) -> tuple[str, Tile]:
         kind, group, _, k = matrix.layout
-        key = tile_key("gemv" if one else "skinny", kind, group, rows, n, k, gated)
+        kernel = "gemv" if one else "skinny"
+        if self.running is not None:
+            n, k = self.running.shape(n, k, rows)
+            kernel += f"-experts{self.running.size}"
+        key = tile_key(kernel, kind, group, rows, n, k, gated)
+        if one and self._reads_parts:
+            assert self.running is not None
+            return key, columns_tile(matrix.data.itemsize, n, self.running.size)
         if one and kind == INT4:
             return key, int4_tile(n, k, gated)
         if one:
             return key, gemv_tile(matrix.data.itemsize, n, k, gated)
         processors = self.device.num_processors
-        return key, skinny_tile(kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, processors)
+        tile = skinny_tile(kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, processors)
+        if self._reads_parts and kind != INT4:
+            assert self.running is not None
+            tile = replace(tile, columns=divisor(self.running.size, tile.columns))
+        return key, tile
 
     def _width(self, rows: int) -> int:
         """Rows of a program of `skinny`."""
@@ -228,14 +294,28 @@ class Linear:
         activation: int,
         gated: bool,
     ) -> None:
-        tile = self._tile(matrix, 1, n, x.itemsize, gated, True)
-        kernels.gemv[(-(-n // tile.rows),)](
-            x, matrix.data, x if matrix.scales is None else matrix.scales, norm.weight if norm else x,
-            x if bias is None else bias, x if residual is None else residual, out, n, matrix.k,
-            norm.eps if norm else 0.0, scale, SCALED=matrix.scales is not None, NORM=norm is not None,
-            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows,
-            BK=tile.columns, STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl,
-            num_warps=tile.warps, **self.device.launch,
+        tile, running = self._tile(matrix, 1, n, x.itemsize, gated, True), self.running
+        scales, biases = x if matrix.scales is None else matrix.scales, x if bias is None else bias
+        added = x if residual is None else residual
+        if running is not None and running.side == COLUMNS:
+            assert norm is None, "a norm is over all columns"
+            assert activation == 0, "what is read by experts is not activated"
+            gemv_columns[(-(-n // tile.rows),)](
+                x, matrix.data, scales, biases, added, out, running.experts, running.active, running.size, n,
+                matrix.k, scale, SCALED=matrix.scales is not None, BIAS=bias is not None,
+                RESIDUAL=residual is not None, BN=tile.rows, BK=tile.columns, STAGES=tile.stages,
+                EVEN=running.size % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
+            )  # fmt: skip
+            return
+        blocks = -(-n // tile.rows) if running is None else running.active * -(-running.size // tile.rows)
+        kernels.gemv[(blocks,)](
+            x, matrix.data, scales, norm.weight if norm else x, biases, added, out,
+            self.device.counters if running is None else running.experts, n, matrix.k, self.up_x,
+            0 if running is None else running.size, norm.eps if norm else 0.0, scale,
+            SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None,
+            RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=self.up_x > 0,
+            EXPERTS=0 if running is None else running.side, BN=tile.rows, BK=tile.columns, STAGES=tile.stages,
+            EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
         )  # fmt: skip
 
     def _gemv_int4(
@@ -299,16 +379,24 @@ class Linear:
         tile = self._tile(matrix, width, n, x.itemsize, gated, False)
         splits = 1 if self.fixed else tile.splits
         step = tile.columns * (4 if matrix.kind == INT4 else 1)
-        nothing = device.counters
-        kernels.skinny[(-(-n // tile.rows), splits, -(-rows // width))](
+        nothing, running = device.counters, self.running
+        blocks, columns = -(-n // tile.rows), matrix.k
+        if running is not None and running.side == ROWS:
+            blocks = -(-running.size // tile.rows) * min(running.taken.shape[1], rows * running.active)
+        elif running is not None:
+            columns = running.size
+        kernels.skinny[(blocks, splits, -(-rows // width))](
             x, nothing if x_scales is None else x_scales, matrix.data,
             nothing if matrix.scales is None else matrix.scales, nothing if matrix.zeros is None else matrix.zeros,
             nothing if bias is None else bias, nothing if residual is None else residual, out, device.workspace,
-            device.counters, rows, n, matrix.k,
-            matrix.data.stride(0), out.stride(0), 0 if matrix.scales is None else len(matrix.scales) - 1, splits, scale,
+            device.counters, nothing if running is None else running.experts,
+            nothing if running is None else running.taken, rows, n, matrix.k, x.stride(0), matrix.data.stride(0),
+            out.stride(0), self.up_x, 0 if matrix.scales is None else len(matrix.scales) - 1, splits,
+            0 if running is None else running.size, 0 if running is None else running.taken.shape[1], scale,
             KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, SCALED=matrix.scales is not None,
-            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, BM=width, BN=tile.rows,
-            BK=tile.columns, SPLIT=splits > 1, STAGES=tile.stages, EVEN=matrix.k % step == 0, ASM=device.asm,
+            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=self.up_x > 0,
+            EXPERTS=0 if running is None else running.side, BM=width, BN=tile.rows, BK=tile.columns, SPLIT=splits > 1,
+            STAGES=tile.stages, EVEN=columns % step == 0, ASM=device.asm,
             PDL=device.pdl, num_warps=tile.warps, **device.launch,
         )  # fmt: skip
 

@@ -8,13 +8,14 @@ repacked on the device.
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hasten.backends.cuda.composed import Composed, Experts
+from hasten.backends.cuda.composed import Composed, split_mlp
 from hasten.backends.cuda.decoder import LayerWeights, Weights
 from hasten.backends.cuda.device import Device, check_fp8
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
@@ -190,7 +191,9 @@ class Loader:
         linears = {role: self._product(prefix, role) for role in _ROLES}
         if layer.experts:
             router = self._linear(self._take(f"{prefix}.router"), (f"{prefix}.router",), False)
-            linears["gate_up"] = Experts(linears["gate_up"], router, layer.experts, layer.active_experts)
+            linears["gate_up"], linears["down"] = split_mlp(
+                linears["gate_up"], linears["down"], router, layer.experts, layer.active_experts
+            )
         has_qk = spec.qk_norm != "none"
         return LayerWeights(
             **linears,
@@ -208,11 +211,32 @@ class Loader:
         members = self._group_of(name)[1]
         if not self._ranked(members):
             return self._linear(self._take(name), tuple(members), gated)
-        parts: dict[str, list[Linear]] = {}
+        a: list[Matrix] = []
+        parts: list[Linear] = []
+        starts: list[int | None] = []
+        width = 0
         for member, matrix in zip(members, self._take(name), strict=True):
-            whole = member.removesuffix(".a").removesuffix(".b")
-            parts.setdefault(whole, []).append(self._linear([matrix], (member,), False))
-        return Composed(self._ops, [tuple(part) for part in parts.values()], gated)
+            if member.endswith(".a"):
+                a.append(matrix)
+                continue
+            parts.append(self._linear([matrix], (member,), False))
+            starts.append(width if member.endswith(".b") else None)
+            width += matrix.k if member.endswith(".b") else 0
+        every_a = Linear(self._device, self._ops, _merged(a, self._device), None, False, self._fixed)
+        return Composed(every_a, parts, starts, gated, self._pair(parts, starts) if gated else None)
+
+    def _pair(self, parts: list[Linear], starts: list[int | None]) -> Linear | None:
+        """gate and up, both of low rank and stored alike, as one product; each reads columns of its own."""
+        gate, up = parts
+        if None in starts or gate.k != up.k:
+            return None
+        both = _merged([gate.matrices[0], up.matrices[0]], self._device)
+        if len(both) > 1:
+            return None
+        for part, first in ((gate, 0), (up, gate.n)):  # many rows: each by itself
+            part.matrices = [replace(part.matrices[0], data=both[0].data[first : first + part.n])]
+        bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
+        return Linear(self._device, self._ops, both, bias, True, self._fixed, up_x=gate.k)
 
     def _take(self, name: str) -> list[Matrix]:
         if name not in self._linears:

@@ -54,6 +54,20 @@ def _dense_gemv(n: int, k: int, gated: bool) -> tuple[int, int, int, int]:
     return (8, 512, 4, 3) if n > 4096 else (4, 2048, 4, 3)
 
 
+def columns_tile(itemsize: int, n: int, size: int) -> Tile:
+    """One row times the columns of some experts, `size` of each. itemsize: bytes of a weight."""
+    columns = divisor(size, 256)
+    rows = 4096 // (columns * itemsize)
+    while rows > 4 and n // rows < 512:  # two for every processor
+        rows //= 2
+    return Tile(rows, columns, 1, 2, 6)
+
+
+def divisor(size: int, columns: int) -> int:
+    """The largest power of two up to `columns` that divides size, but no less than 64, beyond which there are masks."""
+    return min(columns, max(64, size & -size))
+
+
 def int4_tile(n: int, k: int, gated: bool) -> Tile:
     """One row of int4. splits: programs a processor, which share the rows."""
     if k > 8192:

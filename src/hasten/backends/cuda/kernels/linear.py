@@ -11,6 +11,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DENSE, FP8, INT8, INT4 = (tl.constexpr(kind) for kind in range(4))
 NO_ACTIVATION, SILU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
+# Which experts a product is of (experts.route): all that there are, runs of its rows, runs of its columns.
+NO_EXPERTS, EXPERT_ROWS, EXPERT_COLUMNS = (tl.constexpr(kind) for kind in range(3))
 
 # Two int16 of four nibbles each -> four pairs of bfloat16: a nibble n under the exponent of 128 reads 128 + n.
 _UNPACK_INT4 = tl.constexpr("""
@@ -79,17 +81,30 @@ def _finish(out, up, rows, bias, N, out_scale, BIAS: tl.constexpr, GATED: tl.con
 
 @triton.jit
 def gemv(
-    x, w, scales, norm, bias, residual, y, N, K, eps, out_scale,
+    x, w, scales, norm, bias, residual, y, running, N, K, up_x, size, eps, out_scale,
     SCALED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = activation(out_scale * (W [N, K] (rms-normed) x [K] + bias)) (* up) + residual.
 
-    W is dense, or fp8 with scales float32 [N] (SCALED). GATED: W is [2N, K], the gate's rows first.
+    W is dense, or fp8 with scales float32 [N] (SCALED). GATED: W is [2N, K], the gate's rows first; APART: up's rows
+    multiply the K numbers of x from up_x on. EXPERT_ROWS: only the rows of the experts that `running` lists, `size` of
+    each; the others of y are left as they are.
     """
     cols = tl.arange(0, BK)
-    out_rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.minimum(out_rows, N - 1)
+    block = tl.program_id(0)
+    end = N
+    if EXPERTS == EXPERT_ROWS:
+        if PDL:
+            gdc_wait()
+        tiles = tl.cdiv(size, BN)
+        expert = tl.load(running + 1 + block // tiles)
+        end = expert * size + size
+        out_rows = expert * size + block % tiles * BN + tl.arange(0, BN)
+    else:
+        out_rows = block * BN + tl.arange(0, BN)
+    rows = tl.minimum(out_rows, end - 1)
     pointers = w + rows[:, None].to(tl.int64) * K + cols[None, :]
     gap = N.to(tl.int64) * K
     inside = cols < K
@@ -98,20 +113,24 @@ def gemv(
     if GATED:
         first_up = tl.load(pointers + gap, mask=None if EVEN else inside[None, :], cache_modifier=".cg")
     if PDL:
-        gdc_wait()
+        if EXPERTS == NO_EXPERTS:
+            gdc_wait()
         gdc_launch_dependents()
     xs = tl.load(x + cols, mask=None if EVEN else inside, other=None if EVEN else 0.0).to(tl.float32)
     squares = xs * xs
     if NORM:
         xs = xs * tl.load(norm + cols, mask=None if EVEN else inside, other=None if EVEN else 0.0).to(tl.float32)
+    us = xs
+    if APART:
+        us = tl.load(x + up_x + cols, mask=None if EVEN else inside, other=None if EVEN else 0.0).to(tl.float32)
     if EVEN:
         acc = first.to(tl.float32) * xs[None, :]
         if GATED:
-            acc_up = first_up.to(tl.float32) * xs[None, :]
+            acc_up = first_up.to(tl.float32) * us[None, :]
     else:
         acc = tl.where(inside[None, :], first.to(tl.float32), 0) * xs[None, :]
         if GATED:
-            acc_up = tl.where(inside[None, :], first_up.to(tl.float32), 0) * xs[None, :]
+            acc_up = tl.where(inside[None, :], first_up.to(tl.float32), 0) * us[None, :]
     for k in tl.range(BK, K, BK, num_stages=STAGES):
         inside = k + cols < K
         mask = None if EVEN else inside
@@ -120,11 +139,14 @@ def gemv(
         if NORM:
             squares += xs * xs
             xs = xs * tl.load(norm + k + cols, mask=mask, other=other).to(tl.float32)
+        us = xs
+        if APART:
+            us = tl.load(x + up_x + k + cols, mask=mask, other=other).to(tl.float32)
         mask = None if EVEN else inside[None, :]
         acc += tl.load(pointers + k, mask=mask, other=other, cache_modifier=".cg").to(tl.float32) * xs[None, :]
         if GATED:
             up = tl.load(pointers + gap + k, mask=mask, other=other, cache_modifier=".cg").to(tl.float32)
-            acc_up += up * xs[None, :]
+            acc_up += up * us[None, :]
     out = tl.sum(acc, 1)
     up_sum = out
     if GATED:
@@ -140,7 +162,7 @@ def gemv(
     out = _finish(out, up_sum, rows, bias, N, out_scale, BIAS, GATED, ACT)
     if RESIDUAL:
         out += tl.load(residual + rows).to(tl.float32)
-    tl.store(y + out_rows, out.to(y.dtype.element_ty), mask=out_rows < N)
+    tl.store(y + out_rows, out.to(y.dtype.element_ty), mask=out_rows < end)
 
 
 @triton.jit
@@ -170,11 +192,11 @@ def _nibbles(q, ASM: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _columns(x, k, rows, cols, M, K, EVEN: tl.constexpr):
-    """x[:, k : k + BK] transposed [BK, BM]; zero outside x."""
+def _columns(x, k, rows, cols, M, ldx, end, EVEN: tl.constexpr):
+    """x[:, k : k + BK] transposed [BK, BM]; zero outside x, and from column `end` on."""
     at = k + cols[:, None]
-    mask = (rows[None, :] < M) if EVEN else (rows[None, :] < M) & (at < K)
-    return tl.load(x + rows[None, :] * K + at, mask=mask, other=0.0)
+    mask = (rows[None, :] < M) if EVEN else (rows[None, :] < M) & (at < end)
+    return tl.load(x + rows[None, :] * ldx + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -217,11 +239,11 @@ def _dense_step(
 
 @triton.jit
 def skinny(
-    x, x_scales, w, scales, zeros, bias, residual, y, parts, counters, M, N, K, ldw, ldy, last_group, splits,
-    out_scale, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_scales, w, scales, zeros, bias, residual, y, parts, counters, running, taken, M, N, K, ldx, ldw, ldy, up_x,
+    last_group, splits, size, experts, out_scale, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+    APART: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = activation(out_scale * (x [M, K] W.T + bias)) (* up) + residual.
 
@@ -229,54 +251,82 @@ def skinny(
     w [N or 2N, ldw]: dense, fp8 or int8 [.., K]; int4 as int16 [.., K / 4] of which column j of the chunk c of BK holds
     columns (4c + i) * BK + j, i = 0 .. 3, from the lowest nibble up. scales [groups, N or 2N] (SCALED, and one a
     row where GROUP is 0); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M].
-    parts: where SPLIT, float32 [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again after. ldy: elements
-    between rows of y and of residual.
+    parts: where SPLIT, float32 [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again after. ldx, ldy:
+    elements between rows of x; of y and of residual. APART: up's rows multiply the K columns of x from up_x on.
+    EXPERTS: `running` says how many run and which, `size` rows or columns of W each. EXPERT_ROWS: their rows are
+    computed, zero for rows of x that have not `taken` [M, experts] them. EXPERT_COLUMNS: their columns are read.
     """
     split = tl.program_id(1)
     ms = tl.program_id(2) * BM + tl.arange(0, BM)
-    tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    block = tl.program_id(0)
+    tile = tl.program_id(2) * tl.num_programs(0) + block
     cols = tl.arange(0, BK)
-    out_rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.minimum(out_rows, N - 1)
-    NT = 2 * N if GATED else N
-    WIDTH: tl.constexpr = 4 * BK if KIND == INT4 else BK  # columns of x that a step takes
-    steps = tl.cdiv(K, WIDTH)
-    share = tl.cdiv(steps, splits)
-    pointers = w + rows[:, None].to(tl.int64) * ldw + cols[None, :]
-    gap = N.to(tl.int64) * ldw
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    end = N
+    expert = 0
+    if EXPERTS == EXPERT_ROWS:
+        tiles = tl.cdiv(size, BN)
+        if block // tiles >= tl.load(running):
+            return
+        expert = tl.load(running + 1 + block // tiles)
+        end = expert * size + size
+        out_rows = expert * size + block % tiles * BN + tl.arange(0, BN)
+    else:
+        out_rows = block * BN + tl.arange(0, BN)
+    rows = tl.minimum(out_rows, end - 1)
+    NT = 2 * N if GATED else N
+    WIDTH: tl.constexpr = 4 * BK if KIND == INT4 else BK  # columns of x that a step takes
+    last = K
+    per_expert = tl.cdiv(size, WIDTH)
+    steps = tl.load(running) * per_expert if EXPERTS == EXPERT_COLUMNS else tl.cdiv(K, WIDTH)
+    share = tl.cdiv(steps, splits)
+    pointers = w + rows[:, None].to(tl.int64) * ldw + cols[None, :]
+    gap = N.to(tl.int64) * ldw
     acc = tl.zeros([BN, BM], tl.float32)
     up = tl.zeros([BN, BM], tl.float32) if GATED else acc
     for step in tl.range(split * share, tl.minimum(split * share + share, steps), num_stages=STAGES):
         k = step * WIDTH
+        words = step * BK
+        if EXPERTS == EXPERT_COLUMNS:
+            expert = tl.load(running + 1 + step // per_expert)
+            last = expert * size + size
+            k = expert * size + step % per_expert * WIDTH
+            words = (expert * per_expert + step % per_expert) * BK
         if KIND == INT4:
-            q = tl.load(pointers + step * BK)
-            x0 = _columns(x, k, ms, cols, M, K, EVEN)
-            x1 = _columns(x, k + BK, ms, cols, M, K, EVEN)
-            x2 = _columns(x, k + 2 * BK, ms, cols, M, K, EVEN)
-            x3 = _columns(x, k + 3 * BK, ms, cols, M, K, EVEN)
+            q = tl.load(pointers + words)
+            x0 = _columns(x, k, ms, cols, M, ldx, last, EVEN)
+            x1 = _columns(x, k + BK, ms, cols, M, ldx, last, EVEN)
+            x2 = _columns(x, k + 2 * BK, ms, cols, M, ldx, last, EVEN)
+            x3 = _columns(x, k + 3 * BK, ms, cols, M, ldx, last, EVEN)
             acc = _int4_step(acc, q, x0, x1, x2, x3, scales, zeros, rows, k, last_group, NT, BK, GROUP, ZEROS, ASM)
             if GATED:
-                q = tl.load(pointers + gap + step * BK)
+                q = tl.load(pointers + gap + words)
+                if APART:
+                    x0 = _columns(x + up_x, k, ms, cols, M, ldx, last, EVEN)
+                    x1 = _columns(x + up_x, k + BK, ms, cols, M, ldx, last, EVEN)
+                    x2 = _columns(x + up_x, k + 2 * BK, ms, cols, M, ldx, last, EVEN)
+                    x3 = _columns(x + up_x, k + 3 * BK, ms, cols, M, ldx, last, EVEN)
                 up = _int4_step(
                     up, q, x0, x1, x2, x3, scales + N, zeros + N, rows, k, last_group, NT, BK, GROUP, ZEROS, ASM
                 )
         else:
-            mask = None if EVEN else (k + cols < K)[None, :]
-            xs = _columns(x, k, ms, cols, M, K, EVEN)
+            mask = None if EVEN else (k + cols < last)[None, :]
+            xs = _columns(x, k, ms, cols, M, ldx, last, EVEN)
             w_tile = tl.load(pointers + k, mask=mask, other=None if EVEN else 0.0)
             acc = _dense_step(acc, w_tile, xs, scales, rows, k, NT, KIND, GROUP, ASM)
             if GATED:
+                if APART:
+                    xs = _columns(x + up_x, k, ms, cols, M, ldx, last, EVEN)
                 w_tile = tl.load(pointers + gap + k, mask=mask, other=None if EVEN else 0.0)
                 up = _dense_step(up, w_tile, xs, scales + N, rows, k, NT, KIND, GROUP, ASM)
     if SPLIT:
         stride = NT * BM
         at = tl.program_id(2) * splits * stride + rows[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(parts + split * stride + at, acc, mask=(out_rows < N)[:, None])
+        tl.store(parts + split * stride + at, acc, mask=(out_rows < end)[:, None])
         if GATED:
-            tl.store(parts + split * stride + N * BM + at, up, mask=(out_rows < N)[:, None])
+            tl.store(parts + split * stride + N * BM + at, up, mask=(out_rows < end)[:, None])
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
         if arrived != splits - 1:
@@ -300,8 +350,10 @@ def skinny(
     if ZEROS and GROUP == 0:
         tl.static_assert(False, "zero points come with groups")
     out = _finish(acc, up, rows[:, None], bias, N, out_scale, BIAS, GATED, ACT)
+    if EXPERTS == EXPERT_ROWS:
+        out *= tl.load(taken + ms * experts + expert, mask=ms < M, other=0).to(tl.float32)[None, :]
     at = ms[None, :] * ldy + rows[:, None]
-    mask = (ms[None, :] < M) & (out_rows < N)[:, None]
+    mask = (ms[None, :] < M) & (out_rows < end)[:, None]
     if RESIDUAL:
         out += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
