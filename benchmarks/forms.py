@@ -1,12 +1,15 @@
-"""Compressed forms against dense int8 on a CPU: does reading fewer bytes show as more tokens a second?
+"""Compressed forms against dense: does reading fewer bytes show as more tokens a second? int8 on a CPU, or bf16 (fp8)
+on a GPU, which forms_gpu.py measures.
 
     python benchmarks/forms.py [--layers 28] [--rounds 5] [--tokens 24] [--threads 0] [--only FORM] [--json FILE]
+    python benchmarks/forms.py --device cuda [--layers 32] [--format fp8] [--batches 1,8] [...]
 
 The Qwen3-0.6B shape with random int8 weights, a scale a row, in these forms: dense; half of the neurons gone; half of
 neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4 active;
 layers in which two of four weights are zero. --only takes some of them. Printed are, for each, what it reads, the
 speed-up that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %);
-last the ratio of the fastest samples, which says more on a machine that others use.
+last the ratio of the fastest samples, which says more on a machine that others use. On a GPU it is the shape of
+Llama-3.1-8B.
 """
 
 import argparse
@@ -19,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hasten.backends.base import Batch
-from hasten.backends.cpu import CpuBackend
+from hasten.backends.base import Backend, Batch
 from hasten.compress.plan import matrix_shapes
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.formats import Format, Weight, bytes_of, dense_weight
@@ -38,9 +40,8 @@ PAIRS = np.array([3, 5, 6, 9, 10, 12], np.uint8)  # two of four columns, as bits
 BLOCK = 16
 
 
-def forms(layers: int) -> dict[str, ModelSpec]:
+def forms(spec: ModelSpec) -> dict[str, ModelSpec]:
     """Name -> the architecture in that form."""
-    spec = spec_from_config({**CONFIG, "num_hidden_layers": layers})
     shapes = matrix_shapes(spec)
 
     def half(role: str) -> int:
@@ -49,13 +50,19 @@ def forms(layers: int) -> dict[str, ModelSpec]:
 
     ranks = tuple(sorted((role, half(role)) for role in ("q", "k", "v", "o", "gate", "up", "down")))
 
+    first = spec.layers[0]
+
     def of(**changes: object) -> ModelSpec:
         return replace(spec, layers=tuple(replace(layer, **changes) for layer in spec.layers))
 
     return {
         "dense": spec,
-        "neurons 50 %": of(intermediate_size=1536),
-        "neurons and heads 50 %": of(intermediate_size=1536, num_heads=8, num_kv_heads=4),
+        "neurons 50 %": of(intermediate_size=first.intermediate_size // 2),
+        "neurons and heads 50 %": of(
+            intermediate_size=first.intermediate_size // 2,
+            num_heads=first.num_heads // 2,
+            num_kv_heads=first.num_kv_heads // 2,
+        ),
         "low rank 50 %": of(ranks=ranks),
         "experts 4 of 16": of(experts=16, active_experts=4),
         TWO_OF_FOUR: spec,
@@ -105,7 +112,7 @@ def bytes_per_token(spec: ModelSpec, form: str) -> int:
     return total + sum(2 * layer.experts * spec.hidden_size for layer in spec.layers)
 
 
-def decode(backend: CpuBackend, tokens: int, start: int) -> float:
+def decode(backend: Backend, tokens: int, start: int) -> float:
     """Tokens a second of one sequence from position `start` on."""
     table = np.arange(-(-(start + tokens) // BLOCK), dtype=np.int32)[None]
     one, row = np.ones(1, np.int32), np.zeros(1, np.int32)
@@ -117,8 +124,10 @@ def decode(backend: CpuBackend, tokens: int, start: int) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Every form in every round, and what it comes to."""
-    specs = forms(arguments.layers)
+    """Every form in every round on a CPU, and what it comes to."""
+    from hasten.backends.cpu import CpuBackend
+
+    specs = forms(spec_from_config({**CONFIG, "num_hidden_layers": arguments.layers or 28}))
     specs = {name: spec for name, spec in specs.items() if name in ("dense", *(arguments.only or specs))}
     backends = {}
     for name, spec in specs.items():
@@ -130,29 +139,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     samples: dict[str, list[float]] = {name: [] for name in specs}
     for _ in range(arguments.rounds):
         for name, backend in backends.items():
-            samples[name].append(decode(backend, arguments.tokens, 40))
-    rows = []
+            samples[name].append(decode(backend, arguments.tokens or 24, 40))
     dense = bytes_per_token(specs["dense"], "dense")
-    for name, found in samples.items():
-        read = bytes_per_token(specs[name], name)
-        promised = dense / read
-        ratios = [value / base for value, base in zip(found, samples["dense"], strict=True)]
-        rows.append(
-            {
-                "form": name,
-                "mb_per_token": round(read / 1e6, 1),
-                "tokens_per_second": round(statistics.median(found), 2),
-                "promised": round(promised, 3),
-                "measured": round(statistics.median(ratios), 3),
-                "least": round(min(ratios), 3),
-                "most": round(max(ratios), 3),
-                "fastest": round(max(found) / max(samples["dense"]), 3),
-                "share": round(statistics.median(ratios) / promised, 3),
-                "samples": [round(value, 2) for value in found],
-            }
-        )
+    rows = [
+        summary(name, found, samples["dense"], bytes_per_token(specs[name], name), dense)
+        for name, found in samples.items()
+    ]
     return {
-        "layers": arguments.layers,
+        "layers": arguments.layers or 28,
         "threads": arguments.threads or usable_threads(),
         "cpu": cpu_model(),
         "versions": versions(),
@@ -161,21 +155,47 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def summary(form: str, found: list[float], base: list[float], read: float, dense: float) -> dict[str, object]:
+    """A row: tokens a second of a form and of dense in the same rounds, bytes that they read."""
+    ratios = [value / other for value, other in zip(found, base, strict=True)]
+    return {
+        "form": form,
+        "mb_per_token": round(read / 1e6, 1),
+        "tokens_per_second": round(statistics.median(found), 2),
+        "promised": round(dense / read, 3),
+        "measured": round(statistics.median(ratios), 3),
+        "least": round(min(ratios), 3),
+        "most": round(max(ratios), 3),
+        "fastest": round(max(found) / max(base), 3),
+        "share": round(statistics.median(ratios) * read / dense, 3),
+        "samples": [round(value, 2) for value in found],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--layers", type=int, help="28 on a CPU, 32 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, help="of a sample: 24 on a CPU, 64 on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16", help="of dense weights on a GPU")
+    parser.add_argument("--batches", default="1,8", help="sequences of a step on a GPU")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", action="append", metavar="FORM", help="this form beside dense; can be given again")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    found = measure(arguments)
+    if arguments.device == "cuda":
+        from forms_gpu import measure_gpu
+
+        found = measure_gpu(arguments)
+    else:
+        found = measure(arguments)
     print("| form | MB a token | tokens/s | promised | measured [least-most] | share of the promise | of the fastest |")
     print("|---|---|---|---|---|---|---|")
     for row in found["rows"]:  # type: ignore[attr-defined]
+        form = f"{row['form']}, {row['batch']} sequences" if "batch" in row else row["form"]
         print(
-            f"| {row['form']} | {row['mb_per_token']} | {row['tokens_per_second']} | {row['promised']:.2f}x "
+            f"| {form} | {row['mb_per_token']} | {row['tokens_per_second']} | {row['promised']:.2f}x "
             f"| {row['measured']:.2f}x [{row['least']:.2f}-{row['most']:.2f}] | {row['share']:.0%} "
             f"| {row['fastest']:.2f}x |"
         )

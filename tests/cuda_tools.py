@@ -82,6 +82,9 @@ def check_product(
     handle = open_device(device)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     values = rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5)
+    if format is not None and format.sparse24:
+        out_of_four = rng.random((values.size // 4, 4)).argsort(1).reshape(values.shape)
+        values *= out_of_four < rng.integers(1, 3, (len(values), 1))  # rows with three zeros, too
     weight = quantize(values, format or Format(dtype))
     linear = make_linear([weight], handle, dtype, gated, fp8=format is None)
     x = torch.from_numpy(rng.standard_normal((rows, k)).astype(np.float32)).to(handle.handle, torch_dtype)

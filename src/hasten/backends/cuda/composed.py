@@ -74,8 +74,8 @@ class Composed(Linear):
 
 
 def _aligned(columns: torch.Tensor) -> torch.Tensor:
-    """Some columns, such that kernels may read two at a time."""
-    return columns.contiguous() if columns.storage_offset() % 2 else columns
+    """Some columns, such that kernels may read four at a time."""
+    return columns.contiguous() if columns.storage_offset() % 4 or columns.stride(0) % 4 else columns
 
 
 class Experts(Linear):
@@ -167,5 +167,7 @@ def _can_skip(linear: Linear, size: int) -> bool:
     if type(linear) is not Linear or not linear.is_whole or linear.fixed:
         return False
     matrix = linear.matrices[0]
+    if matrix.mask is not None:
+        return False
     chunk = 4 * (32 if matrix.group == 32 else 64) if matrix.kind == INT4 else 1  # columns that are stored together
     return size % chunk == 0 and (matrix.group in (0, matrix.k) or size % matrix.group == 0)

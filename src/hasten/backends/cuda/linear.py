@@ -1,8 +1,8 @@
 """A layer's matrices on the device and their products with T rows, by the kernel that suits T.
 
-One row of dense or fp8 weights: `gemv`; of int4: `gemv_int4`. Few rows: `skinny`. Many: cuBLAS, on numbers expanded
-first where the format is packed, or fp8 products where the device has them. `Linear` is what one input is multiplied
-with at once: q, k and v, or gate and up.
+One row of dense or fp8 weights: `gemv`; of int4: `gemv_int4`. Few rows: `skinny`. 2:4: sparse.py. Many: cuBLAS, on
+numbers expanded first where the format is packed, or fp8 products where the device has them. `Linear` is what one input
+is multiplied with at once: q, k and v, or gate and up.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from hasten.backends.cuda import sparse
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import linear as kernels
 from hasten.backends.cuda.kernels.experts import gemv_columns
@@ -27,7 +28,8 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 @dataclass(frozen=True)
 class Matrix:
     """N rows of K columns as `kernels.skinny` reads them. scales [groups, N]; perm: which column of x each column of
-    the matrix multiplies."""
+    the matrix multiplies. mask: of a 2:4 matrix, of which data holds the numbers that are kept, as kernels/sparse.py
+    reads it."""
 
     kind: int
     n: int
@@ -37,15 +39,16 @@ class Matrix:
     zeros: torch.Tensor | None = None
     group: int = 0
     perm: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     @property
-    def layout(self) -> tuple[int, int, int, int]:
+    def layout(self) -> tuple[int, int, int, int, bool]:
         """What its kernels are compiled and tuned for."""
-        return self.kind, self.group, self.n, self.k
+        return self.kind, self.group, self.n, self.k, self.mask is not None
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.data, self.scales, self.zeros) if t is not None)
+        return sum(t.nbytes for t in (self.data, self.scales, self.zeros, self.mask) if t is not None)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class Linear:
         """Whether `rows` rows of this dtype may be given unnormed, with this norm's weight."""
         if not self.is_whole or not self._one_row(self.matrices[0], rows, dtype):
             return False
-        return self.matrices[0].kind != INT4 or weight.dtype == torch.bfloat16
+        matrix = self.matrices[0]
+        return (matrix.kind != INT4 and matrix.mask is None) or weight.dtype == torch.bfloat16
 
     @property
     def num_weights(self) -> int:
@@ -119,6 +123,8 @@ class Linear:
         """Whether a kernel for one row runs."""
         if rows != 1 or self.fixed:
             return False
+        if matrix.mask is not None:
+            return True
         if matrix.kind == FP8 and matrix.group:
             return False
         if matrix.kind == INT4:
@@ -233,6 +239,9 @@ class Linear:
         n = matrix.n // 2 if gated else matrix.n
         if matrix.perm is not None:
             x = x[:, matrix.perm].contiguous()
+        if matrix.mask is not None:
+            self._sparse(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
+            return
         if self._one_row(matrix, len(x), x.dtype):
             run = self._gemv_int4 if matrix.kind == INT4 else self._gemv
             run(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
@@ -241,6 +250,30 @@ class Linear:
         if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix) and not self._reads_parts:
             x, x_scales = self.ops.quantize_rows(x.contiguous())
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
+
+    def _sparse(
+        self,
+        x: torch.Tensor,
+        matrix: Matrix,
+        n: int,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        norm: Norm | None,
+        residual: torch.Tensor | None,
+        scale: float,
+        activation: int,
+        gated: bool,
+    ) -> None:
+        """Few rows, 2:4."""
+        one = self._one_row(matrix, len(x), x.dtype)
+        width = 1 if one else self._width(len(x))
+        tile = self._tile(matrix, width, n, x.itemsize, gated, one)
+        if one:
+            sparse.gemv(self.device, tile, x, matrix, n, bias, out, norm, residual, scale, activation, gated)
+            return
+        assert norm is None, "only kernels for one row norm their input"
+        splits = 1 if self.fixed else tile.splits
+        sparse.skinny(self.device, tile, width, splits, x, matrix, n, bias, out, residual, scale, activation, gated)
 
     def tile_of(self, rows: int) -> tuple[str, Tile]:
         """By which key the tile for `rows` bfloat16 rows is found, and which it is where none was measured."""
@@ -257,7 +290,9 @@ class Linear:
     def _keyed_tile(
         self, matrix: Matrix, rows: int, n: int, x_itemsize: int, gated: bool, one: bool
     ) -> tuple[str, Tile]:
-        kind, group, _, k = matrix.layout
+        if matrix.mask is not None:
+            return sparse.keyed_tile(matrix, rows, n, gated, one)
+        kind, group, _, k, _ = matrix.layout
         kernel = "gemv" if one else "skinny"
         if self.running is not None:
             n, k = self.running.shape(n, k, rows)
@@ -401,14 +436,20 @@ class Linear:
         )  # fmt: skip
 
     def _has_fp8_product(self, matrix: Matrix) -> bool:
-        return self.device.fp8_products and matrix.group == 0 and matrix.k % 16 == 0 and matrix.n % 16 == 0
+        return (
+            self.device.fp8_products
+            and matrix.group == 0
+            and matrix.mask is None
+            and matrix.k % 16 == 0
+            and matrix.n % 16 == 0
+        )
 
     def _run_many(
         self, x: torch.Tensor, x_scales: torch.Tensor | None, matrix: Matrix, dtype: torch.dtype
     ) -> torch.Tensor:
         if matrix.perm is not None:
             x = x[:, matrix.perm]
-        if matrix.kind == DENSE:
+        if matrix.kind == DENSE and matrix.mask is None:
             return _product(x, matrix.data, dtype)
         if matrix.kind == FP8 and self._has_fp8_product(matrix):
             if x_scales is None:
@@ -422,6 +463,8 @@ class Linear:
 
     def expanded(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         """The matrix's numbers, dense [N, K]."""
+        if matrix.mask is not None:
+            return sparse.expanded(self.device, matrix, dtype)
         out = torch.empty((matrix.n, matrix.k), dtype=dtype, device=self.device.handle)
         columns = 32 if matrix.group == 32 else 64
         width = matrix.data.stride(0)

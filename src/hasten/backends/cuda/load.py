@@ -1,5 +1,6 @@
 """Canonical weights -> tensors on the device, through small pinned buffers: no copy of the model in host memory.
-A matrix with 2:4 zeros is expanded to all its numbers; inputs that a folder would round to int8 stay as they are.
+A 2:4 matrix of a kind that kernels/sparse.py does not take is expanded to all its numbers; inputs that a folder would
+round to int8 stay as they are.
 
 Several threads copy at once, for one core reads a mapped file slower than the bus takes it. What must be repacked is
 repacked on the device.
@@ -20,6 +21,7 @@ from hasten.backends.cuda.decoder import LayerWeights, Weights
 from hasten.backends.cuda.device import Device, check_fp8
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
 from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
+from hasten.backends.cuda.sparse import packed_mask
 from hasten.errors import ModelError, ResourceError
 from hasten.model.formats import Weight, densify
 from hasten.model.spec import ModelSpec
@@ -146,8 +148,10 @@ class Loader:
         return any(member.endswith((".a", ".b")) for member in members)
 
     def _matrix(self, weight: Weight, uploader: Uploader) -> Matrix:
-        weight = densify(weight)
+        if not _stays_sparse(weight, self._dtype):
+            weight = densify(weight)
         n, k = weight.shape
+        mask = None if weight.mask is None else packed_mask(self._upload(weight.mask), k)
         kind = weight.format.kind
         if kind == "fp8":
             check_fp8(self._device, "a folder of 8-bit floats")
@@ -155,7 +159,7 @@ class Loader:
         target = torch.empty(weight.data.shape, dtype=data, device=self._device.handle)
         uploader.send(weight.data, target)
         if kind in TORCH_DTYPES:
-            return Matrix(DENSE, n, k, target.view(TORCH_DTYPES[kind]).to(self._dtype))
+            return Matrix(DENSE, n, k, target.view(TORCH_DTYPES[kind]).to(self._dtype), mask=mask)
         assert weight.scales is not None
         # float32: what kernels fetch ahead of its use comes in pieces of four bytes at least.
         scales = self._upload(weight.scales).t().contiguous()
@@ -163,9 +167,9 @@ class Loader:
         perm = None if weight.perm is None else self._upload(weight.perm)
         group = weight.format.group_size
         if kind == "fp8":
-            return Matrix(FP8, n, k, target.view(FP8_DTYPE), scales, None, group)
+            return Matrix(FP8, n, k, target.view(FP8_DTYPE), scales, None, group, mask=mask)
         if kind == "int8":
-            return Matrix(INT8, n, k, target, scales, zeros, group, perm)
+            return Matrix(INT8, n, k, target, scales, zeros, group, perm, mask)
         if zeros is not None and group == 0:
             group = k  # one group a row: the kernels apply zero points by group
         return Matrix(INT4, n, k, _pack_int4(target, k, group), scales, zeros, group, perm)
@@ -228,7 +232,7 @@ class Loader:
     def _pair(self, parts: list[Linear], starts: list[int | None]) -> Linear | None:
         """gate and up, both of low rank and stored alike, as one product; each reads columns of its own."""
         gate, up = parts
-        if None in starts or gate.k != up.k:
+        if None in starts or gate.k != up.k or gate.matrices[0].mask is not None:
             return None
         both = _merged([gate.matrices[0], up.matrices[0]], self._device)
         if len(both) > 1:
@@ -303,6 +307,7 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
             cat([matrix.zeros for matrix in matrices], 1),
             first.group,
             first.perm,
+            cat([matrix.mask for matrix in matrices], 0),
         )
     ]
 
@@ -310,9 +315,23 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
 def _alike(one: Matrix, other: Matrix) -> bool:
     if (one.kind, one.group, one.zeros is None) != (other.kind, other.group, other.zeros is None):
         return False
+    if (one.mask is None) != (other.mask is None):
+        return False
     if one.perm is None or other.perm is None:
         return one.perm is other.perm
     return torch.equal(one.perm, other.perm)
+
+
+def _stays_sparse(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether kernels take a 2:4 matrix without its zeros."""
+    format = weight.format
+    return (
+        weight.mask is not None
+        and format.kind != "int4"
+        and format.group_size == 0
+        and weight.perm is None
+        and (dtype != torch.float32)
+    )
 
 
 def _small(vector: torch.Tensor) -> torch.Tensor:
@@ -342,4 +361,4 @@ def _as_fp8(matrix: Matrix) -> Matrix:
     for first in range(0, matrix.n, step):
         part = slice(first, first + step)
         data[part] = (matrix.data[part].float() / scales[part, None]).to(FP8_DTYPE)
-    return Matrix(FP8, matrix.n, matrix.k, data, scales[None].contiguous())
+    return Matrix(FP8, matrix.n, matrix.k, data, scales[None].contiguous(), mask=matrix.mask)

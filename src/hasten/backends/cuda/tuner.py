@@ -116,6 +116,13 @@ def _worth_a_try(linear: Linear, batch: int, now: Tile) -> Iterator[Tile]:
             if 1 <= splits <= 16:
                 yield replace(now, splits=splits)
         yield replace(now, stages=max(2, now.stages - 1))
+    elif matrix.mask is not None:
+        for rows in (1, 2, 4):
+            for warps in (2, 4, 8):
+                if 1 <= rows * now.columns // (64 * warps) <= 4:
+                    yield from (
+                        replace(now, rows=rows, warps=warps, splits=n // warps) for n in (8, 12, 16) if n >= warps
+                    )
     elif matrix.kind == INT4:
         for rows in (2, 4, 8):
             for warps in (2, 4, 8):
