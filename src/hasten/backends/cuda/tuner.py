@@ -143,7 +143,12 @@ def signature(decoder: Decoder) -> str:
     parts = []
     for linear in decoder.shapes()[:-1]:
         matrix = linear.matrices[0]
-        parts.append(f"{KINDS[matrix.kind]}{f'-g{matrix.group}' if matrix.group else ''} {linear.n}x{linear.k}")
+        kind = (
+            KINDS[matrix.kind]
+            + (f"-g{matrix.group}" if matrix.group else "")
+            + ("-2:4" if matrix.mask is not None else "")
+        )
+        parts.append(f"{kind} {linear.n}x{linear.k}")
     return ", ".join(parts)
 
 

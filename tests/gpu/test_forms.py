@@ -1,0 +1,28 @@
+"""Compressed forms on the GPU at real sizes: experts, 2:4, low rank, against float64."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from cuda_tools import check_experts, check_product  # noqa: E402
+
+from hasten.model.formats import Format  # noqa: E402
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 64, 100])
+@pytest.mark.parametrize("format", [Format("bf16"), None, Format("int8"), Format("int4", 128)], ids=str)
+@pytest.mark.parametrize("sizes", [(4096, 896, 16, 4, 1), (2048, 512, 64, 6, 1), (1024, 256, 12, 3, 0)], ids=str)
+def test_experts(format: Format | None, sizes: tuple[int, int, int, int, int], rows: int) -> None:
+    check_experts("cuda", format, "bf16", rows, sizes, 0.06 if format is None and rows > 1 else 1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 40, 64, 200])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
+def test_two_of_four(kind: str, gated: bool, rows: int) -> None:
+    format = Format(kind, sparse24=True)  # type: ignore[arg-type]
+    check_product("cuda", format, "bf16", rows, 1536, 4096, gated, 6e-3, rows)
+    check_product("cuda", format, "bf16", rows, 1003, 14336, gated, 6e-3, rows)
+    check_product("cuda", format, "fp16" if kind == "fp8" else "bf16", rows, 200, 1076, gated, 6e-3, rows)
