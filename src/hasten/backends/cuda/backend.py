@@ -9,7 +9,7 @@ import torch
 from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
 from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, decode_programs, tile_tokens
 from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.device import Device, check_fp8, open_device
+from hasten.backends.cuda.device import CAPTURING, Device, check_fp8, open_device
 from hasten.backends.cuda.graphs import Graphs
 from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
@@ -74,7 +74,8 @@ class CudaBackend:
         where the GPU's memory does not suffice."""
         ops = Ops(self._device, spec.norm == "layer", spec.norm_eps)
         loader = Loader(self._device, ops, spec, self._format, self._deterministic)
-        loaded = loader.load(weights)
+        with CAPTURING:
+            loaded = loader.load(weights)
         sampled = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=self._device.handle)
         self._spec = spec
         self._decoder = Decoder(self._device, ops, spec, loaded, sampled)
@@ -98,7 +99,8 @@ class CudaBackend:
         logits = limits.max_rows * spec.vocab_size * 4 * 2
         if not self._device.is_cuda:
             return DeviceMemory(1 << 30, 1 << 30, activations + logits)
-        torch.cuda.empty_cache()
+        with CAPTURING:
+            torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device.handle)
         return DeviceMemory(total, free, activations + logits + _GRAPH_BYTES, shared=False)
 
@@ -119,7 +121,8 @@ class CudaBackend:
             self._graphs.close()
         decoder.attention = self._graphs = None
         try:
-            decoder.attention = Attention(self._device, spec, num_blocks, block_size, dtype)
+            with CAPTURING:
+                decoder.attention = Attention(self._device, spec, num_blocks, block_size, dtype)
         except torch.cuda.OutOfMemoryError:
             needed = num_blocks * block_bytes(spec, block_size, dtype)
             free, _ = torch.cuda.mem_get_info(self._device.handle)
@@ -145,15 +148,24 @@ class CudaBackend:
         if self._decoder is None or self._stager is None:
             raise ModelError("no model is loaded, or it has no cache: call load() and allocate() first")
         self._chosen = None
-        with self._told_of_memory(len(batch.tokens)):
-            if self._graphs is not None:
-                done = self._graphs(batch)
-                if done is not None:
-                    logits, chosen = done
-                    self._chosen = logits if chosen else None
-                    return logits
-            inputs = self._stager.general(batch)
-            return self._decoder(inputs)
+        try:
+            return self._forward(batch)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        with CAPTURING, self._told_of_memory(len(batch.tokens)):
+            torch.cuda.empty_cache()
+            return self._decoder(self._stager.general(batch))
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        assert self._decoder is not None
+        assert self._stager is not None
+        if self._graphs is not None:
+            done = self._graphs(batch)
+            if done is not None:
+                logits, chosen = done
+                self._chosen = logits if chosen else None
+                return logits
+        return self._decoder(self._stager.general(batch))
 
     @torch.inference_mode()
     def sample(self, logits: Logits, params: SamplingBatch) -> PendingSample:

@@ -14,6 +14,10 @@ _FP8_CAPABILITY = (8, 9)
 _WORKSPACE_BYTES = 64 << 20
 _NUM_COUNTERS = 1 << 16
 
+# Held while a graph is captured, by whichever model of the process, and by all who need memory that torch has cached:
+# its allocator, one for all, gives nothing back meanwhile.
+CAPTURING = threading.Lock()
+
 
 @dataclass
 class Device:
@@ -35,7 +39,6 @@ class Device:
     fp8_products: bool = False
     launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
     measured: Measured = field(default_factory=Measured)
-    capturing: threading.Lock = field(default_factory=threading.Lock)  # one graph at a time, of several models too
 
     @property
     def tiles(self) -> dict[str, Tile]:

@@ -18,6 +18,7 @@ import torch
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder, Hidden
+from hasten.backends.cuda.device import CAPTURING
 from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
 from hasten.backends.cuda.linear import MAX_SKINNY
 from hasten.backends.cuda.sampling import Sampler
@@ -182,7 +183,7 @@ class Graphs:
             self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with device.capturing, torch.cuda.stream(self._stream):
+            with CAPTURING, torch.cuda.stream(self._stream):
                 logits, hidden = self._record(bucket, graph)
         except Exception:
             if bucket.ran:
@@ -215,7 +216,8 @@ class _Memory:
 
 
 def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers in the same place, which the allocator may give to others. tensor: contiguous."""
+    """The same numbers in the same place, which the allocator may give to others."""
+    assert tensor.is_contiguous()
     memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 2}
     flat = torch.as_tensor(_Memory(memory), device=tensor.device)
     return flat.view(tensor.dtype).view(tensor.shape)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hasten.backends.cuda.device import open_device
+from hasten.backends.cuda.device import CAPTURING, open_device
 from hasten.errors import ResourceError
 from hasten.hardware import Gpu
 
@@ -20,7 +20,12 @@ def probe_gpu(seconds: float = 0.3) -> Gpu:
     """Measure the current GPU, `seconds` for each of five measurements, in memory that is free. Raises ResourceError
     where there is too little of it, or for a GPU that is too old."""
     handle = open_device("cuda").handle
-    torch.cuda.empty_cache()
+    with CAPTURING:
+        torch.cuda.empty_cache()
+        return _measured(handle, seconds)
+
+
+def _measured(handle: torch.device, seconds: float) -> Gpu:
     free, total = torch.cuda.mem_get_info(handle)
     facts = torch.cuda.get_device_properties(handle)
     kinds = ("bf16", "fp32", "int8", *(("fp8",) if (facts.major, facts.minor) >= (8, 9) else ()))

@@ -15,6 +15,7 @@ import triton
 
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder
+from hasten.backends.cuda.device import CAPTURING
 from hasten.backends.cuda.inputs import Sizes, Stager
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
 from hasten.backends.cuda.sampling import Sampler
@@ -61,7 +62,7 @@ def graph_ms(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with CAPTURING, torch.cuda.graph(graph):
         run()
     times: list[float] = []
     for _ in range(4):
