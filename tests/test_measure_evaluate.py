@@ -10,6 +10,7 @@ from command_line import hasten
 from hasten import Finetune, Recipe, evaluate
 from hasten.compress.calibration import calibration_tokens, digest
 from hasten.errors import HastenError
+from hasten.measure import overlap
 from hasten.measure.overlap import check_unseen, shared_runs
 from hasten.receipt import Receipt
 from hasten.recipe import Calibration
@@ -44,11 +45,30 @@ def made_with(folder: Path, tmp_path: Path, calibration: Calibration, sha256: st
 
 
 def test_shared_runs_of_words() -> None:
-    assert shared_runs(TEXT, TEXT.upper()) == 1
-    assert shared_runs(TEXT, "nothing of it") == 0
-    assert shared_runs("too short", TEXT) == 0
-    half = " ".join(WORDS[:206])
-    assert shared_runs(TEXT, half) == pytest.approx(194 / 388)
+    assert shared_runs(TEXT, [TEXT.upper()]) == 1
+    assert shared_runs(TEXT, ["nothing of it", ""]) == 0
+    assert shared_runs("too short", [TEXT]) == 0
+    halves = " ".join(WORDS[:206]), " ".join(WORDS[206:])
+    assert shared_runs(TEXT, halves[:1]) == pytest.approx(194 / 388)
+    assert shared_runs(TEXT, halves) == pytest.approx((194 + 182) / 388)  # what several texts hold counts together
+
+
+def test_training_text_in_any_form_is_looked_through(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made_with(stories, tmp_path, Calibration(None), "")
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT)
+    share, note = check_unseen("other", other, TEXT, folder)
+    assert share is None
+    assert note is not None
+    assert "was not compared with" in note
+    assert "tuned.txt" in note
+    (tmp_path / "tuned.txt").mkdir()  # a folder
+    (tmp_path / "tuned.txt/part.md").write_text(TEXT * 20)
+    monkeypatch.setattr(overlap, "_PIECE", 1 << 12)  # of a file larger than this
+    with pytest.raises(HastenError, match="100% of its runs of 13 words"):
+        check_unseen("other", other, TEXT, folder)
 
 
 def test_text_that_a_model_was_calibrated_on_is_refused(stories: Path, heldout: Path, tmp_path: Path) -> None:
@@ -59,7 +79,6 @@ def test_text_that_a_model_was_calibrated_on_is_refused(stories: Path, heldout: 
         check_unseen("held", heldout, heldout.read_text(), folder)
     other = tmp_path / "other.txt"
     other.write_text(TEXT * 3)
-    assert check_unseen("other", other, other.read_text(), folder) == (None, None)
     # Text of training that is still there is looked through.
     (tmp_path / "tuned.txt").write_text(TEXT)
     with pytest.raises(HastenError, match="100% of its runs of 13 words"):
@@ -69,7 +88,10 @@ def test_text_that_a_model_was_calibrated_on_is_refused(stories: Path, heldout: 
     assert share == pytest.approx(18 / 418, rel=0.1)
     assert note is not None
     assert "mixed" in note
-    assert check_unseen("fresh", other, "nothing of it", folder) == (0.0, None)
+    share, note = check_unseen("fresh", other, "nothing of it", folder)
+    assert share == 0
+    assert note is not None
+    assert "gone.txt, which made made: it is not here" in note
     assert check_unseen("fresh", other, TEXT, stories) == (None, None)  # nothing is known of that folder
 
 

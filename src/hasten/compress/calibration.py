@@ -12,15 +12,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.tokenizer import Tokenizer
 from hasten.recipe import Calibration
+
+if TYPE_CHECKING:
+    import torch
 
 Int32 = NDArray[np.int32]
 
@@ -156,13 +159,13 @@ class Sequences:
         self._extra = np.linspace(0, self._wanted.num_sequences - 1, extra).astype(int)
         self._found: Int32 | None = None
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> "torch.Tensor":
         """[n, T] int64."""
-        return torch.from_numpy(np.delete(self._all(), self._extra, axis=0).astype(np.int64))
+        return _tensor(np.delete(self._all(), self._extra, axis=0))
 
-    def held_out(self) -> torch.Tensor:
+    def held_out(self) -> "torch.Tensor":
         """[m, T] int64, none of which is among those above."""
-        return torch.from_numpy(self._all()[self._extra].astype(np.int64))
+        return _tensor(self._all()[self._extra])
 
     def about(self) -> dict[str, object]:
         """For the receipt; empty where nothing asked for text."""
@@ -179,6 +182,12 @@ class Sequences:
                 np.save(file, self._found)
             os.replace(file.name, self._file)
         return self._found
+
+
+def _tensor(tokens: Int32) -> "torch.Tensor":
+    import torch  # not above: whether a text was used is asked without torch, too
+
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def digest(tokens: Int32) -> str:
