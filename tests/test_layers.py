@@ -52,10 +52,10 @@ LATE_ONLY = (
 )  # fmt: skip
 # What is itself imported only when it is used: may import what it needs as it loads.
 LATE_PACKAGES = (("backends", "cuda"), ("backends", "torch"), ("train",), ("compress",))
-# Of these packages, what is imported early all the same: rounding to nearest needs no torch.
+# Of these packages, what is imported early all the same: rounding to nearest and calibration text need no torch.
 EARLY = {
-    ("compress", "__init__"), ("compress", "apply"), ("compress", "folder"), ("compress", "plan"),
-    ("compress", "rtn"), ("train", "__init__"), ("train", "run"),
+    ("compress", "__init__"), ("compress", "apply"), ("compress", "calibration"), ("compress", "folder"),
+    ("compress", "plan"), ("compress", "rtn"), ("train", "__init__"), ("train", "run"),
 }  # fmt: skip
 
 
