@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a sample: 24 on a CPU, 64 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16", help="of dense weights on a GPU")
+    parser.add_argument("--tune", action="store_true", help="measure tiles on the GPU before, kept in the user's cache")
     parser.add_argument("--batches", default="1,8", help="sequences of a step on a GPU")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", action="append", metavar="FORM", help="this form beside dense; can be given again")

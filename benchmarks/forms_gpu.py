@@ -96,6 +96,9 @@ def measure_gpu(arguments: argparse.Namespace) -> dict[str, object]:
         backend = CudaBackend(format="fp8" if arguments.format == "fp8" else None)
         backend.load(spec, weights(spec, name, pool))
         backend.allocate(max(batches) * ((PROMPT + OUTPUT) // 32 + 1), 32, "bf16")
+        if arguments.tune:
+            tuned = backend.tune_kernels(lambda line, name=name: print(f"{name}: {line}", flush=True), (1,))
+            print(f"{name}: {tuned['step_ms']}", flush=True)
         for batch in batches:
             run = runs[name, batch] = Sequences(backend, spec.vocab_size, batch, PROMPT, OUTPUT, 8192)
             run.prefill().result()

@@ -13,8 +13,9 @@ from hasten.backends.base import Batch
 from hasten.backends.cuda import CudaBackend
 from hasten.backends.cuda.composed import split_mlp
 from hasten.backends.cuda.device import Device, open_device
-from hasten.backends.cuda.linear import Linear, Norm
+from hasten.backends.cuda.linear import Linear
 from hasten.backends.cuda.load import Loader, Uploader, _as_fp8, _merged
+from hasten.backends.cuda.matrix import Norm
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference import ReferenceBackend
 from hasten.backends.reference_math import activate, choose_experts

@@ -3,6 +3,7 @@ GPU tests/gpu/test_forms.py does the same at real sizes."""
 
 import os
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,9 +11,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
-from cuda_tools import check_experts, check_product  # noqa: E402
+from cuda_tools import check_experts, check_product, make_linear  # noqa: E402
 
-from hasten.model.formats import Format  # noqa: E402
+from hasten.backends.cuda import linear  # noqa: E402
+from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.model.formats import Format, dequantize, quantize  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,22 @@ def test_two_of_four(kind: str, dtype: str, tolerance: float, rows: int) -> None
     format = Format(kind, sparse24=True)  # type: ignore[arg-type]
     check_product("cpu", format, dtype, rows, 70, 404, rows == 3, tolerance, rows)
     check_product("cpu", format, dtype, rows, 6, 1024, rows == 1, tolerance, rows)
+
+
+def test_int8_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of x rounded to int8 beforehand, in passing, or by the product, which then is exact."""
+    monkeypatch.setattr(linear, "INT8_ROWS", 65)
+    rng = np.random.default_rng(0)
+    weight = quantize(rng.standard_normal((200, 208)).astype(np.float32), Format("int8", activations="int8"))
+    device = open_device("cpu")
+    product = make_linear([weight], device, "fp32")
+    assert product.takes_eight(64) is None
+    assert product.takes_eight(70) == torch.int8
+    x = torch.from_numpy(rng.standard_normal((70, 208)).astype(np.float32))
+    x[3] = 0
+    rows, scales = product.ops.quantize_rows(x, torch.int8)
+    exact = x.numpy() / np.maximum(np.abs(x.numpy()).max(1, keepdims=True), 1e-12) * 127
+    assert np.abs(rows.numpy() - exact).max() <= 0.5 + 1e-4
+    want = scales[:, None].numpy() * rows.numpy().astype(np.float64) @ dequantize(weight).T
+    for got in (product(x), product(rows, x_scales=scales, dtype=torch.float32)):
+        assert np.abs(got.numpy() - want).max() < 1e-5 * np.abs(want).max()

@@ -5,7 +5,8 @@ import torch
 import triton
 
 from hasten.backends.cuda.kernels import experts as kernels
-from hasten.backends.cuda.linear import ACTIVATIONS, COLUMNS, DENSE, INT4, MAX_SKINNY, ROWS, Linear, Norm, Running
+from hasten.backends.cuda.linear import ACTIVATIONS, MAX_SKINNY, Linear
+from hasten.backends.cuda.matrix import COLUMNS, DENSE, INT4, ROWS, Norm, Running
 
 _PAIRS = 16384  # of scores that are compared at once
 
@@ -35,8 +36,9 @@ class Composed(Linear):
     def fuses_residual(self, rows: int) -> bool:
         return len(self._parts) == 1 and self._parts[0].fuses_residual(rows)
 
-    def takes_fp8(self, rows: int) -> bool:
-        return all(linear.takes_fp8(rows) for linear in self._readers)
+    def takes_eight(self, rows: int) -> torch.dtype | None:
+        taken = {linear.takes_eight(rows) for linear in self._readers}
+        return taken.pop() if len(taken) == 1 else None
 
     @property
     def num_weights(self) -> int:
@@ -86,13 +88,14 @@ class Experts(Linear):
     """
 
     def __init__(self, inner: Linear, router: Linear, experts: int, active: int) -> None:
-        super().__init__(inner.device, inner.ops, inner.matrices, inner.bias, inner.gated, inner.fixed)
+        matrices, bias = inner.matrices, inner.bias
+        super().__init__(inner.device, inner.ops, matrices, bias, inner.gated, inner.fixed, running=inner.running)
         self._inner = inner
         self._router = router
         self._experts = experts
         self._active = active
         self.n, self.k = inner.n, inner.k
-        self.is_whole = False
+        self.is_whole = inner.is_whole
 
     def fuses_norm(self, rows: int, dtype: torch.dtype, weight: torch.Tensor) -> bool:
         return self._skips(rows) and self._inner.fuses_norm(rows, dtype, weight)
@@ -100,8 +103,8 @@ class Experts(Linear):
     def fuses_residual(self, rows: int) -> bool:
         return True  # nothing follows the activation
 
-    def takes_fp8(self, rows: int) -> bool:
-        return False  # the router reads more exact ones
+    def takes_eight(self, rows: int) -> torch.dtype | None:
+        return None  # the router reads more exact ones
 
     @property
     def num_weights(self) -> int:

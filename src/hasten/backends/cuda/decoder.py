@@ -11,7 +11,8 @@ import torch
 from hasten.backends.cuda.attention import Attention, HeadNorms
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.inputs import Inputs
-from hasten.backends.cuda.linear import ACTIVATIONS, Linear, Norm
+from hasten.backends.cuda.linear import ACTIVATIONS, Linear
+from hasten.backends.cuda.matrix import Norm
 from hasten.backends.cuda.ops import NormWeights, Ops
 from hasten.model.spec import ModelSpec
 
@@ -142,12 +143,12 @@ class Decoder:
         return self._added(layer.down, self._mlp(layer, normed, x.dtype), x, layer.mlp_post_norm)
 
     def _mlp(self, layer: LayerWeights, normed: _Normed, dtype: torch.dtype) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """What `down` multiplies: rows, or (e4m3 rows, scales)."""
-        activation = self._spec.activation
-        if layer.gate_up.fuses_residual(len(normed.x)) or not layer.down.takes_fp8(len(normed.x)):
+        """What `down` multiplies: rows, or (rows of 8 bits, scales)."""
+        activation, eight = self._spec.activation, layer.down.takes_eight(len(normed.x))
+        if layer.gate_up.fuses_residual(len(normed.x)) or eight is None:
             return layer.gate_up(normed.x, x_scales=normed.scales, norm=normed.norm, activation=activation, dtype=dtype)
         raw = layer.gate_up(normed.x, x_scales=normed.scales, norm=normed.norm, dtype=dtype)
-        return self._ops.activate_fp8(raw, ACTIVATIONS[activation], layer.gate_up.gated)
+        return self._ops.activate_eight(raw, ACTIVATIONS[activation], layer.gate_up.gated, eight)
 
     def _added(
         self, linear: Linear, given: torch.Tensor | tuple[torch.Tensor, ...], x: torch.Tensor, post: NormWeights | None
@@ -173,9 +174,9 @@ class Decoder:
             return x, _Normed(x)
         if hidden.delta is None and self._spec.norm == "rms" and linear.fuses_norm(rows, hidden.x.dtype, norm.weight):
             return hidden.x, _Normed(hidden.x, norm=Norm(norm.weight, self._spec.norm_eps))
-        fp8 = linear.takes_fp8(rows)
+        eight = linear.takes_eight(rows)
         x, normed, scales = self._ops.add_norm(
-            hidden.x, hidden.delta, hidden.post, norm, self._spec.residual_scale, fp8
+            hidden.x, hidden.delta, hidden.post, norm, self._spec.residual_scale, eight
         )
         return x, _Normed(normed, scales)
 

@@ -5,7 +5,7 @@ numbers expanded first where the format is packed, or fp8 products where the dev
 is multiplied with at once: q, k and v, or gate and up.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -15,66 +15,25 @@ from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import linear as kernels
 from hasten.backends.cuda.kernels.experts import gemv_columns
 from hasten.backends.cuda.kernels.int4 import gemv_int4
-from hasten.backends.cuda.ops import Ops
-from hasten.backends.cuda.tuning import Tile, columns_tile, divisor, gemv_tile, int4_tile, skinny_tile, tile_key
+from hasten.backends.cuda.kernels.int8 import product8
+from hasten.backends.cuda.matrix import COLUMNS, DENSE, FP8, INT4, INT8, ROWS, Matrix, Norm, Running
+from hasten.backends.cuda.ops import FP8_DTYPE, Ops
+from hasten.backends.cuda.tuning import (
+    FEW_ROWS,
+    INT8_ROWS,
+    SPARSE_ROWS,
+    Tile,
+    columns_tile,
+    divisor,
+    gemv_tile,
+    int4_tile,
+    int8_tile,
+    skinny_tile,
+    tile_key,
+)
 
-DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
-ROWS, COLUMNS = kernels.EXPERT_ROWS.value, kernels.EXPERT_COLUMNS.value
-MAX_SKINNY = 64
-MAX_INT4 = 256  # of int4: what cuBLAS needs must be expanded first
+MAX_SKINNY = 64  # rows of x in a program
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """N rows of K columns as `kernels.skinny` reads them. scales [groups, N]; perm: which column of x each column of
-    the matrix multiplies. mask: of a 2:4 matrix, of which data holds the numbers that are kept, as kernels/sparse.py
-    reads it."""
-
-    kind: int
-    n: int
-    k: int
-    data: torch.Tensor
-    scales: torch.Tensor | None = None
-    zeros: torch.Tensor | None = None
-    group: int = 0
-    perm: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-
-    @property
-    def layout(self) -> tuple[int, int, int, int, bool]:
-        """What its kernels are compiled and tuned for."""
-        return self.kind, self.group, self.n, self.k, self.mask is not None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.data, self.scales, self.zeros, self.mask) if t is not None)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm that a product may do on the way. weight float32 [K]."""
-
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class Running:
-    """Which experts run, as kernels.experts.route writes it, and what is theirs in a product of few rows: ROWS or
-    COLUMNS of the matrix, `size` each in turn. experts [1 + E]: how many, and which. taken [MAX_SKINNY, E]: by which
-    row of x."""
-
-    side: int
-    size: int
-    active: int
-    experts: torch.Tensor
-    taken: torch.Tensor
-
-    def shape(self, n: int, k: int, rows: int) -> tuple[int, int]:
-        """Rows and columns of the matrix that `rows` rows of x have use for, at the most."""
-        used = self.size * min(self.taken.shape[1], rows * self.active)
-        return (used, k) if self.side == ROWS else (n, used)
 
 
 class Linear:
@@ -140,10 +99,18 @@ class Linear:
         """Whether a residual is added without a pass of its own."""
         return all(self._few(matrix, rows) for matrix in self.matrices)
 
-    def takes_fp8(self, rows: int) -> bool:
-        """Whether rows may be given as (e4m3, scales): what a preceding kernel can make in passing."""
+    def takes_eight(self, rows: int) -> torch.dtype | None:
+        """Which 8 bits rows may be given in, with scales: what a preceding kernel can make in passing."""
         matrix = self.matrices[0]
-        return self.is_whole and matrix.kind == FP8 and (rows > 1 or self.fixed) and self._has_fp8_product(matrix)
+        if not self.is_whole:
+            return None
+        if matrix.kind == FP8 and (rows > 1 or self.fixed) and self._has_fp8_product(matrix):
+            return FP8_DTYPE
+        return torch.int8 if self._has_int8_product(matrix, rows) else None
+
+    def _has_int8_product(self, matrix: Matrix, rows: int) -> bool:
+        plain = matrix.kind == INT8 and matrix.group == 0 and matrix.zeros is None and matrix.mask is None
+        return matrix.int8_inputs and plain and not self._few(matrix, rows) and rows >= INT8_ROWS
 
     def __call__(
         self,
@@ -158,8 +125,8 @@ class Linear:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """scale * (x [T, K] W.T + bias) -> [T, N]; activated, and gated [T, N / 2]. residual (only where
-        fuses_residual) is added. x is e4m3 with x_scales float32 [T] only where takes_fp8. The result has `dtype`, or
-        that of x; it is `out` where that is given, which may be columns of something wider, as may x."""
+        fuses_residual) is added. x has 8 bits and x_scales float32 [T] only where takes_eight. The result has `dtype`,
+        or that of x; it is `out` where that is given, which may be columns of something wider, as may x."""
         dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
         rows = len(x)
         matrix = self.matrices[0]
@@ -214,7 +181,9 @@ class Linear:
         return out
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
-        return self.fixed or rows <= (MAX_INT4 if matrix.kind == INT4 and self.running is None else MAX_SKINNY)
+        if self.running is not None:
+            return self.fixed or rows <= MAX_SKINNY
+        return self.fixed or rows <= (SPARSE_ROWS if matrix.mask is not None else FEW_ROWS[matrix.kind])
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:
@@ -248,7 +217,7 @@ class Linear:
             return
         assert norm is None, "only kernels for one row norm their input"
         if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix) and not self._reads_parts:
-            x, x_scales = self.ops.quantize_rows(x.contiguous())
+            x, x_scales = self.ops.quantize_rows(x.contiguous(), FP8_DTYPE)
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
 
     def _sparse(
@@ -453,13 +422,29 @@ class Linear:
             return _product(x, matrix.data, dtype)
         if matrix.kind == FP8 and self._has_fp8_product(matrix):
             if x_scales is None:
-                x, x_scales = self.ops.quantize_rows(x)
+                x, x_scales = self.ops.quantize_rows(x.contiguous(), FP8_DTYPE)
             assert matrix.scales is not None
             product: torch.Tensor = torch._scaled_mm(
                 x, matrix.data.t(), x_scales[:, None], matrix.scales, out_dtype=torch.bfloat16, use_fast_accum=True
             )
             return product.to(dtype)
+        if self._has_int8_product(matrix, len(x)):
+            if x_scales is None:
+                x, x_scales = self.ops.quantize_rows(x.contiguous(), torch.int8)
+            return self._product8(x, x_scales, matrix, dtype)
         return _product(x, self.expanded(matrix, x.dtype), dtype)
+
+    def _product8(self, x: torch.Tensor, x_scales: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        rows, device = len(x), self.device
+        out = torch.empty((rows, matrix.n), dtype=dtype, device=device.handle)
+        tile = int8_tile(rows, matrix.n, device.num_processors)
+        assert matrix.scales is not None
+        product8[(-(-rows // tile.rows) * -(-matrix.n // tile.columns),)](
+            x, x_scales, matrix.data, matrix.scales, out, rows, matrix.n, matrix.k, BM=tile.rows,
+            BN=tile.columns, BK=128, TALL=8, STAGES=tile.stages, EVEN=matrix.k % 128 == 0, PDL=device.pdl,
+            num_warps=tile.warps, **device.launch,
+        )  # fmt: skip
+        return out
 
     def expanded(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         """The matrix's numbers, dense [N, K]."""

@@ -1,6 +1,6 @@
 """Canonical weights -> tensors on the device, through small pinned buffers: no copy of the model in host memory.
 A 2:4 matrix of a kind that kernels/sparse.py does not take is expanded to all its numbers; inputs that a folder would
-round to int8 stay as they are.
+round to int8 are so in large products only.
 
 Several threads copy at once, for one core reads a mapped file slower than the bus takes it. What must be repacked is
 repacked on the device.
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from hasten.backends.cuda.composed import Composed, split_mlp
 from hasten.backends.cuda.decoder import LayerWeights, Weights
 from hasten.backends.cuda.device import Device, check_fp8
-from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
+from hasten.backends.cuda.linear import Linear
+from hasten.backends.cuda.matrix import DENSE, FP8, INT4, INT8, Matrix
 from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
 from hasten.backends.cuda.sparse import packed_mask
 from hasten.errors import ModelError, ResourceError
@@ -169,7 +170,8 @@ class Loader:
         if kind == "fp8":
             return Matrix(FP8, n, k, target.view(FP8_DTYPE), scales, None, group, mask=mask)
         if kind == "int8":
-            return Matrix(INT8, n, k, target, scales, zeros, group, perm, mask)
+            eight = weight.format.activations == "int8"
+            return Matrix(INT8, n, k, target, scales, zeros, group, perm, mask, eight)
         if zeros is not None and group == 0:
             group = k  # one group a row: the kernels apply zero points by group
         return Matrix(INT4, n, k, _pack_int4(target, k, group), scales, zeros, group, perm)
@@ -308,6 +310,7 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
             first.group,
             first.perm,
             cat([matrix.mask for matrix in matrices], 0),
+            all(matrix.int8_inputs for matrix in matrices),
         )
     ]
 

@@ -7,6 +7,7 @@ from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import ops as kernels
 
 FP8_DTYPE = torch.float8_e4m3fn
+_LARGEST = {None: 0, FP8_DTYPE: 448, torch.int8: 127}
 
 
 class Ops:
@@ -44,16 +45,16 @@ class Ops:
         post: "NormWeights | None",
         pre: "NormWeights | None",
         scale: float = 1.0,
-        fp8: bool = False,
+        eight: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(x + scale * post(delta), its norm by `pre`, scales of the norm's rows where it is made in fp8)."""
+        """(x + scale * post(delta), its norm by `pre`, scales of the norm's rows where it is made in 8 bits)."""
         rows, width = x.shape
         added = x if delta is None else torch.empty_like(x)
         out = added
         scales = None
         if pre is not None:
-            out = torch.empty_like(x, dtype=FP8_DTYPE if fp8 else x.dtype)
-            scales = torch.empty(rows, dtype=torch.float32, device=x.device) if fp8 else None
+            out = torch.empty_like(x, dtype=eight or x.dtype)
+            scales = torch.empty(rows, dtype=torch.float32, device=x.device) if eight else None
         self._launch(x, delta, added, out, scales, post, pre, width, scale, self._layer_norm)
         return added, out, scales
 
@@ -80,34 +81,37 @@ class Ops:
         kernels.add_norm[(len(x),)](
             x, x if delta is None else delta, added, out, x if scales is None else scales, post_weight, post_bias,
             pre_weight, pre_bias, width, x.stride(0), out.stride(0), self._eps, scale, ADD=delta is not None,
-            POST=post is not None, PRE=pre is not None, LAYER=layer_norm, FP8=scales is not None, B=block,
+            POST=post is not None, PRE=pre is not None, LAYER=layer_norm,
+            LARGEST=_LARGEST[None if scales is None else out.dtype], B=block,
             PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8, **self.device.launch,
         )  # fmt: skip
 
     def activate(self, x: torch.Tensor, activation: int, gated: bool) -> torch.Tensor:
         """activation(x [T, N]), or with gated activation(x[:, : N / 2]) * x[:, N / 2 :]."""
-        return self._activate(x, activation, gated, False)[0]
+        return self._activate(x, activation, gated, None)[0]
 
-    def activate_fp8(self, x: torch.Tensor, activation: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as (e4m3, scales float32 [T])."""
-        out, scales = self._activate(x, activation, gated, True)
+    def activate_eight(
+        self, x: torch.Tensor, activation: int, gated: bool, eight: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in 8 bits, e4m3 or int8, and scales float32 [T]."""
+        out, scales = self._activate(x, activation, gated, eight)
         assert scales is not None
         return out, scales
 
-    def quantize_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, N] as (e4m3, scales float32 [T])."""
-        return self.activate_fp8(x, 0, False)
+    def quantize_rows(self, x: torch.Tensor, eight: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, N] in 8 bits, and scales float32 [T]."""
+        return self.activate_eight(x, 0, False, eight)
 
     def _activate(
-        self, x: torch.Tensor, activation: int, gated: bool, fp8: bool
+        self, x: torch.Tensor, activation: int, gated: bool, eight: torch.dtype | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, width = x.shape
         width = width // 2 if gated else width
-        out = torch.empty((rows, width), dtype=FP8_DTYPE if fp8 else x.dtype, device=x.device)
-        scales = torch.empty(rows, dtype=torch.float32, device=x.device) if fp8 else None
-        block = triton.next_power_of_2(width) if fp8 else min(2048, triton.next_power_of_2(width))
+        out = torch.empty((rows, width), dtype=eight or x.dtype, device=x.device)
+        scales = torch.empty(rows, dtype=torch.float32, device=x.device) if eight else None
+        block = triton.next_power_of_2(width) if eight else min(2048, triton.next_power_of_2(width))
         kernels.activate_rows[(rows, -(-width // block))](
-            x, out, x if scales is None else scales, width, GATED=gated, ACT=activation, FP8=fp8, B=block,
+            x, out, _or(scales, x), width, GATED=gated, ACT=activation, LARGEST=_LARGEST[eight], B=block,
             PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16, **self.device.launch,
         )  # fmt: skip
         return out, scales
@@ -140,6 +144,10 @@ class NormWeights:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if tensor is None else tensor
 
 
 def _tensors(norm: NormWeights | None, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

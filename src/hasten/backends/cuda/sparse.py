@@ -1,17 +1,13 @@
 """2:4 matrices on the device: packed as kernels/sparse.py reads them, and the launches of its kernels. linear.py knows
 when."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import sparse as kernels
+from hasten.backends.cuda.matrix import Matrix, Norm
 from hasten.backends.cuda.tuning import Tile, tile_key
-
-if TYPE_CHECKING:
-    from hasten.backends.cuda.linear import Matrix, Norm
 
 _SHARED = 200 << 10  # bytes of shared memory that tiles in flight may take
 
@@ -30,7 +26,7 @@ def packed_mask(mask: torch.Tensor, k: int) -> torch.Tensor:
     return (planes[:, 0] | planes[:, 1] << 4 | planes[:, 2] << 8 | planes[:, 3] << 12).to(torch.int16)
 
 
-def keyed_tile(matrix: "Matrix", rows: int, n: int, gated: bool, one: bool) -> tuple[str, Tile]:
+def keyed_tile(matrix: Matrix, rows: int, n: int, gated: bool, one: bool) -> tuple[str, Tile]:
     """As Linear.tile_of: splits are programs a processor where there is one row."""
     width, itemsize = units(matrix.k), matrix.data.itemsize
     key = tile_key("gemv24" if one else "skinny24", matrix.kind, 0, rows, n, matrix.k, gated)
@@ -54,11 +50,11 @@ def gemv(
     device: Device,
     tile: Tile,
     x: torch.Tensor,
-    matrix: "Matrix",
+    matrix: Matrix,
     n: int,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    norm: "Norm | None",
+    norm: Norm | None,
     residual: torch.Tensor | None,
     scale: float,
     activation: int,
@@ -83,7 +79,7 @@ def skinny(
     width: int,
     splits: int,
     x: torch.Tensor,
-    matrix: "Matrix",
+    matrix: Matrix,
     n: int,
     bias: torch.Tensor | None,
     out: torch.Tensor,
@@ -105,7 +101,7 @@ def skinny(
     )  # fmt: skip
 
 
-def expanded(device: Device, matrix: "Matrix", dtype: torch.dtype) -> torch.Tensor:
+def expanded(device: Device, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
     """The matrix's numbers with its zeros, dense [N, K]."""
     out = torch.empty((matrix.n, matrix.k), dtype=dtype, device=device.handle)
     width = units(matrix.k)
@@ -118,6 +114,6 @@ def expanded(device: Device, matrix: "Matrix", dtype: torch.dtype) -> torch.Tens
     return out
 
 
-def pairs(matrix: "Matrix") -> torch.dtype:
+def pairs(matrix: Matrix) -> torch.dtype:
     """Two kept numbers as one integer."""
     return torch.int32 if matrix.data.itemsize == 2 else torch.int16

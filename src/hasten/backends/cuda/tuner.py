@@ -17,7 +17,8 @@ from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import CAPTURING
 from hasten.backends.cuda.inputs import Sizes, Stager
-from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear, Matrix
+from hasten.backends.cuda.linear import Linear
+from hasten.backends.cuda.matrix import DENSE, FP8, INT4, INT8, Matrix
 from hasten.backends.cuda.sampling import Sampler
 from hasten.backends.cuda.tuning import Tile
 
@@ -143,13 +144,12 @@ def signature(decoder: Decoder) -> str:
     """The kind of layer: formats and shapes of its products."""
     parts = []
     for linear in decoder.shapes()[:-1]:
-        matrix = linear.matrices[0]
+        matrix, running = linear.matrices[0], linear.running
         kind = (
-            KINDS[matrix.kind]
-            + (f"-g{matrix.group}" if matrix.group else "")
-            + ("-2:4" if matrix.mask is not None else "")
+            KINDS[matrix.kind] + (f"-g{matrix.group}" if matrix.group else "") + ("" if matrix.mask is None else "-2:4")
         )
-        parts.append(f"{kind} {linear.n}x{linear.k}")
+        experts = "" if running is None else f" {running.active} of {running.taken.shape[1]}"
+        parts.append(f"{kind} {linear.n}x{linear.k}{experts}")
     return ", ".join(parts)
 
 

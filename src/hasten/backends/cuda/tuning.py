@@ -3,7 +3,7 @@ tuner.py has measured on a GPU itself is in Device.tiles and goes before these."
 
 from dataclasses import dataclass
 
-from hasten.backends.cuda.kernels.linear import INT4
+from hasten.backends.cuda.kernels.linear import DENSE, FP8, INT4, INT8
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,14 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+
+
+# Up to how many rows of x weights are unpacked by the kernel that multiplies them, by how they are stored; for more of
+# them once, for cuBLAS.
+FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 64, INT4.value: 256}
+SPARSE_ROWS = 64  # of 2:4
+# From how many rows on W8A8 matrices are multiplied by int8. Whether that is faster was not measured yet, so nowhere.
+INT8_ROWS = 1 << 30
 
 
 def tile_key(kernel: str, kind: int, group: int, rows: int, n: int, k: int, gated: bool) -> str:
@@ -102,6 +110,14 @@ def skinny_tile(
     while splits < 16 and 2 * splits * tiles <= target and steps // (2 * splits) >= 2:
         splits *= 2
     return Tile(rows, columns, splits, warps, stages)
+
+
+def int8_tile(m: int, n: int, processors: int) -> Tile:
+    """int8 by int8: rows of x and columns of the result that a program makes; smaller until each processor has one."""
+    rows, columns = (128, 256) if m > 64 else (64, 256)
+    while columns > 64 and -(-m // rows) * -(-n // columns) < processors:
+        columns //= 2
+    return Tile(rows, columns, 1, 8 if columns > 128 else 4, 3 if columns > 128 else 4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,14 +46,22 @@ def _normed(x, weight, bias, cols, H, eps, LAYER: tl.constexpr):
 
 
 @triton.jit
+def _stored(v, T: tl.constexpr):
+    """float32 as T, rounded to nearest; int8 by the bits that are left of a number beside 1.5 * 2^23."""
+    if tl.int8 == T:
+        return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return v.to(T)
+
+
+@triton.jit
 def add_norm(
     x, delta, added, out, scales, post, post_bias, pre, pre_bias, H, ldx, ldo, eps, scale,
-    ADD: tl.constexpr, POST: tl.constexpr, PRE: tl.constexpr, LAYER: tl.constexpr, FP8: tl.constexpr,
+    ADD: tl.constexpr, POST: tl.constexpr, PRE: tl.constexpr, LAYER: tl.constexpr, LARGEST: tl.constexpr,
     B: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """added = x + scale * delta (POST: * norm(delta)); out = norm(added) (PRE); one row a program, float32 inside.
 
-    FP8: out is e4m3, each row divided by scales[row], so that its largest number becomes 448.
+    LARGEST: out has 8 bits, each row divided by scales[row], so that its largest number becomes LARGEST.
     """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, B)
@@ -71,21 +79,22 @@ def add_norm(
         v = rounded.to(tl.float32)
     if PRE:
         n = _normed(v, pre, pre_bias, cols, H, eps, LAYER)
-        if FP8:
+        if LARGEST:
             n = n.to(added.dtype.element_ty).to(tl.float32)
-            scale_out = tl.maximum(tl.max(tl.abs(n)), 1e-12) / 448.0
+            scale_out = tl.maximum(tl.max(tl.abs(n)), 1e-12) / LARGEST
             tl.store(scales + row, scale_out)
             n = n / scale_out
-        tl.store(out + row * ldo + cols, n.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + row * ldo + cols, _stored(n, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def activate_rows(
-    x, out, scales, N, GATED: tl.constexpr, ACT: tl.constexpr, FP8: tl.constexpr, B: tl.constexpr, PDL: tl.constexpr
+    x, out, scales, N, GATED: tl.constexpr, ACT: tl.constexpr, LARGEST: tl.constexpr, B: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = activation(x[:, :N]) * x[:, N:] (GATED), else activation(x [T, N]); program (row, piece of N).
 
-    FP8: out is e4m3 with scales[row], and one program takes a whole row (B >= N).
+    LARGEST: out has 8 bits, with scales[row] as above, and one program takes a whole row (B >= N).
     """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * B + tl.arange(0, B)
@@ -97,11 +106,11 @@ def activate_rows(
     v = activate(tl.load(at, mask=mask, other=0).to(tl.float32), ACT)
     if GATED:
         v *= tl.load(at + N, mask=mask, other=0).to(tl.float32)
-    if FP8:
-        scale_out = tl.maximum(tl.max(tl.abs(v)), 1e-12) / 448.0
+    if LARGEST:
+        scale_out = tl.maximum(tl.max(tl.abs(v)), 1e-12) / LARGEST
         tl.store(scales + row, scale_out)
         v = v / scale_out
-    tl.store(out + row * N + cols, v.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * N + cols, _stored(v, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
