@@ -17,18 +17,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from attention_tools import check_attention, make_spec  # noqa: E402
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
 from cuda_tools import batch, check_composed, check_normed_int4, check_product, fetched, load, make_linear, pieces  # noqa: E402
+from sampling_tools import check_draws, check_sampling  # noqa: E402
 
-from hasten.backends.base import SamplingBatch, StepLimits  # noqa: E402
+from hasten.backends.base import StepLimits  # noqa: E402
 from hasten.backends.cuda import CudaBackend  # noqa: E402
 from hasten.backends.cuda.attention import Attention  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
-from hasten.backends.cuda.sampling import Sampler, uniform  # noqa: E402
 from hasten.backends.cuda.tuning import decode_tile, prefill_tile  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
-from hasten.backends.reference_sampling import sample_rows  # noqa: E402
-from hasten.backends.reference_sampling import uniform as one_uniform  # noqa: E402
 from hasten.errors import ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import Format, quantize, sparsify  # noqa: E402
@@ -81,47 +79,9 @@ def test_model_equals_the_reference(family: str, tiny_model: Callable[..., Path]
     assert np.abs(mixed[:7] - want[:7]).max() < 1e-5 * np.abs(want).max()
 
 
-def sampling(rows: int, vocab: int, rng: np.random.Generator) -> SamplingBatch:
-    seen = [rng.choice(vocab, 6, replace=False) for _ in range(rows)]
-    return SamplingBatch(
-        temperature=np.where(np.arange(rows) % 4 == 0, 0, rng.uniform(0.5, 2, rows)).astype(np.float32),
-        top_k=rng.integers(0, 20, rows).astype(np.int32) * (np.arange(rows) % 3 == 1),
-        top_p=np.where(np.arange(rows) % 2, 0.8, 1).astype(np.float32),
-        min_p=np.where(np.arange(rows) % 5 == 2, 0.1, 0).astype(np.float32),
-        repetition=np.full(rows, 1.3, np.float32),
-        presence=np.full(rows, 0.2, np.float32),
-        frequency=np.full(rows, 0.1, np.float32),
-        seeds=rng.integers(0, 2**64, rows, dtype=np.uint64),
-        counters=np.arange(rows, dtype=np.uint64),
-        num_logprobs=(np.arange(rows) % 4 - 1).astype(np.int32),
-        targets=np.where(np.arange(rows) % 2, 5, -1).astype(np.int32),
-        seen_offsets=np.arange(rows + 1, dtype=np.int32) * 6,
-        seen_ids=np.concatenate(seen).astype(np.int32),
-        seen_counts=rng.integers(0, 3, 6 * rows).astype(np.int32),
-        bias_offsets=np.arange(rows + 1, dtype=np.int32),
-        bias_ids=rng.integers(0, vocab, rows).astype(np.int32),
-        bias_values=rng.standard_normal(rows).astype(np.float32),
-        any_special=True,
-    )
-
-
 @pytest.mark.parametrize("least_k", [0, 1])
 def test_sampling_equals_the_reference(least_k: int) -> None:
-    """least_k 1: every row is cut to its best ids, which are then found without a sort."""
-    rng = np.random.default_rng(4)
-    logits = 3 * rng.standard_normal((24, 211)).astype(np.float32)
-    logits[7] = np.round(logits[7])  # ties
-    logits[7, ::3] = -0.0
-    params = sampling(24, 211, rng)
-    params = replace(params, top_k=np.maximum(params.top_k, least_k))
-    device = open_device("cpu")
-    sampler = Sampler(Ops(device, False, 1e-5), torch.zeros(64, dtype=torch.int32))
-    got = sampler(torch.from_numpy(logits.copy()), params).result()
-    want = sample_rows(logits, params)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-    np.testing.assert_array_equal(got.top_ids, want.top_ids)
-    for name in ("logprobs", "target_logprobs", "top_logprobs"):
-        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5)
+    check_sampling("cpu", 24, 211, least_k)
 
 
 def test_greedy_takes_the_lowest_id_and_reports_nan() -> None:
@@ -135,11 +95,9 @@ def test_greedy_takes_the_lowest_id_and_reports_nan() -> None:
     assert sampled[1:5].tolist() == [40, -1, 0, int(logits[4].argmax())]
 
 
-def test_uniform_numbers_are_those_of_the_cpu() -> None:
-    rng = np.random.default_rng(0)
-    seeds, counters = (rng.integers(0, 2**64, 50, dtype=np.uint64) for _ in range(2))
-    want = [one_uniform(int(s), int(c)) for s, c in zip(seeds, counters, strict=True)]
-    assert uniform(seeds, counters).tolist() == want
+@pytest.mark.parametrize("vocab", [5, 16, 1500, 9000])
+def test_draws_are_those_of_the_reference(vocab: int) -> None:
+    check_draws("cpu", vocab)
 
 
 def test_padded_steps_equal_exact_ones(tiny_model: Callable[..., Path]) -> None:

@@ -3,8 +3,10 @@
 import torch
 import triton
 
+from hasten.backends.base import DRAW_GROUP
 from hasten.backends.cuda.device import Device
 from hasten.backends.cuda.kernels import ops as kernels
+from hasten.backends.cuda.kernels.sampling import race
 
 FP8_DTYPE = torch.float8_e4m3fn
 _LARGEST = {None: 0, FP8_DTYPE: 448, torch.int8: 127}
@@ -129,13 +131,22 @@ class Ops:
             PDL=self.device.pdl, **self.device.launch,
         )  # fmt: skip
 
-    def exponentials(self, seeds: torch.Tensor, counters: torch.Tensor, count: int) -> torch.Tensor:
-        """float64 [R, count]: reference_sampling.exponentials of int64 seeds and counters [R]."""
-        out = torch.empty((len(seeds), count), dtype=torch.float64, device=seeds.device)
-        kernels.exponentials[(len(seeds), -(-count // 1024))](
-            seeds, counters, out, count, B=256, PDL=self.device.pdl, **self.device.launch
-        )
-        return out
+    def race(
+        self, logits: torch.Tensor, sampled: torch.Tensor, numbers: torch.Tensor, least: torch.Tensor | None
+    ) -> None:
+        """Draw an id for some rows of logits [R, V] into `sampled`, where argmax has put their best. numbers, least:
+        see kernels.sampling.race."""
+        entries, vocab = numbers.shape[1], logits.shape[1]
+        block = 64
+        rounds = 1 if entries <= 8 else 8
+        pieces = -(-vocab // (DRAW_GROUP * block * rounds))
+        best = torch.empty((entries, pieces), dtype=torch.float64, device=logits.device)
+        groups = torch.empty((entries, pieces), dtype=torch.int32, device=logits.device)
+        race[(entries, pieces)](
+            logits, sampled, numbers, numbers if least is None else least, best, groups, self.device.counters, vocab,
+            entries, PIECES=pieces, B=block, ROUNDS=rounds, FILTERED=least is not None, PDL=self.device.pdl,
+            **self.device.launch,
+        )  # fmt: skip
 
 
 class NormWeights:

@@ -1,4 +1,4 @@
-"""Choosing tokens on the device: greedy by one kernel, the rest in the order and meaning of base.SamplingBatch.
+"""Choosing tokens on the device, in the order and meaning of base.SamplingBatch: the best by one kernel, draws by one.
 
 Probabilities are in double, as in reference_sampling.py; sums run in another order there, so that a draw may differ
 where a number falls between two roundings.
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hasten.backends.base import DRAW_GROUP, Float32, Int32, Sampled, SamplingBatch
+from hasten.backends.base import Float32, Int32, Sampled, SamplingBatch
 from hasten.backends.cuda.ops import Ops
 
-_LOW = np.uint64(0xFFFFFFFF)
+_LOW = 0xFFFFFFFF
 _MOST_RANKED = 1024  # ids of a row that are found without a sort of all
 
 
@@ -80,69 +80,60 @@ class Sampler:
         rows = np.flatnonzero(params.temperature > 0)
         if not len(rows):
             return
-        if len(rows) < len(logits):
-            index = _upload(rows, logits)
-            drawn = self._draw(logits.index_select(0, index), params, rows)
-            tokens.index_copy_(0, index, torch.where(tokens[index] < 0, tokens[index], drawn))
-        else:
-            tokens.copy_(torch.where(tokens < 0, tokens, self._draw(logits, params, rows)))
-
-    def _draw(self, logits: torch.Tensor, params: SamplingBatch, rows: NDArray[np.int64]) -> torch.Tensor:
-        """One token int32 a row; `rows` are their indices in params."""
-        temperature = _upload(params.temperature[rows].astype(np.float64), logits)
-        scaled = logits.double() / temperature[:, None]
-        weights = (scaled - scaled.amax(dim=1, keepdim=True)).exp()
+        temperature = params.temperature[rows].astype(np.float64)
+        seeds, counters = (whole[rows].view(np.int64) for whole in (params.seeds, params.counters))
+        numbers = _upload(np.stack((rows, temperature.view(np.int64), seeds, counters)), logits)
         top_k, top_p, min_p = params.top_k[rows], params.top_p[rows], params.min_p[rows]
+        least = None
         if (top_k > 0).any() or (top_p < 1).any() or (min_p > 0).any():
-            _filter(weights, logits, top_k, top_p, min_p)
-        weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % DRAW_GROUP))
-        groups = weights.view(len(weights), -1, DRAW_GROUP)
-        seeds, counters = params.seeds[rows], params.counters[rows]
-        rivals = self.ops.exponentials(
-            _upload(seeds.view(np.int64), logits), _upload(counters.view(np.int64), logits), groups.shape[1]
-        )
-        winner = (groups.sum(dim=2) / rivals).argmax(dim=1)
-        group = groups[torch.arange(len(rows), device=logits.device), winner]
-        cumulative = group.cumsum(dim=1)
-        goal = _upload(uniform(seeds, counters), logits)[:, None] * cumulative[:, -1:]
-        within = torch.searchsorted(cumulative, goal, right=True)[:, 0]
-        last = DRAW_GROUP - 1 - (group > 0).flip(1).int().argmax(dim=1)
-        return (winner * DRAW_GROUP + torch.minimum(within, last)).to(torch.int32)
+            drawn_from = logits if len(rows) == len(logits) else logits.index_select(0, numbers[0])
+            least = _least(drawn_from, numbers[1].view(torch.float64)[:, None], top_k, top_p, min_p)
+        self.ops.race(logits, tokens, numbers, least)
 
 
-def _filter(probabilities: torch.Tensor, logits: torch.Tensor, top_k: Int32, top_p: Float32, min_p: Float32) -> None:
-    """Zero what may not be drawn, in place; each filter works on what the one before has left."""
-    vocab = probabilities.shape[1]
+def _least(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: Int32, top_p: Float32, min_p: Float32
+) -> torch.Tensor:
+    """The key of the last id that may be drawn, int64 [R], of logits [R, V]; each filter works on what the one before
+    has left."""
+    vocab = logits.shape[1]
     # Where all rows are cut to some ids, only those are put in order.
     width = min(vocab, int(top_k.max())) if top_k.min() > 0 else vocab
     if width <= _MOST_RANKED:
         order = _best(logits, width)
-        ordered = probabilities.gather(1, order)
+        ordered = logits.gather(1, order)
     else:
         width = vocab
-        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-    ranks = torch.arange(width, device=probabilities.device)[None]
-    limit = _upload(np.where(top_k > 0, top_k, vocab).astype(np.int64), probabilities)[:, None]
-    kept = ordered * (ranks < limit)
+        ordered, order = (logits + 0.0).sort(dim=1, descending=True, stable=True)
+    scaled = ordered.double() / temperature
+    weights = (scaled - scaled[:, :1]).exp()
+    ranks = torch.arange(width, device=logits.device)[None]
+    limit = _upload(np.where(top_k > 0, top_k, vocab).astype(np.int64), logits)[:, None]
+    kept = weights * (ranks < limit)
     cumulative = kept.cumsum(dim=1)
-    share = _upload(top_p.astype(np.float64), probabilities)[:, None]
+    share = _upload(top_p.astype(np.float64), logits)[:, None]
     keep = ((cumulative - kept < share * cumulative[:, -1:]) | (share >= 1) | (ranks == 0)) & (ranks < limit)
-    least = _upload(min_p.astype(np.float64), probabilities)[:, None]
-    keep &= ordered >= least * ordered[:, :1]
-    probabilities.zero_().scatter_(1, order, ordered * keep)
+    lowest = _upload(min_p.astype(np.float64), logits)[:, None]
+    keep &= weights >= lowest * weights[:, :1]
+    last = keep.sum(dim=1, keepdim=True) - 1  # they are the first in order
+    return _keys(ordered.gather(1, last), order.gather(1, last), vocab)[:, 0]
+
+
+def _keys(logits: torch.Tensor, ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Whole numbers in the order of logits float32, of equals the lowest id first: the upper half is the logit's."""
+    bits = (logits + 0.0).view(torch.int32)  # no -0
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return (bits.long() << 32) + (vocab - 1 - ids)
 
 
 def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Ids int64 [R, count] of the largest logits float32 [R, V], in falling order, of equals the lowest id first: as
-    whole numbers of which the upper half is the logit's, the lower the id's. A sort of all would take as long as a
-    step."""
+    """Ids int64 [R, count] of the largest logits float32 [R, V], in falling order, of equals the lowest id first. A
+    sort of all would take as long as a step."""
     vocab = logits.shape[1]
     if count == 0:
         return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
-    bits = (logits + 0.0).view(torch.int32)  # no -0
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    ids = torch.arange(vocab - 1, -1, -1, device=logits.device)
-    return vocab - 1 - ((bits.long() << 32) + ids).topk(min(count, vocab), dim=1).values.bitwise_and(0xFFFFFFFF)
+    keys = _keys(logits, torch.arange(vocab, device=logits.device), vocab)
+    return vocab - 1 - keys.topk(min(count, vocab), dim=1).values.bitwise_and(_LOW)
 
 
 def _penalize(logits: torch.Tensor, params: SamplingBatch) -> None:
@@ -180,20 +171,6 @@ def _targets(logprobs: torch.Tensor, targets: Int32) -> torch.Tensor:
     wanted = _upload(targets.astype(np.int64), logprobs)
     found = logprobs.gather(1, wanted.clamp_min(0)[:, None])[:, 0].float()
     return found.masked_fill(wanted < 0, float("-inf"))
-
-
-def uniform(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """reference_sampling.uniform of many: Philox 4x32-10 (Salmon et al. 2011), float64 in [0, 1)."""
-    c0, c1 = counters & _LOW, counters >> np.uint64(32)
-    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
-    k0, k1 = seeds & _LOW, seeds >> np.uint64(32)
-    shift = np.uint64(32)
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ k0, p1 & _LOW, (p0 >> shift) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
-    whole = (c0 << shift | c1) >> np.uint64(11)
-    return whole.astype(np.float64) * 2.0**-53
 
 
 def _upload(values: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:

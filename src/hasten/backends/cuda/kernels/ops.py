@@ -148,29 +148,3 @@ def argmax(
         tops = tl.load(best + row * PIECES + pieces, mask=pieces < PIECES, other=float("-inf"), cache_modifier=".cg")
         ids = tl.load(best_ids + row * PIECES + pieces, mask=pieces < PIECES, other=V, cache_modifier=".cg")
         tl.store(sampled + row, tl.min(tl.where(tops == tl.max(tops), ids, V)))
-
-
-@triton.jit
-def exponentials(seeds, counters, out, G, B: tl.constexpr, PDL: tl.constexpr):
-    """out float64 [R, G]: reference_sampling.exponentials; program (row, piece of 4 * B). seeds, counters: int64 [R],
-    the bits of unsigned numbers."""
-    row = tl.program_id(0)
-    blocks = tl.program_id(1) * B + tl.arange(0, B)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    counter = tl.load(counters + row)
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    zero = tl.zeros([B], tl.uint32)
-    a, b, c, d = tl.philox(tl.load(seeds + row), zero + low, zero + high, (blocks + 1).to(tl.uint32), zero, 10)
-    at = out + row.to(tl.int64) * G + 4 * blocks
-    _store_exponential(at, a, 4 * blocks < G)
-    _store_exponential(at + 1, b, 4 * blocks + 1 < G)
-    _store_exponential(at + 2, c, 4 * blocks + 2 < G)
-    _store_exponential(at + 3, d, 4 * blocks + 3 < G)
-
-
-@triton.jit
-def _store_exponential(at, word, mask):
-    tl.store(at, -tl.log((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10), mask=mask)
