@@ -46,6 +46,11 @@ def test_values_and_gradients_are_those_of_the_definition(
     (wanted,) = torch.autograd.grad(slow * 2, student)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6)
+    whole = torch.randn(2, 5, 23, generator=generator).requires_grad_()  # a part of larger logits
+    part = whole[:, 1:4, :19]
+    (own,) = torch.autograd.grad(divergence(part, teacher[:6].view(2, 3, 19), kind, temperature, beta, chunk), whole)
+    slow = divergence_reference(part.flatten(0, 1), teacher[:6], kind, temperature, beta)
+    torch.testing.assert_close(own, torch.autograd.grad(slow, whole)[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

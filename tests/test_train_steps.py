@@ -22,6 +22,7 @@ from hasten.recipe import Calibration, Recipe  # noqa: E402
 from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Smooth, Step, Training  # noqa: E402
 from hasten.train import finetune, trainer  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
+from hasten.train.distill import go_on  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
 Model = Callable[..., Path]
@@ -287,6 +288,14 @@ def test_a_teacher_writes_what_a_student_of_its_own_shape_learns(tiny_model: Mod
     run(model, tmp_path / "out", text, step)
     assert len(open_checkpoint(tmp_path / "out").spec.layers) == 1
     run(model, tmp_path / "without", None, replace(step, text=None, steps=2))
+
+
+def test_a_student_writes_tokens_that_both_know() -> None:
+    tokens = torch.arange(6).view(2, 3)
+    written = go_on(small_model(), tokens, 60, vocab=9)
+    assert written.shape == (2, 63)
+    assert torch.equal(written[:, :3], tokens)
+    assert len(written[:, 3:].unique()) == 9
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model: Model, text: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hasten.backends.torch.load import load_torch
 from hasten.compress.calibration import generate
 from hasten.compress.stage import Context, run_step
-from hasten.model.checkpoint import open_checkpoint
+from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
 from hasten.recipe import Calibration
 from hasten.steps import Distill
@@ -41,10 +41,12 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
     teacher_folder = context.original if step.teacher is None else resolve(step.teacher)
     student_folder = student_of(step, source, context.work)
     vocab = check_teacher(teacher_folder, student_folder)
-    sequences, training = sequences_of(step, open_checkpoint(student_folder), context)
+    checkpoint = open_checkpoint(student_folder)
     if step.samples == "teacher":  # before the two models fill the device
-        rows = written_by(teacher_folder, sequences, training, context)
-        sequences, training = rows_as_sequences(rows, training, context.device)
+        rows = written_by(teacher_folder, checkpoint, step, vocab, context)
+        sequences, training = rows_as_sequences(rows, step, context.device)
+    else:
+        sequences, training = sequences_of(step, checkpoint, context)
     opened = open_folder(student_folder, context.device)
     teacher = load_teacher(teacher_folder, context.device)
     student = opened.model
@@ -83,22 +85,19 @@ class Lesson:
         step, start = self.step, 0
         if step.samples == "student" and self._writes(number):
             start = max(1, tokens.shape[1] // _PROMPT_SHARE)
-            tokens = go_on(student, tokens[:, :start], tokens.shape[1] - start)
+            tokens = go_on(student, tokens[:, :start], tokens.shape[1] - start, self.vocab)
         wanted = {"output_hidden_states": step.hidden > 0, "output_attentions": step.attention > 0, "use_cache": False}
         wanted = {key: value for key, value in wanted.items() if value or key == "use_cache"}
         out = student(input_ids=tokens, labels=None if start or step.weight == 1 else tokens, **wanted)
         with torch.no_grad():
             known = self.teacher(input_ids=tokens, **wanted)
-        at = slice(max(start - 1, 0), -1)  # positions whose next token counts
-        total = divergence(
-            self._rows(out.logits, at), self._rows(known.logits, at), step.loss, step.temperature, step.beta
+        student_logits, teacher_logits = (  # of the positions whose next token counts
+            found.logits[:, max(start - 1, 0) : -1, : self.vocab] for found in (out, known)
         )
+        total = divergence(student_logits, teacher_logits, step.loss, step.temperature, step.beta)
         if out.loss is not None:
             total = step.weight * total + (1 - step.weight) * out.loss
         return total + self._inside(out, known)
-
-    def _rows(self, logits: Tensor, at: slice) -> Tensor:
-        return logits[:, at, : self.vocab].flatten(0, 1)
 
     def _inside(self, out: Any, known: Any) -> Tensor | float:
         total: Tensor | float = 0.0
@@ -118,21 +117,21 @@ class Lesson:
 
 
 @torch.no_grad()
-def go_on(model: nn.Module, tokens: Tensor, count: int) -> Tensor:
-    """`tokens` [b, n] with `count` more each, drawn from the model at temperature 1."""
+def go_on(model: nn.Module, tokens: Tensor, count: int, vocab: int) -> Tensor:
+    """`tokens` [b, n] with `count` more each, of the first `vocab` ones, drawn from the model at temperature 1."""
     was_training = model.training
     model.eval()
     new, past = tokens, None
     for _ in range(count):
         out: Any = model(input_ids=new, past_key_values=past, use_cache=True)
         past = out.past_key_values
-        new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1)
+        new = torch.multinomial(out.logits[:, -1, :vocab].float().softmax(-1), 1)
         tokens = torch.cat([tokens, new], dim=1)
     model.train(was_training)
     return tokens
 
 
-def written_by(teacher: Path, sequences: Sequences, step: Distill, context: Context) -> Tensor:
+def written_by(teacher: Path, student: Checkpoint, step: Distill, vocab: int, context: Context) -> Tensor:
     """Sequences [n, T] that the teacher wrote at temperature 1, kept for a run that goes on. It goes on with the
     beginnings of the text's sequences; where the recipe names no text, it writes all."""
     file = context.work / "written.npy"
@@ -142,7 +141,8 @@ def written_by(teacher: Path, sequences: Sequences, step: Distill, context: Cont
         if step.text is None and context.recipe.calibration.text is None:
             rows = generate(Calibration(None, count, step.sequence_len, step.seed), teacher, context.device)
         else:
-            rows = _continued(teacher, sequences, count, step, context.device)
+            rows = _continued(teacher, *sequences_of(step, student, context), count, context.device)
+        rows = rows.clip(max=vocab - 1)  # a matrix may have rows, hardly ever drawn, that stand for no token
         partial = file.with_suffix(".partial")
         with open(partial, "wb") as stream:
             np.save(stream, rows)
@@ -150,7 +150,7 @@ def written_by(teacher: Path, sequences: Sequences, step: Distill, context: Cont
     return torch.from_numpy(np.load(file).astype(np.int64))
 
 
-def _continued(teacher: Path, sequences: Sequences, count: int, step: Distill, device: str) -> Any:
+def _continued(teacher: Path, sequences: Sequences, step: Distill, count: int, device: str) -> Any:
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
 

@@ -11,6 +11,7 @@ memory: rows are taken some at a time, and their gradients, known in closed form
 """
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ _CHUNK = 1 << 24  # logits that are worked on at a time
 def divergence(
     student: Tensor, teacher: Tensor, kind: str, temperature: float = 1.0, beta: float = 0.5, chunk: int = _CHUNK
 ) -> Tensor:
-    """Mean over the rows of logits [N, V], in nats, times temperature squared. Gradients go to the student alone."""
+    """Mean over the rows of logits [n, V] or [b, n, V], in nats, times temperature squared. Gradients go to the student
+    alone. Parts of larger tensors are read in place."""
+    if student.ndim == 2:
+        student, teacher = student[None], teacher[None]
     result: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
         student, teacher, kind, temperature, beta, chunk
     )
@@ -52,18 +56,19 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float, chunk: int
     ) -> Tensor:
-        rows = max(1, chunk // student.shape[1])
-        gradient = torch.empty_like(student)
+        batch, count, columns = student.shape
+        rows = max(1, chunk // columns)
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         total = torch.zeros((), device=student.device)
-        for start in range(0, len(student), rows):
-            part = slice(start, start + rows)
+        for index, start in product(range(batch), range(0, count, rows)):
+            part = index, slice(start, start + rows)
             q = log_softmax(student[part].float() / temperature, -1)
             p = log_softmax(teacher[part].float() / temperature, -1)
             values, slopes = _of_rows(q, p, kind, beta)
             total += values.sum()
-            gradient[part] = slopes * (temperature / len(student))  # T^2 of the loss over T of the logits
+            gradient[part] = slopes * (temperature / (batch * count))  # T^2 of the loss over T of the logits
         ctx.save_for_backward(gradient)
-        return total * (temperature**2 / len(student))
+        return total * (temperature**2 / (batch * count))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
