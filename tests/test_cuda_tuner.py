@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from cuda_tools import load, make_linear  # noqa: E402
 
 from hasten.backends.cuda import CudaBackend, tuner  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
 from hasten.backends.cuda.tuner import Steps, _worth_a_try, compare_with_dense, signature, tune_tiles  # noqa: E402
-from hasten.backends.cuda.tuning import Tile  # noqa: E402
+from hasten.backends.cuda.tuning import Tile, skinny_tile  # noqa: E402
 from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.formats import Format, quantize  # noqa: E402
 
@@ -95,3 +96,14 @@ def test_where_a_format_loses_is_told() -> None:
     assert backend.slower_than_dense() == {}
     with pytest.raises(ModelError, match="on a GPU"):
         backend.tune_kernels(lambda line: None)
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
+def test_tiles_fit_the_shared_memory_of_a_gpu(shared: int) -> None:
+    for kind, itemsize in ((DENSE, 2), (DENSE, 4), (FP8, 1), (INT8, 1), (INT4, 2)):
+        for rows, x_itemsize, gated in product((16, 32, 64), (1, 2, 4), (False, True)):
+            tile = skinny_tile(kind, itemsize, x_itemsize, rows, 4096, 4096, 0, gated, 132, shared)
+            parts = 4 if kind == INT4 else 1
+            weights = tile.rows * itemsize * (2 if gated else 1)
+            assert tile.stages * tile.columns * (weights + parts * rows * x_itemsize) <= shared
+            assert tile.rows >= 16

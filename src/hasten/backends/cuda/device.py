@@ -1,7 +1,7 @@
 """What one device can do, and the buffers that all its kernels share."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,7 +24,7 @@ class Device:
     """One device. pdl: kernels are launched while the one before still runs (compute capability 9.0). asm: packed
     weights are unpacked by inline assembly. Both are off in Triton's interpreter, where `handle` is the CPU.
 
-    fp8: it has numbers of 8 bits; fp8_products: and multiplies them.
+    shared: bytes of shared memory that a program may have. fp8: it has numbers of 8 bits; fp8_products: and multiplies them.
     workspace: partial sums of the kernel that runs. counters: int32 zeros that kernels leave as zeros. measured: what a
     tuner has found out about this GPU.
     """
@@ -35,6 +35,7 @@ class Device:
     asm: bool
     workspace: torch.Tensor
     counters: torch.Tensor
+    shared: int = 227 << 10
     fp8: bool = True
     fp8_products: bool = False
     launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
@@ -60,7 +61,9 @@ def open_device(name: str) -> Device:
         handle = torch.device("cuda", torch.cuda.current_device() if handle.index is None else handle.index)
         capability = torch.cuda.get_device_capability(handle)
         if capability >= _MIN_CAPABILITY:
-            return _device(handle, torch.cuda.get_device_properties(handle).multi_processor_count, capability)
+            facts = torch.cuda.get_device_properties(handle)
+            opened = _device(handle, facts.multi_processor_count, capability)
+            return replace(opened, shared=facts.shared_memory_per_block_optin)
     except RuntimeError as error:  # that its memory is full is one of them
         reason = str(error).strip().split("\n")[0]
         raise ResourceError(f"the GPU cannot be used: {reason:.160}: see nvidia-smi, or use --device cpu") from None

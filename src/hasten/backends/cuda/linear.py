@@ -260,7 +260,7 @@ class Linear:
         self, matrix: Matrix, rows: int, n: int, x_itemsize: int, gated: bool, one: bool
     ) -> tuple[str, Tile]:
         if matrix.mask is not None:
-            return sparse.keyed_tile(matrix, rows, n, gated, one)
+            return sparse.keyed_tile(matrix, rows, n, gated, one, self.device)
         kind, group, _, k, _ = matrix.layout
         kernel = "gemv" if one else "skinny"
         if self.running is not None:
@@ -274,8 +274,10 @@ class Linear:
             return key, int4_tile(n, k, gated)
         if one:
             return key, gemv_tile(matrix.data.itemsize, n, k, gated)
-        processors = self.device.num_processors
-        tile = skinny_tile(kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, processors)
+        device = self.device
+        tile = skinny_tile(
+            kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, device.num_processors, device.shared
+        )
         if self._reads_parts and kind != INT4:
             assert self.running is not None
             tile = replace(tile, columns=divisor(self.running.size, tile.columns))

@@ -26,7 +26,7 @@ def packed_mask(mask: torch.Tensor, k: int) -> torch.Tensor:
     return (planes[:, 0] | planes[:, 1] << 4 | planes[:, 2] << 8 | planes[:, 3] << 12).to(torch.int16)
 
 
-def keyed_tile(matrix: Matrix, rows: int, n: int, gated: bool, one: bool) -> tuple[str, Tile]:
+def keyed_tile(matrix: Matrix, rows: int, n: int, gated: bool, one: bool, device: Device) -> tuple[str, Tile]:
     """As Linear.tile_of: splits are programs a processor where there is one row."""
     width, itemsize = units(matrix.k), matrix.data.itemsize
     key = tile_key("gemv24" if one else "skinny24", matrix.kind, 0, rows, n, matrix.k, gated)
@@ -37,11 +37,11 @@ def keyed_tile(matrix: Matrix, rows: int, n: int, gated: bool, one: bool) -> tup
     columns, stages = min(64, width), 4
     while True:
         stage = columns * (64 * (2 if gated else 1) * (4 * 2 * itemsize + 2) + 4 * 8 * rows)
-        if stages * stage <= _SHARED or (columns == 16 and stages == 2):
+        if stages * stage <= min(_SHARED, device.shared) or (columns == 16 and stages == 2):
             break
         columns, stages = (columns // 2, 4) if stages == 2 else (columns, stages - 1)
     splits, tiles = 1, -(-n // 64)
-    while splits < 8 and 2 * splits * tiles <= 132 and width // columns >= 4 * splits:
+    while splits < 8 and 2 * splits * tiles <= device.num_processors and width // columns >= 4 * splits:
         splits *= 2
     return key, Tile(64, columns, splits, 4, stages)
 

@@ -85,9 +85,19 @@ def int4_tile(n: int, k: int, gated: bool) -> Tile:
 
 
 def skinny_tile(
-    kind: int, itemsize: int, x_itemsize: int, m: int, n: int, k: int, group: int, gated: bool, processors: int
+    kind: int,
+    itemsize: int,
+    x_itemsize: int,
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    gated: bool,
+    processors: int,
+    shared: int,
 ) -> Tile:
-    """Few rows on the tensor cores; m is padded to a power of two. itemsize: bytes of what w is stored in."""
+    """Few rows on the tensor cores; m is padded to a power of two. itemsize: bytes of what w is stored in. shared:
+    bytes of shared memory that a program may have."""
     if kind == INT4.value:
         columns, parts = (32 if group == 32 else 64), 4
     elif itemsize == 4:
@@ -98,9 +108,9 @@ def skinny_tile(
     rows, stages, warps = 64, 4, 4
     if kind == INT4.value and m > 32:  # a tile of x serves twice the weights
         rows, warps = 128, 8
-    weights = columns * rows * itemsize * (2 if gated else 1)
-    while stages > 2 and stages * (weights + columns * parts * m * x_itemsize) > _SHARED:
-        stages -= 1
+    room, both = min(_SHARED, shared), 2 if gated else 1
+    while stages > 1 and stages * columns * (rows * itemsize * both + parts * m * x_itemsize) > room:
+        rows, stages = (rows // 2, stages) if stages == 2 and rows > 16 else (rows, stages - 1)
     steps = -(-k // (columns * parts))
     tiles = -(-n // rows) * (2 if gated else 1)
     target = processors
