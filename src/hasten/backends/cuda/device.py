@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass, field, replace
 
 import torch
+import triton
 
 from hasten.backends.cuda.measured import Measured, read_measured
 from hasten.backends.cuda.tuning import Tile
@@ -24,7 +25,8 @@ class Device:
     """One device. pdl: kernels are launched while the one before still runs (compute capability 9.0). asm: packed
     weights are unpacked by inline assembly. Both are off in Triton's interpreter, where `handle` is the CPU.
 
-    shared: bytes of shared memory that a program may have. fp8: it has numbers of 8 bits; fp8_products: and multiplies them.
+    shared: bytes of shared memory that a program may have. fp8: it has numbers of 8 bits; fp8_products: and multiplies
+    them.
     workspace: partial sums of the kernel that runs. counters: int32 zeros that kernels leave as zeros. measured: what a
     tuner has found out about this GPU.
     """
@@ -61,9 +63,9 @@ def open_device(name: str) -> Device:
         handle = torch.device("cuda", torch.cuda.current_device() if handle.index is None else handle.index)
         capability = torch.cuda.get_device_capability(handle)
         if capability >= _MIN_CAPABILITY:
-            facts = torch.cuda.get_device_properties(handle)
-            opened = _device(handle, facts.multi_processor_count, capability)
-            return replace(opened, shared=facts.shared_memory_per_block_optin)
+            opened = _device(handle, torch.cuda.get_device_properties(handle).multi_processor_count, capability)
+            limits = triton.runtime.driver.active.utils.get_device_properties(handle.index)
+            return replace(opened, shared=int(limits["max_shared_mem"]))
     except RuntimeError as error:  # that its memory is full is one of them
         reason = str(error).strip().split("\n")[0]
         raise ResourceError(f"the GPU cannot be used: {reason:.160}: see nvidia-smi, or use --device cpu") from None
