@@ -2,10 +2,11 @@
 of a copy measured in the same run.
 
     python benchmarks/gpu.py [--models 8b,0.6b] [--formats bf16,fp8,int4] [--batches 1,8,64,256] [--engine] [--runs 3]
-                             [--profile] [--skip-backend]
+                             [--profile] [--skip-backend] [--tune 64]
 
 Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one.
-Times are medians of whole runs; tokens are greedy.
+Times are medians of whole runs; tokens are greedy. --tune: tiles are first tried in steps of these batch sizes (a minute
+each) and kept in the user's cache; put into src/hasten/backends/cuda/tables/, that file serves all such GPUs.
 """
 
 import argparse
@@ -185,8 +186,10 @@ class Sequences:
         before.result()
 
 
-def measure_backend(model: str, format: str, batches: list[int], prefills: list[int], runs: int) -> dict[str, Any]:
-    """Tokens/s by batch (prefill included), milliseconds a step, prefill times, watts."""
+def measure_backend(
+    model: str, format: str, batches: list[int], prefills: list[int], runs: int, tuned: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Tokens/s by batch (prefill included), milliseconds a step, prefill times, watts; with tiles tuned for some."""
     spec = spec_from_config(CONFIGS[model])
     backend = CudaBackend(format="fp8" if format == "fp8" else None)
     start = time.perf_counter()
@@ -194,6 +197,8 @@ def measure_backend(model: str, format: str, batches: list[int], prefills: list[
     torch.cuda.synchronize()
     found: dict[str, Any] = {"model": model, "format": format, "load_s": time.perf_counter() - start, "runs": {}}
     backend.allocate(256 * 24 + 64, BLOCK, "bf16")
+    if tuned:
+        found["tuned"] = backend.tune_kernels(lambda line: print(f"  {line}", flush=True), tuned)
     for batch in batches:
         prompt, output = RUNS[batch]
         run = Sequences(backend, spec.vocab_size, batch, prompt, output, 8192)
@@ -364,6 +369,7 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true", help="also through LLM, with a model folder on disk")
     parser.add_argument("--profile", action="store_true", help="with --engine: graphs, host time and idle device")
     parser.add_argument("--skip-backend", action="store_true", help="only what --engine adds")
+    parser.add_argument("--tune", default="", help="batch sizes whose tiles are tried first")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--runs", type=int, default=3, help="of each batch size; one less from 64 on")
     options = parser.parse_args()
@@ -372,11 +378,12 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s; torch {torch.__version__}", flush=True)
     batches = [int(b) for b in options.batches.split(",") if b]
     prefills = [int(p) for p in options.prefills.split(",") if p]
+    tuned = tuple(int(b) for b in options.tune.split(",") if b)
     summary: dict[str, Any] = {"gpu": name, "torch": torch.__version__, "copy_bytes_per_s": bandwidth}
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models.split(","):
         for format in [] if options.skip_backend else options.formats.split(","):
-            found = measure_backend(model, format, batches, prefills, options.runs)
+            found = measure_backend(model, format, batches, prefills, options.runs, tuned)
             report(found, bandwidth)
             summary.setdefault("backend", []).append(found)
             torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from cpu_tools import BLOCK, NUM_BLOCKS  # noqa: E402
 from cuda_tools import load, make_linear  # noqa: E402
 
-from hasten.backends.cuda import CudaBackend, tuner  # noqa: E402
+from hasten.backends.cuda import CudaBackend, measured, tuner  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
@@ -35,11 +35,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_what_ships_serves_who_has_measured_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, shipped = (Measured({"gemv 0 0 1 64 64": Tile(rows, 512)}) for rows in (4, 8))
+    monkeypatch.setattr(measured, "_SHIPPED", tmp_path / "shipped")
+    assert read_measured(GPU) == Measured()
+    (tmp_path / "shipped").mkdir()
+    write_measured(GPU, shipped).rename(tmp_path / "shipped" / measured_path(GPU).name)
+    assert read_measured(GPU) == shipped
+    write_measured(GPU, own)
+    assert read_measured(GPU) == own
+
+
 def test_what_is_written_is_read(cache: Path) -> None:
     assert read_measured(GPU) == Measured()
-    measured = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
-    assert write_measured(GPU, measured) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
-    assert read_measured(GPU) == measured
+    found = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
+    assert write_measured(GPU, found) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
+    assert read_measured(GPU) == found
     assert list((cache / "hasten").iterdir()) == [measured_path(GPU)]
 
 

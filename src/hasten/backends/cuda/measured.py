@@ -1,5 +1,5 @@
-"""What was measured about one GPU's kernels, kept in the user's cache: tiles, and where a format loses to bf16. Knows
-files; tuner.py measures."""
+"""What was measured about one GPU's kernels, kept in the user's cache: tiles, and where a format loses to bf16. Where a
+user has measured nothing, what comes with the package for GPUs of that name. Knows files; tuner.py measures."""
 
 import json
 import os
@@ -23,8 +23,11 @@ class Measured:
     products: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
 
 
+_SHIPPED = Path(__file__).with_name("tables")
+
+
 def measured_path(gpu: str) -> Path:
-    """The file for a GPU of this name."""
+    """The user's file for a GPU of this name."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     else:
@@ -36,6 +39,8 @@ def read_measured(gpu: str) -> Measured:
     """What is known of a GPU of this name: nothing where nothing was measured, or with another Triton, whose kernels
     are others. Raises ResourceError for a file that is damaged."""
     path = measured_path(gpu)
+    if not path.exists():
+        path = _SHIPPED / path.name
     try:
         data = json.loads(path.read_text())
         if data["triton"] != triton.__version__:
