@@ -5,8 +5,8 @@ of a copy measured in the same run.
                              [--profile] [--skip-backend] [--tune 64]
 
 Prints a table and writes a JSON named after the GPU, anew after each part, so that a run that is cut leaves one.
-Times are medians of whole runs; tokens are greedy. --tune: tiles are first tried in steps of these batch sizes (a minute
-each) and kept in the user's cache; put into src/hasten/backends/cuda/tables/, that file serves all such GPUs.
+Times are medians of whole runs; tokens are greedy. --tune: tiles are first tried in steps of these batch sizes (a
+minute each) and kept in the user's cache; put into src/hasten/backends/cuda/tables/, that file serves all such GPUs.
 """
 
 import argparse

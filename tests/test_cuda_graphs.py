@@ -67,7 +67,10 @@ def test_a_bucket_that_comes_often_is_captured_without_running(graphs) -> None: 
     found = {size: (bucket.ran, bucket.graph is not None) for (_, size), bucket in graphs._buckets.items()}
     assert found == {4: (True, True), 2: (False, True), 1: (False, False)}
     run(graphs, 1)
+    graphs._pool = "that of graphs"
     assert graphs._buckets["decodes", 1].ran  # other kernels than those of several rows
+    graphs.forget()
+    assert graphs._pool is None  # torch refuses one that no graph uses any more
 
 
 def test_where_that_fails_it_runs_first(graphs) -> None:  # type: ignore[no-untyped-def]

@@ -122,6 +122,9 @@ def test_tuned_kernels_give_the_same(tiny_model: Build, tmp_path: Path, monkeypa
     for each in (backend, later):
         got = pieces(each, TOKENS, [57, 1, 42], table(1))
         assert np.abs(got - want).max() < 3e-2 * np.abs(want).max()
+        each.finish_captures()
+        assert each._graphs is not None
+        assert all(bucket.graph is not None for bucket in each._graphs._buckets.values())
 
 
 def test_a_format_is_compared_with_bf16_once(

@@ -112,6 +112,7 @@ class Graphs:
         """Drop what was captured, for kernels have new tiles."""
         self.finish()
         self._buckets.clear()
+        self._pool = None  # torch takes no graph into a pool that none is left in
 
     def close(self) -> None:
         """Captures that have not begun never will."""
