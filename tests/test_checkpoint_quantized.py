@@ -232,6 +232,11 @@ def test_int8_with_dynamic_activations(tiny_model: Callable[..., Path], tmp_path
         (scheme(4, None, strategy="block"), "strategy 'block' is not supported"),
         ({**scheme(4, 32), "format": "marlin-24"}, "format 'marlin-24' is not supported"),
         ({"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}}, "named preset"),
+        ({"quant_method": "compressed-tensors", "config_groups": ["x"]}, "config_groups is .* expected an object"),
+        ({**scheme(4, 32), "ignore": [None]}, r"ignore is \[None\], expected a list of names"),
+        ({**scheme(4, 32), "ignore": ["re:("]}, r"ignore: 're:\(' is no regular expression"),
+        (scheme(8, None, strategy="block", type="float"), "block_structure is None, expected two positive numbers"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size is .* expected two positive"),
     ],
 )
 def test_schemes_that_are_refused(

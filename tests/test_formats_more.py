@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hasten.errors import RecipeError
+from hasten.errors import ModelError, RecipeError
 from hasten.model import formats, sparse
 from hasten.model.formats import Format
 from hasten.model.fp8 import from_fp8, to_fp8
@@ -88,9 +88,9 @@ def test_activations_are_no_part_of_how_a_matrix_is_stored() -> None:
     assert Format("int8", sparse24=True) != Format("int8")
 
 
-@pytest.mark.parametrize("block", [None, [128, 128]])
+@pytest.mark.parametrize(("block", "scale_shape"), [(None, (1,)), (None, ()), ([128, 128], None)])
 def test_folders_of_8_bit_floats_as_others_publish_them(
-    block: list[int] | None, tiny_model: Callable[..., Path], tmp_path: Path
+    block: list[int] | None, scale_shape: tuple[int, ...] | None, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
@@ -106,7 +106,9 @@ def test_folders_of_8_bit_floats_as_others_publish_them(
         scale = torch.rand(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)) + 0.5
         spread = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]]
         tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
-        tensors[name + ("_scale_inv" if block else "_scale")] = scale if block else scale[0]
+        tensors[name + ("_scale_inv" if block else "_scale")] = (
+            scale if scale_shape is None else scale.reshape(scale_shape)
+        )
         expected[name] = (tensors[name].float() * spread).numpy()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
@@ -116,3 +118,8 @@ def test_folders_of_8_bit_floats_as_others_publish_them(
     assert found["layers.1.down"].format == Format("fp8", 128 if block else 0)
     assert np.array_equal(formats.dequantize(found["layers.1.down"]), expected["model.layers.1.mlp.down_proj.weight"])
     assert np.array_equal(formats.dequantize(found["layers.0.k"]), expected["model.layers.0.self_attn.k_proj.weight"])
+    broken = "model.layers.1.mlp.down_proj.weight" + ("_scale_inv" if block else "_scale")
+    tensors[broken] = tensors[broken] * float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"down_proj\.weight_scale.* holds NaN"):
+        dict(open_checkpoint(tmp_path).weights())

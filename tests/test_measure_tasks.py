@@ -47,6 +47,12 @@ def test_last_words_and_written_answers(tmp_path: Path) -> None:
     assert read_task(write(tmp_path / "sums.jsonl", rows)).questions[1] == Question("1 and one make ", ("2",), 0)
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"one\u2028two\x85 {n}"}, ensure_ascii=False) for n in range(4)]
+    (tmp_path / "task.jsonl").write_bytes(("\r\n".join(lines) + "\r\n\n").encode())
+    assert read_task(tmp_path / "task.jsonl").questions[3] == Question("one\u2028two\x85", (" 3",), 0)
+
+
 def test_piqa_has_its_answers_beside_it(tmp_path: Path) -> None:
     rows = [{"goal": "boil", "sol1": "heat it", "sol2": "cool it"}] * 4
     path = write(tmp_path / "valid.jsonl", rows)

@@ -78,8 +78,10 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise HastenError(f"cannot read task {path}: {reason}") from None
+    if not text.strip():
+        raise HastenError(f"task {path} is empty: expected a question a line, with {FORMATS}")
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.rstrip().split("\n"), 1):  # splitlines() also splits within strings
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
@@ -87,8 +89,6 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
         if not isinstance(row, dict):
             raise HastenError(f"{path} line {number} is no question: expected an object with {FORMATS}")
         rows.append(row)
-    if not rows:
-        raise HastenError(f"task {path} is empty: expected a question a line, with {FORMATS}")
     return rows
 
 

@@ -122,8 +122,8 @@ class Checkpoint:
     def _quantized(self, source: Source) -> Weight:
         keys = {parameter: f"{source.module}.{parameter}" for parameter in self._parameters(source)}
         names = {parameter: self._names[key] for parameter, key in keys.items() if key in self._names}
-        arrays = {parameter: self._tensors.read(name) for parameter, name in names.items()}
-        for parameter in names.keys() & {"weight_scale", "scales"}:
+        arrays = {parameter: np.atleast_1d(self._tensors.read(name)) for parameter, name in names.items()}
+        for parameter in names.keys() & {"weight_scale", "weight_scale_inv", "input_scale", "scales"}:
             info = self._tensors.infos[names[parameter]]
             check_finite(arrays[parameter], info.dtype, f"{info.file}: tensor {names[parameter]!r}")
         return self._quantization.read(source, arrays, f"{self.path}: {source.module}")
@@ -260,7 +260,7 @@ def _check_tensors(
                 raise ModelError(f"{folder}: tensor {key!r} of shape {list(shape)} is missing")
             left.discard(key)
             info = tensors.infos[names[key]]
-            if info.shape != shape:
+            if info.shape != shape and not (info.shape == () and shape == (1,)):  # AutoFP8's scales
                 raise ModelError(f"{folder}: tensor {key!r} has shape {list(info.shape)}, expected {list(shape)}")
             if info.dtype not in dtypes:
                 raise ModelError(f"{folder}: tensor {key!r} has dtype {info.dtype}, expected {' or '.join(dtypes)}")

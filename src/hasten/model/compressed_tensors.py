@@ -23,6 +23,7 @@ from hasten.model.quantized import (
     FLOATS,
     Arrays,
     Expected,
+    block_of,
     floats,
     group_of,
     regular_groups,
@@ -63,26 +64,26 @@ class CompressedTensors:
     """See quantized.Quantization."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
+        where = "config.json: quantization_config"
         if settings.get("transform_config"):
-            raise ModelError("config.json: quantization_config.transform_config is not supported")
+            raise ModelError(f"{where}.transform_config is not supported")
         self.kv_scales: tuple[str, ...] = ()
-        if kv := settings.get("kv_cache_scheme"):
+        if kv := _mapping(settings, "kv_cache_scheme", where):
             if kv.get("type") != "float" or kv.get("num_bits") != 8 or kv.get("dynamic"):
-                raise ModelError(
-                    f"config.json: quantization_config.kv_cache_scheme is not supported: {dict(kv)!r:.120}"
-                )
+                raise ModelError(f"{where}.kv_cache_scheme is not supported: {dict(kv)!r:.120}")
             self.kv_scales = KV_SCALES
-        sparsity = settings.get("sparsity_config") or {}
+        sparsity = _mapping(settings, "sparsity_config", where)
         if sparsity.get("format", "dense") != "dense":
             raise ModelError(f"config.json: sparse weights ({sparsity['format']}) are not supported")
-        self._ignore = tuple(settings.get("ignore") or ())
+        self._ignore = _names(settings, "ignore", where)
         self._targets: dict[str, _Scheme] = {}
-        for name, group in (settings.get("config_groups") or {}).items():
+        for name, group in _mapping(settings, "config_groups", where).items():
             if isinstance(group, Mapping) and group.get("format") == LOW_RANK:
                 continue
             scheme = _read_scheme(str(name), group, str(settings.get("format")))
             if scheme is not None:
-                self._targets.update(dict.fromkeys(group.get("targets") or (), scheme))
+                targets = _names(group, "targets", f"{where}.config_groups.{name}")
+                self._targets.update(dict.fromkeys(targets, scheme))
 
     def format_of(self, source: Source) -> Format | None:
         scheme = self._scheme(source)
@@ -178,6 +179,27 @@ def read_floats(
     return Weight(format, shape, data, scales, input_scale=given)
 
 
+def _mapping(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object of the configuration, empty where it has none."""
+    value = settings.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ModelError(f"{where}.{key} is {value!r:.80}, expected an object")
+    return value
+
+
+def _names(settings: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of names of modules, classes, and regular expressions behind "re:"."""
+    value = settings.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ModelError(f"{where}.{key} is {value!r:.80}, expected a list of names")
+    for name in value:
+        try:
+            re.compile(name.removeprefix("re:"))  # a plain name is one as well
+        except re.error as error:
+            raise ModelError(f"{where}.{key}: {name!r:.80} is no regular expression: {error}") from None
+    return tuple(value)
+
+
 def _matches(names: set[str], target: str) -> bool:
     if target.startswith("re:"):
         return any(re.match(target[3:], name) for name in names)
@@ -189,8 +211,8 @@ def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
     if not isinstance(group, Mapping):
         raise ModelError(f"{where}: a named preset is not supported, expected the scheme written out")
     format = str(group.get("format") or format)
-    weights = group.get("weights")
-    if weights is None or format == "dense":
+    weights = _mapping(group, "weights", where)
+    if not weights or format == "dense":
         return None
     if format not in (PACKED, CONV1D_PACKED, *UNPACKED):
         raise ModelError(f"{where}: format {format!r} is not supported; supported: {', '.join((PACKED, *UNPACKED))}")
@@ -210,7 +232,7 @@ def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
         raise ModelError(f"{where}: strategy {strategy!r} is not supported; supported: {', '.join(known)}")
     block_rows = 0 if strategy == "tensor" else 1
     if strategy == "block":
-        block_rows, size = weights["block_structure"]
+        block_rows, size = block_of(weights.get("block_structure"), f"{where}.weights.block_structure")
     if weights.get("dynamic"):
         raise ModelError(f"{where}: weights quantised dynamically are not supported")
     return _Scheme(
@@ -227,7 +249,7 @@ def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
 
 
 def _read_activations(group: Mapping[str, Any], where: str) -> Activations | None:
-    inputs = group.get("input_activations")
+    inputs = _mapping(group, "input_activations", where)
     if group.get("output_activations"):
         raise ModelError(f"{where}: quantised output activations are not supported")
     if not inputs:

@@ -10,7 +10,7 @@ from hasten.errors import ModelError
 from hasten.model.compressed_tensors import read_floats
 from hasten.model.formats import Activations, Format, Weight
 from hasten.model.names import Source
-from hasten.model.quantized import FLOATS, Arrays, Expected, group_of
+from hasten.model.quantized import FLOATS, Arrays, Expected, block_of, group_of
 
 
 class Fp8:
@@ -20,9 +20,8 @@ class Fp8:
 
     def __init__(self, settings: Mapping[str, Any], tensor_names: frozenset[str]) -> None:
         self._names = tensor_names
-        self._block = settings.get("weight_block_size")
-        if self._block is not None and (not isinstance(self._block, list) or len(self._block) != 2):
-            raise ModelError(f"config.json: weight_block_size is {self._block!r:.80}, expected two numbers")
+        block = settings.get("weight_block_size")
+        self._block = None if block is None else block_of(block, "config.json: weight_block_size")
         scheme = settings.get("activation_scheme", "dynamic")
         if scheme not in ("dynamic", "static"):
             raise ModelError(f"config.json: activation_scheme {scheme!r} is not supported; supported: dynamic, static")

@@ -101,6 +101,14 @@ def group_of(size: object, columns: int, where: str) -> int:
     raise ModelError(f"{where}: group size {size!r} is not supported; supported: 32, 64, multiples of 128, whole rows")
 
 
+def block_of(value: object, where: str) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    sizes = list(value) if isinstance(value, list | tuple) else []
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ModelError(f"{where} is {value!r:.80}, expected two positive numbers")
+    return sizes[0], sizes[1]
+
+
 def floats(values: NDArray[Any]) -> NDArray[np.float32]:
     """float32 of a tensor stored as float32, float16 or the bits of bfloat16."""
     return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32)
