@@ -216,7 +216,7 @@ def _read_scheme(name: str, group: Any, format: str) -> _Scheme | None:
         return None
     if format not in (PACKED, CONV1D_PACKED, *UNPACKED):
         raise ModelError(f"{where}: format {format!r} is not supported; supported: {', '.join((PACKED, *UNPACKED))}")
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    bits, kind, strategy = weights.get("num_bits", 0), weights.get("type", "int"), weights.get("strategy")
     symmetric = bool(weights.get("symmetric", True))
     eight_bit_float = kind == "float" and bits == 8 and symmetric
     if not eight_bit_float and (kind != "int" or bits not in (4, 8) or (bits == 8 and not symmetric)):
