@@ -124,7 +124,7 @@ def test_tuned_kernels_give_the_same(tiny_model: Build, tmp_path: Path, monkeypa
         assert np.abs(got - want).max() < 3e-2 * np.abs(want).max()
         each.finish_captures()
         assert each._graphs is not None
-        assert all(bucket.graph is not None for bucket in each._graphs._buckets.values())
+        assert all(bucket.graph is not None for bucket in each._graphs._buckets.values() if bucket.asked)
 
 
 def test_a_format_is_compared_with_bf16_once(
