@@ -75,6 +75,12 @@ def make_linear(
     return Linear(device, ops, matrices, None, gated, fixed)
 
 
+def with_zeros(values: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """2:4, and some rows with three zeros of four."""
+    out_of_four = rng.random((values.size // 4, 4)).argsort(1).reshape(values.shape)
+    return values * (out_of_four < rng.integers(1, 3, (len(values), 1)))
+
+
 def check_product(
     device: str, format: Format | None, dtype: str, rows: int, n: int, k: int, gated: bool, tolerance: float, seed: int
 ) -> None:
@@ -84,8 +90,7 @@ def check_product(
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     values = rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5)
     if format is not None and format.sparse24:
-        out_of_four = rng.random((values.size // 4, 4)).argsort(1).reshape(values.shape)
-        values *= out_of_four < rng.integers(1, 3, (len(values), 1))  # rows with three zeros, too
+        values = with_zeros(values, rng)
     weight = quantize(values, format or Format(dtype))
     linear = make_linear([weight], handle, dtype, gated, fp8=format is None)
     x = torch.from_numpy(rng.standard_normal((rows, k)).astype(np.float32)).to(handle.handle, torch_dtype)
@@ -110,11 +115,14 @@ def check_product(
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-def check_normed_int4(format: Format, gated: bool, device: str = "cpu", n: int = 8, k: int = 384) -> None:
-    """One row of int4 with the norm of its input, at sizes of numbers that float16 could not hold, against float64."""
+def check_normed(
+    format: Format, gated: bool, device: str = "cpu", n: int = 8, k: int = 384, tolerance: float = 2e-3
+) -> None:
+    """One row of int4 or 2:4 with its norm, at sizes of numbers that float16 could not hold, against float64."""
     rng = np.random.default_rng(7)
     handle = open_device(device)
-    weight = quantize(rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5), format)
+    values = rng.standard_normal((2 * n if gated else n, k)).astype(np.float32) / np.float32(k**0.5)
+    weight = quantize(with_zeros(values, rng) if format.sparse24 else values, format)
     linear = make_linear([weight], handle, "bf16", gated)
     norm = torch.from_numpy(rng.uniform(0.5, 2, k)).to(handle.handle, torch.bfloat16)
     assert linear.fuses_norm(1, torch.bfloat16, norm)
@@ -127,7 +135,7 @@ def check_normed_int4(format: Format, gated: bool, device: str = "cpu", n: int =
             want = activate("silu", want[:n].astype(np.float32)) * want[n:]
         got = linear(x, norm=Norm(norm, 1e-5), activation="silu" if gated else "none", dtype=torch.float32)
         error = np.linalg.norm(got[0].cpu().numpy() - want) / np.linalg.norm(want)
-        assert error < 2e-3, f"relative error {error:.2e} of numbers about {size:g}"
+        assert error < tolerance, f"relative error {error:.2e} of numbers about {size:g}"
 
 
 def check_experts(

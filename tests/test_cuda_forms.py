@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
-from cuda_tools import check_experts, check_product, make_linear  # noqa: E402
+from cuda_tools import check_experts, check_normed, check_product, make_linear  # noqa: E402
 
 from hasten.backends.cuda import linear  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
@@ -47,6 +47,12 @@ def test_two_of_four(kind: str, dtype: str, tolerance: float, rows: int) -> None
     format = Format(kind, sparse24=True)  # type: ignore[arg-type]
     check_product("cpu", format, dtype, rows, 70, 404, rows == 3, tolerance, rows)
     check_product("cpu", format, dtype, rows, 6, 1024, rows == 1, tolerance, rows)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_one_row_of_two_of_four_with_its_norm(kind: str) -> None:
+    """In bfloat16, to which the interpreter cuts where a GPU rounds."""
+    check_normed(Format(kind, sparse24=True), kind == "bf16", tolerance=1e-2)  # type: ignore[arg-type]
 
 
 def test_int8_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:

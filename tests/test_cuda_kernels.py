@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from attention_tools import check_attention, make_spec  # noqa: E402
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
-from cuda_tools import batch, check_composed, check_normed_int4, check_product, fetched, load, make_linear, pieces  # noqa: E402
+from cuda_tools import batch, check_composed, check_normed, check_product, fetched, load, make_linear, pieces  # noqa: E402
 from sampling_tools import check_draws, check_sampling  # noqa: E402
 
 from hasten.backends.base import StepLimits  # noqa: E402
@@ -56,7 +56,7 @@ def test_one_row_of_int4(group: int, symmetric: bool) -> None:
     """Its own kernel, with the input's norm in it, for bfloat16; the result is rounded to 8 bits."""
     format = Format("int4", group, symmetric)
     check_product("cpu", format, "bf16", 1, 12, 384, group == 128, 6e-3, 5)
-    check_normed_int4(format, group != 128)
+    check_normed(format, group != 128)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])

@@ -6,8 +6,9 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from cuda_tools import check_experts, check_product  # noqa: E402
+from cuda_tools import check_experts, check_normed, check_product  # noqa: E402
 
+from hasten.backends.cuda import linear  # noqa: E402
 from hasten.model.formats import Format  # noqa: E402
 
 
@@ -26,3 +27,20 @@ def test_two_of_four(kind: str, gated: bool, rows: int) -> None:
     check_product("cuda", format, "bf16", rows, 1536, 4096, gated, 6e-3, rows)
     check_product("cuda", format, "bf16", rows, 1003, 14336, gated, 6e-3, rows)
     check_product("cuda", format, "fp16" if kind == "fp8" else "bf16", rows, 200, 1076, gated, 6e-3, rows)
+
+
+@pytest.mark.parametrize("k", [1076, 4096, 14336])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
+def test_one_row_of_two_of_four_with_its_norm(kind: str, gated: bool, k: int) -> None:
+    check_normed(Format(kind, sparse24=True), gated, "cuda", 203, k, 4e-3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [65, 200, 1030])
+def test_int8_by_int8(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs rounded to int8, a scale a row."""
+    monkeypatch.setattr(linear, "INT8_ROWS", 65)
+    format = Format("int8", activations="int8")
+    for n, k in ((1536, 4096), (1003, 1156), (4096, 14336)):
+        check_product("cuda", format, "bf16", rows, n, k, False, 0.02, rows)
+        check_product("cuda", format, "bf16", rows, n, k, True, 0.02, rows)

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from cuda_tools import check_normed_int4, check_product  # noqa: E402
+from cuda_tools import check_normed, check_product  # noqa: E402
 
 from hasten.model.formats import Format  # noqa: E402
 
@@ -52,7 +52,7 @@ def test_odd_sizes(name: str, rows: int) -> None:
 def test_one_row_of_int4_with_its_norm(name: str, gated: bool, k: int) -> None:
     format = FORMATS[name]
     assert format is not None
-    check_normed_int4(format, gated, "cuda", 203, k)
+    check_normed(format, gated, "cuda", 203, k)
 
 
 @pytest.mark.parametrize("rows", [1, 9, 100])

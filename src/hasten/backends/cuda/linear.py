@@ -71,6 +71,8 @@ class Linear:
         if not self.is_whole or not self._one_row(self.matrices[0], rows, dtype):
             return False
         matrix = self.matrices[0]
+        if matrix.mask is not None and dtype != torch.bfloat16:
+            return False  # it would be rounded to bfloat16
         return (matrix.kind != INT4 and matrix.mask is None) or weight.dtype == torch.bfloat16
 
     @property

@@ -31,9 +31,11 @@ def keyed_tile(matrix: Matrix, rows: int, n: int, gated: bool, one: bool, device
     width, itemsize = units(matrix.k), matrix.data.itemsize
     key = tile_key("gemv24" if one else "skinny24", matrix.kind, 0, rows, n, matrix.k, gated)
     if one:
-        # As many programs as have room: x, a block's weights and the next one's are in registers, about 120 a thread.
+        # As many programs as have room: x, a block's weights and the next one's are in 90 to 150 registers of a thread.
         warps = min(8, max(1, width // 64))
-        return key, Tile(2 if width <= 64 * warps else 1, width, (12 if gated else 16) // warps, warps, 1)
+        if width > 64 * warps:
+            return key, Tile(1, width, 2, warps, 1)
+        return key, Tile(2 if gated else 4, width, max(1, 12 // warps), warps, 1)
     columns, stages = min(64, width), 4
     while True:
         stage = columns * (64 * (2 if gated else 1) * (4 * 2 * itemsize + 2) + 4 * 8 * rows)
@@ -69,7 +71,7 @@ def gemv(
         x if residual is None else residual, out, n, matrix.k, norm.eps if norm else 0.0, scale, blocks,
         KIND=matrix.kind, FLOAT16=x.dtype == torch.float16, NORM=norm is not None, BIAS=bias is not None,
         RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows, BU=width,
-        EVEN=matrix.k == 16 * width, PDL=device.pdl, num_warps=tile.warps, **device.launch,
+        EVEN=matrix.k == 16 * width, ASM=device.asm, PDL=device.pdl, num_warps=tile.warps, **device.launch,
     )  # fmt: skip
 
 

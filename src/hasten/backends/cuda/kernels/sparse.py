@@ -13,12 +13,53 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hasten.backends.cuda.kernels.linear import DENSE, FP8, _finish
 
+# Sixteen bits of four planes and of each plane four numbers of x, two a word -> of each plane the two numbers that are
+# wanted. Three of a plane's bits tell its pattern: byte by byte they look up where in x the numbers are, which is what
+# the last byte permutations go by.
+_PICK = tl.constexpr("""
+{
+.reg .b32 m, l, h, f, s, p, q;
+and.b32 m, $4, 0x7777;
+mov.b32 l, 0x10321010;
+mov.b32 h, 0x10321054;
+prmt.b32 f, l, h, m;
+mov.b32 l, 0x32767632;
+mov.b32 h, 0x32545476;
+prmt.b32 s, l, h, m;
+prmt.b32 p, f, s, 0x5140;
+prmt.b32 q, f, s, 0x7362;
+prmt.b32 $0, $5, $6, p;
+shr.u32 p, p, 16;
+prmt.b32 $1, $7, $8, p;
+prmt.b32 $2, $9, $10, q;
+shr.u32 q, q, 16;
+prmt.b32 $3, $11, $12, q;
+}
+""")
+
+# Two fp8 (e4m3) -> two float16.
+_TWO_FP8 = tl.constexpr("""
+{
+.reg .b16 t;
+cvt.u16.u32 t, $1;
+cvt.rn.f16x2.e4m3x2 $0, t;
+}
+""")
+
 
 @triton.jit
 def _half(bits, FLOAT16: tl.constexpr):
     """The 16-bit float in the low bits of integers."""
     bits = bits.to(tl.int16)
     return bits.to(tl.float16, bitcast=True) if FLOAT16 else bits.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _floats(words, FLOAT16: tl.constexpr):
+    """The two 16-bit floats of each int32, as float32."""
+    if FLOAT16:
+        return _half(words, True).to(tl.float32), _half(words >> 16, True).to(tl.float32)
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -31,34 +72,38 @@ def _eight(bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def _pair(words, KIND: tl.constexpr, FLOAT16: tl.constexpr):
+def _pair(words, KIND: tl.constexpr, FLOAT16: tl.constexpr, ASM: tl.constexpr):
     """The first and the second number that a group keeps, float32."""
     wide = words.to(tl.int32)
     if KIND == DENSE:
-        return _half(wide, FLOAT16).to(tl.float32), _half(wide >> 16, FLOAT16).to(tl.float32)
+        return _floats(wide, FLOAT16)
+    if KIND == FP8 and ASM:
+        both = tl.inline_asm_elementwise(_TWO_FP8, "=r,r", [wide], dtype=tl.int32, is_pure=True, pack=1)
+        return _floats(both, True)
     return _eight(wide, KIND), _eight(wide >> 8, KIND)
 
 
 @triton.jit
-def _four(words, FLOAT16: tl.constexpr):
-    """What each int64 holds, four float32 tensors [1, ..]."""
-    x0 = _half(words, FLOAT16).to(tl.float32)[None, :]
-    x1 = _half(words >> 16, FLOAT16).to(tl.float32)[None, :]
-    x2 = _half(words >> 32, FLOAT16).to(tl.float32)[None, :]
-    x3 = _half(words >> 48, FLOAT16).to(tl.float32)[None, :]
-    return x0, x1, x2, x3
+def _two_bfloat16(low, high):
+    low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    return (low_bits & 0xFFFF) | high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
 
 
 @triton.jit
 def _inputs(x, norm, groups, count, NORM: tl.constexpr, FLOAT16: tl.constexpr):
-    """A plane of x (times norm), and the sum of squares before that."""
+    """A plane of x (times norm, rounded), two numbers a word [1, BU], and the sum of squares before that."""
     words = tl.load(x + groups, mask=groups < count, other=0)
-    x0, x1, x2, x3 = _four(words, FLOAT16)
-    squares = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3)
+    low, high = words.to(tl.int32), (words >> 32).to(tl.int32)
+    squares = 0.0
     if NORM:
-        n0, n1, n2, n3 = _four(tl.load(norm + groups, mask=groups < count, other=0), False)
-        x0, x1, x2, x3 = x0 * n0, x1 * n1, x2 * n2, x3 * n3
-    return (x0, x1, x2, x3), squares
+        x0, x1 = _floats(low, FLOAT16)
+        x2, x3 = _floats(high, FLOAT16)
+        squares = tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3)
+        scale = tl.load(norm + groups, mask=groups < count, other=0)
+        n0, n1 = _floats(scale.to(tl.int32), False)
+        n2, n3 = _floats((scale >> 32).to(tl.int32), False)
+        low, high = _two_bfloat16(x0 * n0, x1 * n1), _two_bfloat16(x2 * n2, x3 * n3)
+    return low[None, :], high[None, :], squares
 
 
 @triton.jit
@@ -73,23 +118,42 @@ def _planes(w, mask, rows, units, count, BU: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _picked(acc, words, bits, xs, PLANE: tl.constexpr, KIND: tl.constexpr, FLOAT16: tl.constexpr):
-    """acc + the kept numbers of a plane times the numbers of x in their columns."""
-    first, second = _pair(words, KIND, FLOAT16)
+def _picked(bits, low, high, PLANE: tl.constexpr):
+    """What _PICK gives for one plane."""
     B: tl.constexpr = 1 << (4 * PLANE)
-    acc += first * tl.where((bits & B) != 0, xs[0], tl.where((bits & (2 * B)) != 0, xs[1], xs[2]))
-    return acc + second * tl.where((bits & (8 * B)) != 0, xs[3], tl.where((bits & (4 * B)) != 0, xs[2], xs[1]))
+    x0, x1, x2, x3 = low & 0xFFFF, (low >> 16) & 0xFFFF, high & 0xFFFF, (high >> 16) & 0xFFFF
+    first = tl.where((bits & B) != 0, x0, tl.where((bits & (2 * B)) != 0, x1, x2))
+    return first | tl.where((bits & (8 * B)) != 0, x3, tl.where((bits & (4 * B)) != 0, x2, x1)) << 16
 
 
 @triton.jit
-def _rows_times(tiles, x0, x1, x2, x3, BN: tl.constexpr, BU: tl.constexpr, KIND: tl.constexpr, FLOAT16: tl.constexpr):
+def _products(acc, words, picked, KIND: tl.constexpr, FLOAT16: tl.constexpr, ASM: tl.constexpr):
+    """acc + kept numbers times the numbers of x in their columns."""
+    first, second = _pair(words, KIND, FLOAT16, ASM)
+    x_first, x_second = _floats(picked, FLOAT16)
+    return acc + first * x_first + second * x_second
+
+
+@triton.jit
+def _rows_times(
+    tiles, l0, h0, l1, h1, l2, h2, l3, h3, BN: tl.constexpr, BU: tl.constexpr, KIND: tl.constexpr,
+    FLOAT16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
     """[BN]: products of rows with x."""
     bits = tiles[4].to(tl.int32)
+    if ASM:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            _PICK, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [bits, l0, h0, l1, h1, l2, h2, l3, h3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        p0, p1 = _picked(bits, l0, h0, 0), _picked(bits, l1, h1, 1)
+        p2, p3 = _picked(bits, l2, h2, 2), _picked(bits, l3, h3, 3)
     acc = tl.zeros([BN, BU], tl.float32)
-    acc = _picked(acc, tiles[0], bits, x0, 0, KIND, FLOAT16)
-    acc = _picked(acc, tiles[1], bits, x1, 1, KIND, FLOAT16)
-    acc = _picked(acc, tiles[2], bits, x2, 2, KIND, FLOAT16)
-    acc = _picked(acc, tiles[3], bits, x3, 3, KIND, FLOAT16)
+    acc = _products(acc, tiles[0], p0, KIND, FLOAT16, ASM)
+    acc = _products(acc, tiles[1], p1, KIND, FLOAT16, ASM)
+    acc = _products(acc, tiles[2], p2, KIND, FLOAT16, ASM)
+    acc = _products(acc, tiles[3], p3, KIND, FLOAT16, ASM)
     return tl.sum(acc, 1)
 
 
@@ -98,11 +162,11 @@ def gemv24(
     x, w, mask, scales, norm, bias, residual, y, N, K, eps, out_scale, blocks,
     KIND: tl.constexpr, FLOAT16: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     GATED: tl.constexpr, ACT: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = activation(out_scale * (W [N, K] (rms-normed) x [K] + bias)) (* up) + residual.
 
-    x is unpacked once and stays in registers while a program goes through its blocks of BN rows, every
+    x stays in registers while a program goes through its blocks of BN rows, every
     num_programs-th of `blocks`; the next one's weights are fetched while one is multiplied. norm: bfloat16 as int64.
     """
     units = tl.arange(0, BU)
@@ -117,10 +181,10 @@ def gemv24(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x0, squares0 = _inputs(x, norm, units, count, NORM, FLOAT16)
-    x1, squares1 = _inputs(x, norm, units + BU, count, NORM, FLOAT16)
-    x2, squares2 = _inputs(x, norm, units + 2 * BU, count, NORM, FLOAT16)
-    x3, squares3 = _inputs(x, norm, units + 3 * BU, count, NORM, FLOAT16)
+    l0, h0, squares0 = _inputs(x, norm, units, count, NORM, FLOAT16)
+    l1, h1, squares1 = _inputs(x, norm, units + BU, count, NORM, FLOAT16)
+    l2, h2, squares2 = _inputs(x, norm, units + 2 * BU, count, NORM, FLOAT16)
+    l3, h3, squares3 = _inputs(x, norm, units + 3 * BU, count, NORM, FLOAT16)
     inverse = 1.0
     if NORM:
         inverse = tl.rsqrt((squares0 + squares1 + squares2 + squares3) / K + eps)
@@ -134,10 +198,10 @@ def gemv24(
             if GATED:
                 up_tiles = _planes(w, mask, rows + N, units[None, :], count, BU, EVEN)
         safe = tl.minimum(out_rows, N - 1)
-        out = _rows_times(now, x0, x1, x2, x3, BN, BU, KIND, FLOAT16) * inverse
+        out = _rows_times(now, l0, h0, l1, h1, l2, h2, l3, h3, BN, BU, KIND, FLOAT16, ASM) * inverse
         up = out
         if GATED:
-            up = _rows_times(now_up, x0, x1, x2, x3, BN, BU, KIND, FLOAT16) * inverse
+            up = _rows_times(now_up, l0, h0, l1, h1, l2, h2, l3, h3, BN, BU, KIND, FLOAT16, ASM) * inverse
         if KIND != DENSE:
             out *= tl.load(scales + safe)
             if GATED:
