@@ -441,7 +441,7 @@ class Linear:
     def _product8(self, x: torch.Tensor, x_scales: torch.Tensor, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         rows, device = len(x), self.device
         out = torch.empty((rows, matrix.n), dtype=dtype, device=device.handle)
-        tile = int8_tile(rows, matrix.n, device.num_processors)
+        tile = int8_tile(rows, matrix.n, device.num_processors, device.shared)
         assert matrix.scales is not None
         product8[(-(-rows // tile.rows) * -(-matrix.n // tile.columns),)](
             x, x_scales, matrix.data, matrix.scales, out, rows, matrix.n, matrix.k, BM=tile.rows,

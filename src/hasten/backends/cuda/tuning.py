@@ -122,12 +122,13 @@ def skinny_tile(
     return Tile(rows, columns, splits, warps, stages)
 
 
-def int8_tile(m: int, n: int, processors: int) -> Tile:
+def int8_tile(m: int, n: int, processors: int, shared: int) -> Tile:
     """int8 by int8: rows of x and columns of the result that a program makes; smaller until each processor has one."""
     rows, columns = (128, 256) if m > 64 else (64, 256)
     while columns > 64 and -(-m // rows) * -(-n // columns) < processors:
         columns //= 2
-    return Tile(rows, columns, 1, 8 if columns > 128 else 4, 3 if columns > 128 else 4)
+    stages = min(3 if columns > 128 else 4, max(1, min(_SHARED, shared) // (128 * (rows + columns))))
+    return Tile(rows, columns, 1, 8 if columns > 128 else 4, stages)
 
 
 @dataclass(frozen=True, slots=True)
