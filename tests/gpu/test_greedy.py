@@ -22,7 +22,7 @@ Build = Callable[..., Path]
 LIMITS = {
     "float32": (1e-3, 0.99),
     "bfloat16": (0.3, 0.8),
-    "float16": (0.04, 0.95),
+    "float16": (0.15, 0.9),  # keys and values are in bfloat16
     "8-bit rows": (0.9, 0.55),
     "other experts": (2.0, 0.8),  # of two that a router likes as much, rounding may take another
 }
@@ -34,11 +34,9 @@ def test_families(family: str, dtype: str, tiny_model: Build) -> None:
     folder = tiny_model(family, dtype=dtype)
     long = family == "phi3_longrope"
     asked = prompts()[: 3 if long else None]  # Transformers takes the long factors for these
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", device_map={"": "cuda"}
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     arguments = {"max_len": 256} if long else {}
-    print(family, dtype, check_greedy(model.eval(), folder, *LIMITS[dtype], asked, device="cuda", **arguments))
+    print(family, dtype, check_greedy(model.eval().cuda(), folder, *LIMITS[dtype], asked, device="cuda", **arguments))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
