@@ -35,6 +35,11 @@ def test_experts(format: Format, sizes: tuple[int, int, int, int, int], toleranc
     check_experts("cpu", format, "fp32", rows, sizes, tolerance)
 
 
+def test_experts_that_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "EXPERT_ROWS", 0)
+    check_experts("cpu", Format("fp32"), "fp32", 3, (96, 40, 5, 2, 1), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
     [("bf16", "bf16", 6e-3), ("fp16", "fp16", 1e-3), ("int8", "fp16", 1e-3), ("fp8", "fp16", 1e-3)],

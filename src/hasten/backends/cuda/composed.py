@@ -135,7 +135,7 @@ class Experts(Linear):
         return (hidden.view(len(x), self._experts, -1) * chosen[:, :, None]).view(len(x), -1)
 
     def _skips(self, rows: int) -> bool:
-        return self._inner.running is not None and rows <= MAX_SKINNY
+        return self._inner.experts(rows) is not None
 
     def _route(self, x: torch.Tensor, norm: Norm | None) -> None:
         """Write who runs into `running`."""

@@ -19,6 +19,7 @@ from hasten.backends.cuda.kernels.int8 import product8
 from hasten.backends.cuda.matrix import COLUMNS, DENSE, FP8, INT4, INT8, ROWS, Matrix, Norm, Running
 from hasten.backends.cuda.ops import FP8_DTYPE, Ops
 from hasten.backends.cuda.tuning import (
+    EXPERT_ROWS,
     FEW_ROWS,
     INT8_ROWS,
     SPARSE_ROWS,
@@ -89,13 +90,17 @@ class Linear:
         if matrix.kind == FP8 and matrix.group:
             return False
         if matrix.kind == INT4:
-            return dtype == torch.bfloat16 and not self.up_x and self.running is None
+            return dtype == torch.bfloat16 and not self.up_x and self.experts(1) is None
         return matrix.kind in (DENSE, FP8)
 
-    @property
-    def _reads_parts(self) -> bool:
+    def experts(self, rows: int) -> Running | None:
+        """Which experts run, where a product of so many rows leaves out others."""
+        return self.running if rows <= EXPERT_ROWS else None
+
+    def _reads_parts(self, rows: int) -> bool:
         """Whether columns of x that nobody reads may hold anything."""
-        return self.running is not None and self.running.side == COLUMNS
+        running = self.experts(rows)
+        return running is not None and running.side == COLUMNS
 
     def fuses_residual(self, rows: int) -> bool:
         """Whether a residual is added without a pass of its own."""
@@ -183,8 +188,6 @@ class Linear:
         return out
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
-        if self.running is not None:
-            return self.fixed or rows <= MAX_SKINNY
         return self.fixed or rows <= (SPARSE_ROWS if matrix.mask is not None else FEW_ROWS[matrix.kind])
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
@@ -218,7 +221,7 @@ class Linear:
             run(x, matrix, n, bias, out, norm, residual, scale, activation, gated)
             return
         assert norm is None, "only kernels for one row norm their input"
-        if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix) and not self._reads_parts:
+        if matrix.kind == FP8 and x_scales is None and self._has_fp8_product(matrix) and not self._reads_parts(len(x)):
             x, x_scales = self.ops.quantize_rows(x.contiguous(), FP8_DTYPE)
         self._skinny(x, x_scales, matrix, n, bias, out, residual, scale, activation, gated)
 
@@ -265,13 +268,14 @@ class Linear:
             return sparse.keyed_tile(matrix, rows, n, gated, one, self.device)
         kind, group, _, k, _ = matrix.layout
         kernel = "gemv" if one else "skinny"
-        if self.running is not None:
-            n, k = self.running.shape(n, k, rows)
-            kernel += f"-experts{self.running.size}"
+        running = self.experts(rows)
+        if running is not None:
+            n, k = running.shape(n, k, rows)
+            kernel += f"-experts{running.size}"
         key = tile_key(kernel, kind, group, rows, n, k, gated)
-        if one and self._reads_parts:
-            assert self.running is not None
-            return key, columns_tile(matrix.data.itemsize, n, self.running.size)
+        columns = running.size if running is not None and running.side == COLUMNS else 0  # of an expert
+        if one and columns:
+            return key, columns_tile(matrix.data.itemsize, n, columns)
         if one and kind == INT4:
             return key, int4_tile(n, k, gated)
         if one:
@@ -280,9 +284,8 @@ class Linear:
         tile = skinny_tile(
             kind, matrix.data.itemsize, x_itemsize, rows, n, k, group, gated, device.num_processors, device.shared
         )
-        if self._reads_parts and kind != INT4:
-            assert self.running is not None
-            tile = replace(tile, columns=divisor(self.running.size, tile.columns))
+        if columns and kind != INT4:
+            tile = replace(tile, columns=divisor(columns, tile.columns))
         return key, tile
 
     def _width(self, rows: int) -> int:
@@ -302,7 +305,7 @@ class Linear:
         activation: int,
         gated: bool,
     ) -> None:
-        tile, running = self._tile(matrix, 1, n, x.itemsize, gated, True), self.running
+        tile, running = self._tile(matrix, 1, n, x.itemsize, gated, True), self.experts(1)
         scales, biases = x if matrix.scales is None else matrix.scales, x if bias is None else bias
         added = x if residual is None else residual
         if running is not None and running.side == COLUMNS:
@@ -387,7 +390,7 @@ class Linear:
         tile = self._tile(matrix, width, n, x.itemsize, gated, False)
         splits = 1 if self.fixed else tile.splits
         step = tile.columns * (4 if matrix.kind == INT4 else 1)
-        nothing, running = device.counters, self.running
+        nothing, running = device.counters, self.experts(rows)
         blocks, columns = -(-n // tile.rows), matrix.k
         if running is not None and running.side == ROWS:
             blocks = -(-running.size // tile.rows) * min(running.taken.shape[1], rows * running.active)

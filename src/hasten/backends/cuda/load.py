@@ -23,6 +23,7 @@ from hasten.backends.cuda.linear import Linear
 from hasten.backends.cuda.matrix import DENSE, FP8, INT4, INT8, Matrix
 from hasten.backends.cuda.ops import FP8_DTYPE, NormWeights, Ops
 from hasten.backends.cuda.sparse import packed_mask
+from hasten.backends.cuda.tuning import SPARSE_KINDS
 from hasten.errors import ModelError, ResourceError
 from hasten.model.formats import Weight, densify
 from hasten.model.spec import ModelSpec
@@ -330,7 +331,7 @@ def _stays_sparse(weight: Weight, dtype: torch.dtype) -> bool:
     format = weight.format
     return (
         weight.mask is not None
-        and format.kind != "int4"
+        and format.kind in SPARSE_KINDS
         and format.group_size == 0
         and weight.perm is None
         and (dtype != torch.float32)

@@ -21,6 +21,10 @@ class Tile:
 # them once, for cuBLAS.
 FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 64, INT4.value: 256}
 SPARSE_ROWS = 64  # of 2:4
+# Up to how many rows experts that none of them has taken are neither computed nor read; 0: all always are. At most 64.
+EXPERT_ROWS = 64
+# Kinds of 2:4 matrices that stay packed; others are loaded with their zeros.
+SPARSE_KINDS = ("bf16", "fp16", "int8", "fp8")
 # From how many rows on W8A8 matrices are multiplied by int8. Whether that is faster was not measured yet, so nowhere.
 INT8_ROWS = 1 << 30
 
