@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
+from llama import BOS, small_llama
 from texts import split_books
 from train_tokenizer import save as save_tokenizer
 from train_tokenizer import train_tokenizer
@@ -30,33 +31,12 @@ from hasten.train.data import Sequences
 from hasten.train.dropout import dropped
 from hasten.train.trainer import Around, Trained, fit, sequences_needed
 
-BOS = 0
 PROBE_STEPS = 30  # timed, after as many to warm up
 
 
 def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama of the given size. What layers add to the residual stream starts at zero, for stability."""
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.hidden_size // args.heads,
-        max_position_embeddings=1024,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=BOS,
-        pad_token_id=None,
-    )
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(config)
-    for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return model.to(args.device)
+    return small_llama(args, 1024).to(args.device)
 
 
 def encode(tokenizer: object, passages: list[str]) -> np.ndarray:

@@ -14,44 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from llama import BOS, small_llama
 from texts import Split, split_books
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout, pad
 from train_tokenizer import CONTEXT, save, train_tokenizer
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
-BOS = 0
 WARMUP_STEPS = 100
 VALID_BATCH = 16
 
 
 def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama of the given size. What layers add to the residual stream starts at zero, for stability."""
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.hidden_size // args.heads,
-        max_position_embeddings=CONTEXT,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=BOS,
-        pad_token_id=None,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    dropped = [model.model.embed_tokens]
-    for layer in model.model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            nn.init.zeros_(linear.weight)
-            dropped.append(linear)
+    """The model, with dropout where it adds to the residual stream."""
+    model = small_llama(args, CONTEXT)
+    model.config.use_cache = False
+    added = [linear for layer in model.model.layers for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     # Hooks rather than modules: the names of the weights stay Llama's.
-    for module in dropped:
+    for module in (model.model.embed_tokens, *added):
         module.register_forward_hook(lambda m, _, out: dropout(out, args.dropout, m.training))
     return model
 
@@ -210,7 +191,7 @@ def main() -> None:
     for name in ("valid", "heldout"):
         bits, perplexity = evaluate(model, tokenizer, "\n\n".join(getattr(split, name)), args.device)
         final[name] = {"bits_per_byte": bits, "perplexity": perplexity}
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "output")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "output", "log")}
     log = {"settings": settings, "parameters": model.num_parameters(), "curve": curve, "saved_in_bf16": final}
     args.log.write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(final))
