@@ -41,4 +41,5 @@ def train(
     last = trained.curve[-1][1] if trained.curve else 0.0
     if not last < float("inf"):
         raise HastenError(f"{name} ended at a loss of {last}: lower learning_rate, which is {training.learning_rate}")
-    context.facts[f"{name}-{context.recipe.steps.index(step)}"] = trained.facts()
+    number = next(index for index, other in enumerate(context.recipe.steps) if other is step)  # equal ones are others
+    context.facts[f"{name}-{number}"] = trained.facts()
