@@ -73,7 +73,7 @@ def test_finetuning_learns_its_text_and_logs(tiny_model: Model, text: str, tmp_p
 
 
 def test_equal_steps_have_a_curve_each(tiny_model: Model, text: str, tmp_path: Path) -> None:
-    receipt = run(tiny_model("llama"), tmp_path / "out", text, *(Finetune(**short(text, steps=1)) for _ in range(2)))
+    receipt = run(tiny_model("llama"), tmp_path / "out", text, *(Finetune(**short(text, steps=2)) for _ in range(2)))
     (_, first), (_, second) = (receipt.settings[name]["loss"][0] for name in ("finetune-0", "finetune-1"))
     assert second < first
 
