@@ -274,6 +274,13 @@ class Engine:
             taken = now - max(flight.start, self._last_settled)
             self.speculator.record(flight.num_tokens, taken, self._backend.overlaps and not flight.is_ahead)
         self._last_settled = now
+        if flight.step.decodes:
+            accept = self._accept_one
+            return [
+                accept(sequence, tokens[row], sampled, row, now)
+                for row, sequence in enumerate(flight.step.sequences)
+                if sequence.finish_reason is None
+            ]
         deltas: list[Delta] = []
         row = 0
         for sequence, num_scored, num_sampled in _parts(flight):
@@ -300,6 +307,20 @@ class Engine:
             value = float(sampled.target_logprobs[row])
             top = _top(sampled, row, sequence.request.params.prompt_logprobs or 0)
             scores.append(TokenLogprob(sequence.tokens[len(scores)], value, top))
+
+    def _accept_one(self, sequence: Sequence, token: int, sampled: Sampled | None, row: int, now: float) -> Delta:
+        """_accept of a token that was promised, made short for what most of them are: one more of a plain sequence."""
+        tokens, text, first = sequence.tokens, sequence.text, sequence.num_output == 1
+        if first or not sequence.plain or token in sequence.stop_tokens or len(tokens) >= sequence.limit:
+            del tokens[-1]
+            return self._accept(sequence, [token], sampled, row, now)
+        tokens[-1] = token
+        piece = "" if text is None else text.push(token)
+        delta = Delta(sequence.request.id, sequence.index, piece, [token])
+        if text is None or text.stopped_by is None:
+            return delta
+        sequence.stop_reason = text.stopped_by
+        return self._finish(sequence, delta, "stop", now)
 
     def _accept(self, sequence: Sequence, drawn: list[int], sampled: Sampled | None, row: int, now: float) -> Delta:
         """Verify the drafts: the token drawn at each position is the one that counts; the next is of use only where the

@@ -305,8 +305,8 @@ class Sequence:
 
     __slots__ = (
         "acceptance", "blocks", "drafts", "finish_reason", "hashes", "index", "key", "limit", "logprobs", "mirror",
-        "ngrams", "num_computed", "num_prompt", "num_published", "request", "seed", "seen", "special", "stop_reason",
-        "stop_tokens", "text", "tokens",
+        "ngrams", "num_computed", "num_prompt", "num_published", "plain", "request", "seed", "seen", "special",
+        "stop_reason", "stop_tokens", "text", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, arrival: int, seed: int, limit: int) -> None:
@@ -323,6 +323,7 @@ class Sequence:
         self.num_published = 0  # of `blocks`, those offered for reuse
         self.drafts: list[int] = []
         self.special = True  # its rows need more than an argmax
+        self.plain = False  # its tokens come without log-probabilities, penalties or a ban on ending
         self.stop_tokens: frozenset[int] = frozenset()  # end-of-sequence tokens included, unless ignored
         self.seen: Seen | None = None
         self.acceptance = Acceptance()

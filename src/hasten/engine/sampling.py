@@ -61,8 +61,8 @@ def prepare(sequence: Sequence) -> None:
     assert params.temperature is not None
     if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0):
         sequence.seen = Seen(sequence.tokens)
-    plain = params.temperature == 0 and params.logprobs is None and sequence.seen is None
-    sequence.special = not plain or bool(params.logit_bias) or params.min_tokens > 0
+    sequence.plain = params.logprobs is None and sequence.seen is None and params.min_tokens == 0
+    sequence.special = not sequence.plain or params.temperature > 0 or bool(params.logit_bias)
 
 
 @dataclass(slots=True)

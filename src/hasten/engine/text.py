@@ -35,7 +35,11 @@ class TextStream:
     def push(self, token: int, may_stop: bool = True) -> str:
         """New text to give out. Where a stop string is complete, `stopped_by` is set and nothing more must be
         pushed."""
-        return self._take(self._decoder.push(token), may_stop)
+        piece = self._decoder.push(token)
+        if self._stops or self._withheld:
+            return self._take(piece, may_stop)
+        self.emitted += piece
+        return piece
 
     def finish(self) -> str:
         """The rest, when the sequence has ended for another reason than a stop string."""

@@ -23,7 +23,7 @@ class Pieces:
         self.tokenizer = tokenizer
         self.special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._kind, self.strip = _kind_of(tokenizer)
-        self._known: dict[int, bytes] = {}
+        self.known: dict[int, bytes] = {}  # what was spelt before
 
     @property
     def incremental(self) -> bool:
@@ -31,9 +31,9 @@ class Pieces:
 
     def spell(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that the tokenizer does not have."""
-        found = self._known.get(token_id)
+        found = self.known.get(token_id)
         if found is None:
-            found = self._known[token_id] = self._spell(self.tokenizer.id_to_token(token_id))
+            found = self.known[token_id] = self._spell(self.tokenizer.id_to_token(token_id))
         return found
 
     def _spell(self, token: str | None) -> bytes:
@@ -49,24 +49,27 @@ class Pieces:
 class Detokenizer:
     """Incremental decoding of one sequence that follows `prompt_ids`; constant work a token."""
 
-    __slots__ = ("_at_start", "_decoder", "_emitted", "_ids", "_next_cut", "_pieces", "_skip")
+    __slots__ = ("_at_start", "_decoder", "_emitted", "_hidden", "_ids", "_next_cut", "_pieces", "_skip")
 
     def __init__(self, pieces: Pieces, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._pieces = pieces
         self._skip = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        hidden = pieces.special if skip_special_tokens else set()
-        self._at_start = all(token in hidden for token in prompt_ids)
+        self._hidden: set[int] = pieces.special if skip_special_tokens else set()
+        self._at_start = all(token in self._hidden for token in prompt_ids)
         self._ids: list[int] = []
         self._emitted = 0
         self._next_cut = 4 * _WINDOW
 
     def push(self, token: int) -> str:
         """The text that is certain now that `token` has come; "" while a character is incomplete."""
+        if token in self._hidden and self._pieces.incremental:
+            return ""
+        known = self._pieces.known.get(token)
+        if known is not None and not self._at_start:
+            return self._decoder.decode(known)
         if not self._pieces.incremental:
             return self._decode_anew(token)
-        if self._skip and token in self._pieces.special:
-            return ""
         return self._stripped(self._decoder.decode(self._pieces.spell(token)))
 
     def finish(self) -> str:
