@@ -50,7 +50,7 @@ def race(
     logits += row * V
     top = tl.load(logits + tl.maximum(token, 0)).to(tl.float64) / temperature
     zero = tl.zeros([B], tl.uint32)
-    value = top * 0 - 1
+    value = temperature * 0 - 1  # top may be NaN
     winner = piece * 0
     for i in tl.range(0, ROUNDS):
         groups = (piece * ROUNDS + i) * B + tl.arange(0, B)
@@ -74,6 +74,7 @@ def race(
         values = tl.load(best + entry * PIECES + pieces, mask=there, other=-2.0, cache_modifier=".cg")
         winners = tl.load(best_groups + entry * PIECES + pieces, mask=there, other=NEVER, cache_modifier=".cg")
         first = tl.min(tl.where(values == tl.max(values), winners, NEVER))
+        first = tl.minimum(first, (V - 1) // GROUP)  # of a row with NaN there may be none
         weights = _weights(logits, first + tl.arange(0, 1), top, temperature, floor, V, FILTERED)
         one = tl.zeros([1, 1], tl.uint32)
         a, b, c, d = tl.philox(seed, one + low, one + high, one, one, 10)
