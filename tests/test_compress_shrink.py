@@ -131,6 +131,25 @@ def test_families_shrink_and_quantise(family: str, tiny_model: Callable[..., Pat
     assert np.isfinite(logits(checkpoint.spec, checkpoint.weights())).all()
 
 
+def test_gradients_of_a_model_whose_layers_have_widths_of_their_own(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    first = Shrink(neurons=0.25, rank_by="magnitude", ignore=("layers.0.down",))
+    again = Shrink(neurons=0.25, rank_by="gradient")
+    compress(tiny_model("llama"), recipe(text, first, again), tmp_path / "out", device="cpu")
+    widths = [layer.intermediate_size for layer in open_checkpoint(tmp_path / "out").spec.layers]
+    assert widths == [128, 96, 96]
+
+
+def test_a_quantised_model_is_refused_before_the_work(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    compress(tiny_model("llama"), Recipe((Quantize("int8", 0),)), tmp_path / "int8")
+    with pytest.raises(RecipeError, match=r"layers.0.q is quantised, shrink takes unquantised models"):
+        compress(tmp_path / "int8", recipe(text, Shrink(neurons=0.5)), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out.work").exists()
+
+
 def test_widths_that_stay_are_friendly() -> None:
     assert [shrunk_width(width, 0.5) for width in (14336, 4864, 768, 172, 40)] == [7168, 2432, 384, 88, 20]
     assert shrunk_width(100, 0) == 100

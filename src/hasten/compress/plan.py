@@ -11,7 +11,7 @@ from pathlib import Path
 from hasten.checks import did_you_mean
 from hasten.errors import RecipeError
 from hasten.model.families import family_of
-from hasten.model.formats import NARROW, Format, bytes_of
+from hasten.model.formats import DENSE_BYTES, NARROW, Format, bytes_of
 from hasten.model.jsonfile import read_json
 from hasten.model.spec import Layer, ModelSpec, spec_from_config
 from hasten.recipe import Recipe
@@ -84,6 +84,9 @@ def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None 
     found: formats of the folder that it is carried out on. What is 2:4 there stays so, but behind steps that undo it.
     """
     _check_order(recipe)
+    narrow = next((name for name, fmt in (found or {}).items() if fmt.kind not in DENSE_BYTES), None)
+    if narrow is not None and any(isinstance(step, Shrink) for step in recipe.steps[:1]):
+        raise RecipeError(f"{narrow} is quantised, shrink takes unquantised models: start from the original")
     plan = Plan(spec, sparse=frozenset(name for name, fmt in (found or {}).items() if fmt.sparse24))
     for step in recipe.steps:
         if Prune in _UNDONE.get(type(step), ()):

@@ -69,7 +69,7 @@ def strip(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, kept: Kept) ->
     for name, weight in weights:
         if weight.format.kind not in DENSE_BYTES:
             raise RecipeError(
-                f"{name} is {weight.format.kind}, shrink takes unquantised models: start from the original"
+                f"{name} is {weight.format.kind}, shrinking takes unquantised models: start from the original"
             )
         parts = name.split(".")
         if parts[0] != "layers":

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hasten.backends.torch.load import load_torch
 from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.model.checkpoint import Checkpoint
 from hasten.model.names import sources
@@ -30,8 +30,7 @@ def scores(
 ) -> tuple[list[Float64], list[Float64], Float64]:
     """Importance of the key-value groups and the neurons of each layer, and of the hidden units. tokens: [n, T]."""
     dtype = torch.float32 if device == "cpu" else TORCH_DTYPES[checkpoint.spec.dtype]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
-    model.to(device).eval().requires_grad_(False)
+    model: Any = load_torch(checkpoint.path, dtype, device).requires_grad_(False)
     gates = Gates(checkpoint.spec, device)
     with ExitStack() as stack:
         for module, hook in gates.hooks(model, checkpoint):
