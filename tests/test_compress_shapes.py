@@ -18,7 +18,18 @@ from hasten.model import formats  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.tokenizer import Tokenizer  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Factorize, Prune, Quantize, Recover, Rotate, Shrink, SplitExperts, Step  # noqa: E402
+from hasten.steps import (  # noqa: E402
+    Factorize,
+    Prune,
+    Quantize,
+    QuantizeKv,
+    Recover,
+    Rotate,
+    Shrink,
+    Smooth,
+    SplitExperts,
+    Step,
+)
 
 WORDS = ["".join(np.random.default_rng(seed).choice(list("etaoinshrdlu"), seed % 7 + 1)) for seed in range(3000)]
 
@@ -112,6 +123,27 @@ def test_a_later_recipe_keeps_2_of_4(tiny_model: Callable[..., Path], text: str,
         found = {name: fmt for name, _, fmt in open_checkpoint(tmp_path / name).matrices()}
         assert found["layers.1.down"] == formats.Format("int8", sparse24=kept), name
         assert found["layers.1.q"] == formats.Format("int8"), name
+
+
+def test_what_was_quantised_and_is_not_changed_stays_as_it_is(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    first = Recipe((Quantize("int8", 0), Quantize("bf16", targets=("layers.0.o", "head"))))
+    model = made(tiny_model("llama"), first, tmp_path / "int8")
+    formats_before, before = ({name: fmt.kind for name, _, fmt in open_checkpoint(model).matrices()}, numbers(model))
+    for step, changed, note in (
+        (QuantizeKv(), (), ""),
+        (Quantize("int4", 0, method="gptq", targets=("mlp",)), (".gate", ".up", ".down"), "quantised again"),
+        (Smooth(), (".q", ".k", ".v", ".gate", ".up", "norm"), r"15 matrices that were quantised (layers.0.q, ...)"),
+    ):
+        out = tmp_path / type(step).__name__
+        receipt = compress(model, recipe(text, step), out, device="cpu")
+        kinds = {name: fmt.kind for name, _, fmt in open_checkpoint(out).matrices()}
+        for name, values in numbers(out).items():
+            if not name.endswith(changed):
+                assert kinds.get(name) == formats_before.get(name), name
+                assert np.array_equal(values, before[name]), name
+        assert any(note in found for found in receipt.notes) if note else not receipt.notes
 
 
 def test_recovering_lowers_the_error_and_keeps_the_zeros(

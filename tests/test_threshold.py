@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 
 from hasten.compress import sweep, threshold  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
+from hasten.compress.run import stages_of  # noqa: E402
 from hasten.compress.threshold import choose  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Quantize  # noqa: E402
+from hasten.steps import Prune, Quantize, QuantizeKv, Smooth  # noqa: E402
 
 
 def test_the_choice_is_within_the_budget_and_near_the_best() -> None:
@@ -74,6 +75,12 @@ def test_little_memory_changes_nothing(
     for unit, costs in much["costs"].items():
         assert costs == pytest.approx(little["costs"][unit], rel=1e-3, abs=1e-6)
     assert found[0]["errors"] == pytest.approx(found[1]["errors"], rel=1e-3)
+
+
+def test_it_is_measured_on_what_the_steps_before_it_left() -> None:
+    step = Quantize("int4", threshold=0.01)
+    steps = (Prune(), Smooth(), step, Quantize("int8", targets=("head",)), QuantizeKv())
+    assert stages_of(steps) == [steps[:2], steps[2:]]
 
 
 def test_only_integers_are_chosen_among() -> None:

@@ -20,7 +20,7 @@ from hasten.backends.torch.load import empty_model, fill_norm, make_linear, make
 from hasten.backends.torch.modules import install
 from hasten.backends.torch.tensors import TORCH_DTYPES, to_tensor, to_weight
 from hasten.model.checkpoint import Checkpoint
-from hasten.model.formats import Weight
+from hasten.model.formats import Format, Weight
 from hasten.model.names import layer_sources, sources
 from hasten.model.spec import Layer, ModelSpec
 
@@ -37,7 +37,7 @@ class Block:
     module: Transformers' decoder layer. linears: by role (q, k, v, o, gate, up, down), each with a weight [N, K].
     norms: by role (attn_norm, ...); the model adds spec.norm_offset to their weights. stored: matrices that have their
     final form already; their linears hold the numbers that these stand for. config: the model's. scales: k_scale and
-    v_scale, of a cache of 8-bit floats.
+    v_scale, of a cache of 8-bit floats. found: matrices that the checkpoint does not store in the model's dtype.
     """
 
     index: int
@@ -50,6 +50,7 @@ class Block:
     stored: dict[str, Weight] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     scales: dict[str, Weight] = field(default_factory=dict)
+    found: dict[str, Weight] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Hidden states [b, T, H] -> those that the block gives."""
@@ -88,7 +89,12 @@ class Block:
             yield self.name(name), scale
 
     def settle(self) -> None:
-        """Round what is not stored to numbers of the model's dtype: what runs is what is written."""
+        """Round what is not stored to numbers of the model's dtype: what runs is what is written. Matrices that were
+        quantised, and that nothing changed, stay so."""
+        for role, was in self.found.items():
+            now = self.linears[role].weight if role in self.linears and role not in self.stored else None
+            if now is not None and torch.equal(now, to_tensor(was, now.device, now.dtype)):
+                self.stored[role] = was
         kept = {id(self.linears[role].weight) for role in self.stored}
         for parameter in self.module.parameters():
             if id(parameter) not in kept:
@@ -187,7 +193,10 @@ class Skeleton:
                 block.norms[source.parts[0].name.split(".", 2)[2]] = norm
                 continue
             for part in source.parts:
-                block.linears[part.name.split(".", 2)[2]] = make_linear(part.name, weights, self.dtype, self.device)
+                role = part.name.split(".", 2)[2]
+                block.linears[role] = make_linear(part.name, weights, self.dtype, self.device)
+                if weights[part.name].format != Format(self.spec.dtype):
+                    block.found[role] = weights[part.name]
         install(module, layer, parts, block.linears)
         module.requires_grad_(False)
         return block

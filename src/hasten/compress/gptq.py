@@ -152,4 +152,4 @@ def numbers(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     """Mean over inputs of |E x|^2, summed over rows."""
-    return (error @ hessian * error).sum()
+    return (error @ hessian * error).sum().clamp(min=0)

@@ -37,7 +37,7 @@ from hasten.compress.sweep import sweep
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
-from hasten.model.formats import Weight, bytes_of, sparsify
+from hasten.model.formats import DENSE_BYTES, Weight, bytes_of, sparsify
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
@@ -109,9 +109,11 @@ def _stages(
         errors |= {name: errors.get(name, 0.0) + error for name, error in context.errors.items()}
         source = target
     source = _packed(source, work / "packed", plan, notes)
+    after = open_checkpoint(source)
+    notes += _widened(checkpoint, after)
     settings = {
         **receipt.settings,
-        "bytes_after": sum(bytes_of(fmt, shape) for _, shape, fmt in open_checkpoint(source).matrices()),
+        "bytes_after": sum(bytes_of(fmt, shape) for _, shape, fmt in after.matrices()),
         "device": device,
         "calibration": tokens.about(),
         "errors": errors,
@@ -133,10 +135,11 @@ def device_of(name: str) -> str:
 
 
 def stages_of(steps: tuple[Step, ...]) -> list[tuple[Step, ...]]:
-    """Steps that are carried out together."""
+    """Steps that are carried out together. A threshold is measured on, and against, what the steps before it left."""
     stages: list[tuple[Step, ...]] = []
     for step in steps:
-        if stages and is_blockwise(step) and is_blockwise(stages[-1][0]):
+        alone = isinstance(step, Quantize) and step.threshold is not None
+        if stages and is_blockwise(step) and is_blockwise(stages[-1][0]) and not alone:
             stages[-1] = (*stages[-1], step)
         else:
             stages.append((step,))
@@ -213,6 +216,17 @@ def _packed(source: Path, target: Path, plan: Plan, notes: list[str]) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     write_checkpoint(target, config_of_text(checkpoint.config), weights(), checkpoint.path)
     return target
+
+
+def _widened(before: Checkpoint, after: Checkpoint) -> list[str]:
+    """A line where matrices that were quantised were changed, and are no longer."""
+    narrow = {name for name, _, fmt in before.matrices() if fmt.kind not in DENSE_BYTES}
+    wide = [name for name, _, fmt in after.matrices() if name in narrow and fmt.kind in DENSE_BYTES]
+    if not wide:
+        return []
+    return [
+        f"{len(wide)} matrices that were quantised ({wide[0]}, ...) were changed, and are stored whole: quantise them"
+    ]
 
 
 def _remember(context: Context) -> None:
