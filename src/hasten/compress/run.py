@@ -151,7 +151,7 @@ def _try_stage(steps: tuple[Step, ...], target: Path, context: Context, work: Pa
     try:
         _run_stage(steps, target, context)
     except (HastenError, torch.OutOfMemoryError) as error:
-        if not any(any(work.rglob(pattern)) for pattern in _KEPT):
+        if not _holds_work(work):
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, HastenError):
             raise
@@ -180,22 +180,29 @@ def _round(target: Path, context: Context) -> None:
 
 
 def _work_folder(out: Path, recipe: Recipe, receipt: Receipt) -> Path:
-    """The folder of this work beside `out`, new or found again. ResourceError where it is of other work, of which
-    something is finished."""
+    """The folder of this work beside `out`, new or found again. ResourceError where it is of other work that has begun
+    to be worth keeping."""
     work = out.with_name(out.name + ".work")
     about = json.dumps({"recipe": recipe.to_dict(), "inputs": receipt.inputs})
     state = work / "state.json"
     try:
         if state.is_file() and state.read_text() == about:
             return work
-        if any(file.is_file() and file != state for file in work.rglob("*")) or (work.exists() and not work.is_dir()):
-            what = "holds unfinished work of another recipe or model" if state.is_file() else "is in the way"
-            raise ResourceError(f"{work} {what}: remove it, or take another -o")
+        if state.is_file() and _holds_work(work):
+            raise ResourceError(
+                f"{work} holds unfinished work of another recipe or model: remove it, or take another -o"
+            )
+        if work.exists() and not state.is_file() and any(work.iterdir()):
+            raise ResourceError(f"{work} is in the way, and is no unfinished work: remove it, or take another -o")
         work.mkdir(parents=True, exist_ok=True)
         write_text(state, about)
     except OSError as error:
         raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
     return work
+
+
+def _holds_work(work: Path) -> bool:
+    return any(any(work.rglob(pattern)) for pattern in _KEPT)
 
 
 def _packed(source: Path, target: Path, plan: Plan, notes: list[str]) -> Path:
