@@ -77,4 +77,8 @@ def check_draws(device: str, vocab: int, rows: int = 9) -> None:
     got = sampler(torch.from_numpy(logits.copy()).to(handle), params).result().tokens
     want = sample_rows(np.nan_to_num(logits, nan=0.0, neginf=-np.inf), params).tokens
     assert got[4] == -1
+    filtered = replace(params, min_p=np.full(rows, 0.1, np.float32))
+    for least_k in (0, 2):
+        filtered = replace(filtered, top_k=np.full(rows, least_k, np.int32))
+        assert sampler(torch.from_numpy(logits.copy()).to(handle), filtered).result().tokens[4] == -1
     assert np.array_equal(np.delete(got, 4), np.delete(want, 4))

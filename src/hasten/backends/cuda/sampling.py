@@ -115,7 +115,7 @@ def _least(
     keep = ((cumulative - kept < share * cumulative[:, -1:]) | (share >= 1) | (ranks == 0)) & (ranks < limit)
     lowest = _upload(min_p.astype(np.float64), logits)[:, None]
     keep &= weights >= lowest * weights[:, :1]
-    last = keep.sum(dim=1, keepdim=True) - 1  # they are the first in order
+    last = keep.sum(dim=1, keepdim=True).clamp_min(1) - 1  # they are the first in order; of a row with NaN none is
     return _keys(ordered.gather(1, last), order.gather(1, last), vocab)[:, 0]
 
 
