@@ -19,9 +19,10 @@ from hasten.backends.cuda.matrix import Norm
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference import ReferenceBackend
 from hasten.backends.reference_math import activate, choose_experts
+from hasten.compress.plan import matrix_shapes
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, Weight, dense_weight, dequantize, quantize
-from hasten.model.spec import ModelSpec
+from hasten.model.spec import ModelSpec, spec_from_config
 
 __all__ = ["BLOCK", "NUM_BLOCKS", "batch", "run"]
 
@@ -51,8 +52,6 @@ def pieces(
 
 def tiny_spec(dtype: str) -> ModelSpec:
     """A spec of which only the dtype matters, to load single matrices."""
-    from hasten.model.spec import spec_from_config
-
     config = {
         "model_type": "llama", "vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
@@ -240,4 +239,33 @@ def check_composed(device: str, path: Path, tokens: NDArray[np.int32], tolerance
     expected = np.array(want.forward(batch([(tokens, 0, blocks)])))
     found = pieces(got, tokens, [last, 1], blocks)
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def check_low_rank(device: str, rows: Sequence[int], tolerance: float) -> None:
+    """Logits of a layer in which every matrix is two thin ones, k and v alike, gate and up too, against the
+    reference's; a sequence in pieces of so many tokens."""
+    config = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu", "dtype": "float32",
+    }  # fmt: skip
+    spec = spec_from_config(config)
+    ranks = (("down", 20), ("gate", 24), ("k", 12), ("o", 36), ("q", 21), ("up", 24), ("v", 12))
+    spec = replace(spec, layers=(replace(spec.layers[0], ranks=ranks),))
+    rng = np.random.default_rng(0)
+    weights = [
+        (name, dense_weight(rng.standard_normal(shape).astype(np.float32) / np.float32(shape[1] ** 0.5)))
+        for name, shape in matrix_shapes(spec).items()
+    ]
+    norms = ("layers.0.attn_norm", "layers.0.mlp_norm", "final_norm")
+    weights += [(name, dense_weight(rng.uniform(0.5, 2, 96).astype(np.float32))) for name in norms]
+    tokens = rng.integers(0, 64, sum(rows)).astype(np.int32)
+    got, want = CudaBackend(device=device), ReferenceBackend()
+    for backend in (got, want):
+        backend.load(spec, weights)
+        backend.allocate(NUM_BLOCKS, BLOCK, "fp32")
+    blocks = np.arange(NUM_BLOCKS, dtype=np.int32)
+    expected = np.array(want.forward(batch([(tokens, 0, blocks)])))
+    error = np.abs(pieces(got, tokens, rows, blocks) - expected).max() / np.abs(expected).max()
     assert error < tolerance, f"relative error {error:.2e}"

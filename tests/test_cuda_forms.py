@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
-from cuda_tools import check_experts, check_normed, check_product, make_linear  # noqa: E402
+from cuda_tools import check_experts, check_low_rank, check_normed, check_product, make_linear  # noqa: E402
 
 from hasten.backends.cuda import linear  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
@@ -58,6 +58,10 @@ def test_two_of_four(kind: str, dtype: str, tolerance: float, rows: int) -> None
 def test_one_row_of_two_of_four_with_its_norm(kind: str) -> None:
     """In bfloat16, to which the interpreter cuts where a GPU rounds."""
     check_normed(Format(kind, sparse24=True), kind == "bf16", tolerance=1e-2)  # type: ignore[arg-type]
+
+
+def test_low_rank() -> None:
+    check_low_rank("cpu", [1, 3, 66], 2e-5)
 
 
 def test_int8_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from cuda_tools import check_experts, check_normed, check_product  # noqa: E402
+from cuda_tools import check_experts, check_low_rank, check_normed, check_product  # noqa: E402
 
 from hasten.backends.cuda import linear  # noqa: E402
 from hasten.model.formats import Format  # noqa: E402
@@ -34,6 +34,10 @@ def test_two_of_four(kind: str, gated: bool, rows: int) -> None:
 @pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
 def test_one_row_of_two_of_four_with_its_norm(kind: str, gated: bool, k: int) -> None:
     check_normed(Format(kind, sparse24=True), gated, "cuda", 203, k, 4e-3)  # type: ignore[arg-type]
+
+
+def test_low_rank() -> None:
+    check_low_rank("cuda", [1, 3, 70, 1], 1e-4)
 
 
 @pytest.mark.parametrize("rows", [65, 200, 1030])

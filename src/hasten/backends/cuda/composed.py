@@ -14,17 +14,24 @@ _PAIRS = 16384  # of scores that are compared at once
 class Composed(Linear):
     """Parts whose outputs lie side by side, with their biases: each whole, or the b of a pair for b (a x). a: all
     of the a's as one product; `starts`: where in its outputs a part's begin (None: the part is whole and reads x).
-    pair: gate and up, both of low rank, as one product."""
+    joined: the last `num_joined` parts, of low rank and alike, as one product for few rows."""
 
     def __init__(
-        self, a: Linear, parts: list[Linear], starts: list[int | None], gated: bool, pair: Linear | None
+        self,
+        a: Linear,
+        parts: list[Linear],
+        starts: list[int | None],
+        gated: bool,
+        joined: Linear | None,
+        num_joined: int,
     ) -> None:
         matrices = [matrix for linear in (a, *parts) for matrix in linear.matrices]
         super().__init__(a.device, a.ops, matrices, None, gated, a.fixed)
         self._a = a
         self._parts = parts
         self._starts = starts
-        self._pair = pair
+        self._joined = joined
+        self._num_apart = len(parts) - num_joined
         self._readers = [a, *(part for part, start in zip(parts, starts, strict=True) if start is None)]
         self.n = sum(part.n for part in parts)
         self.k = a.k
@@ -60,12 +67,18 @@ class Composed(Linear):
         assert out is None, "nobody asks"
         dtype = dtype or (torch.bfloat16 if x_scales is not None else x.dtype)
         hidden = self._a(x, x_scales=x_scales, norm=norm, dtype=torch.bfloat16 if x_scales is not None else x.dtype)
-        if self._pair is not None and self._pair.fuses_residual(len(x)) and activation != "none":
-            return self._pair(hidden, activation=activation, dtype=dtype)
+        joined = self._joined
+        if joined is not None and (not joined.fuses_residual(len(x)) or (self.gated and activation == "none")):
+            joined = None
+        if joined is not None and self.gated:
+            return joined(hidden, activation=activation, dtype=dtype)
         made = torch.empty((len(x), self.n), dtype=dtype, device=x.device)
         first = 0
-        for part, start in zip(self._parts, self._starts, strict=True):
+        for index, (part, start) in enumerate(zip(self._parts, self._starts, strict=True)):
             columns = made[:, first : first + part.n]
+            if joined is not None and index == self._num_apart:
+                joined(_aligned(hidden[:, start:]), dtype=dtype, out=made[:, first:])
+                break
             if start is None:
                 part(x, x_scales=x_scales, norm=norm, dtype=dtype, out=columns)
             else:

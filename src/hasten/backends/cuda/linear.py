@@ -39,8 +39,9 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 class Linear:
     """Matrices [N_i, K] whose outputs lie side by side. gated: the first half of the rows gates the second. up_x: where
-    that is not 0, the second half multiplies other K columns of x, which begin there. running: experts, of which some
-    run where rows are few; with many rows all do."""
+    that is not 0, the second half multiplies other K columns of x, which begin there; or, where `segment` is not 0,
+    each run of so many rows does, up_x columns after those of the run before. running: experts, of which some run where
+    rows are few; with many rows all do."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Linear:
         fixed: bool,
         *,
         up_x: int = 0,
+        segment: int = 0,
         running: Running | None = None,
     ) -> None:
         self.device = device
@@ -61,6 +63,7 @@ class Linear:
         self.gated = gated
         self.fixed = fixed
         self.up_x = up_x
+        self.segment = segment
         self.running = running
         self.n = sum(matrix.n for matrix in matrices)
         self.k = matrices[0].k
@@ -324,9 +327,9 @@ class Linear:
             self.device.counters if running is None else running.experts, n, matrix.k, self.up_x,
             0 if running is None else running.size, norm.eps if norm else 0.0, scale,
             SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None,
-            RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=self.up_x > 0,
-            EXPERTS=0 if running is None else running.side, BN=tile.rows, BK=tile.columns, STAGES=tile.stages,
-            EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
+            RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=gated and self.up_x > 0,
+            SEGMENT=self.segment, EXPERTS=0 if running is None else running.side, BN=tile.rows, BK=tile.columns,
+            STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
         )  # fmt: skip
 
     def _gemv_int4(
@@ -405,10 +408,10 @@ class Linear:
             out.stride(0), self.up_x, 0 if matrix.scales is None else len(matrix.scales) - 1, splits,
             0 if running is None else running.size, 0 if running is None else running.taken.shape[1], scale,
             KIND=matrix.kind, GROUP=matrix.group, ZEROS=matrix.zeros is not None, SCALED=matrix.scales is not None,
-            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=self.up_x > 0,
-            EXPERTS=0 if running is None else running.side, BM=width, BN=tile.rows, BK=tile.columns, SPLIT=splits > 1,
-            STAGES=tile.stages, EVEN=columns % step == 0, ASM=device.asm,
-            PDL=device.pdl, num_warps=tile.warps, **device.launch,
+            BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
+            APART=gated and self.up_x > 0, SEGMENT=self.segment, EXPERTS=0 if running is None else running.side,
+            BM=width, BN=tile.rows, BK=tile.columns, SPLIT=splits > 1, STAGES=tile.stages, EVEN=columns % step == 0,
+            ASM=device.asm, PDL=device.pdl, num_warps=tile.warps, **device.launch,
         )  # fmt: skip
 
     def _has_fp8_product(self, matrix: Matrix) -> bool:

@@ -230,20 +230,23 @@ class Loader:
             starts.append(width if member.endswith(".b") else None)
             width += matrix.k if member.endswith(".b") else 0
         every_a = Linear(self._device, self._ops, _merged(a, self._device), None, False, self._fixed)
-        return Composed(every_a, parts, starts, gated, self._pair(parts, starts) if gated else None)
+        count = 0
+        while count < len(parts) and starts[-1 - count] is not None and _joinable(parts[-1], parts[-1 - count], gated):
+            count += 1
+        joined = self._joined(parts[len(parts) - count :], gated) if count > 1 else None
+        return Composed(every_a, parts, starts, gated, joined, count if joined else 0)
 
-    def _pair(self, parts: list[Linear], starts: list[int | None]) -> Linear | None:
-        """gate and up, both of low rank and stored alike, as one product; each reads columns of its own."""
-        gate, up = parts
-        if None in starts or gate.k != up.k or gate.matrices[0].mask is not None:
-            return None
-        both = _merged([gate.matrices[0], up.matrices[0]], self._device)
-        if len(both) > 1:
-            return None
-        for part, first in ((gate, 0), (up, gate.n)):  # many rows: each by itself
-            part.matrices = [replace(part.matrices[0], data=both[0].data[first : first + part.n])]
-        bias = None if gate.bias is None or up.bias is None else torch.cat([gate.bias, up.bias])
-        return Linear(self._device, self._ops, both, bias, True, self._fixed, up_x=gate.k)
+    def _joined(self, parts: list[Linear], gated: bool) -> Linear:
+        """Parts of low rank that are stored alike as one product, in which each reads columns of its own."""
+        first = parts[0]
+        matrices = _merged([part.matrices[0] for part in parts], self._device)
+        for index, part in enumerate(parts):  # many rows: each by itself
+            data = matrices[0].data[index * first.n : (index + 1) * first.n]
+            part.matrices = [replace(part.matrices[0], data=data)]
+        biases = [part.bias for part in parts if part.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        segment = 0 if gated else first.n
+        return Linear(self._device, self._ops, matrices, bias, gated, self._fixed, up_x=first.k, segment=segment)
 
     def _take(self, name: str) -> list[Matrix]:
         if name not in self._linears:
@@ -314,6 +317,13 @@ def _merged(matrices: list[Matrix], device: Device) -> list[Matrix]:
             all(matrix.int8_inputs for matrix in matrices),
         )
     ]
+
+
+def _joinable(one: Linear, other: Linear, gated: bool) -> bool:
+    """Whether a product can be of both, one below the other; programs take up to 128 rows of one."""
+    a, b = one.matrices[0], other.matrices[0]
+    same = (one.n, one.k, one.bias is None) == (other.n, other.k, other.bias is None) and _alike(a, b)
+    return same and a.mask is None and a.perm is None and (gated or one.n % 128 == 0)
 
 
 def _alike(one: Matrix, other: Matrix) -> bool:

@@ -83,14 +83,15 @@ def _finish(out, up, rows, bias, N, out_scale, BIAS: tl.constexpr, GATED: tl.con
 def gemv(
     x, w, scales, norm, bias, residual, y, running, N, K, up_x, size, eps, out_scale,
     SCALED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    ACT: tl.constexpr, APART: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, APART: tl.constexpr, SEGMENT: tl.constexpr, EXPERTS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [N] = activation(out_scale * (W [N, K] (rms-normed) x [K] + bias)) (* up) + residual.
 
     W is dense, or fp8 with scales float32 [N] (SCALED). GATED: W is [2N, K], the gate's rows first; APART: up's rows
-    multiply the K numbers of x from up_x on. EXPERT_ROWS: only the rows of the experts that `running` lists, `size` of
-    each; the others of y are left as they are.
+    multiply the K numbers of x from up_x on. SEGMENT: each run of so many rows does, up_x numbers after the run before.
+    EXPERT_ROWS: only the rows of the experts that `running` lists, `size` of each; the others of y are left as they
+    are.
     """
     cols = tl.arange(0, BK)
     block = tl.program_id(0)
@@ -104,6 +105,8 @@ def gemv(
         out_rows = expert * size + block % tiles * BN + tl.arange(0, BN)
     else:
         out_rows = block * BN + tl.arange(0, BN)
+    if SEGMENT:
+        x += block * BN // SEGMENT * up_x
     rows = tl.minimum(out_rows, end - 1)
     pointers = w + rows[:, None].to(tl.int64) * K + cols[None, :]
     gap = N.to(tl.int64) * K
@@ -242,8 +245,9 @@ def skinny(
     x, x_scales, w, scales, zeros, bias, residual, y, parts, counters, running, taken, M, N, K, ldx, ldw, ldy, up_x,
     last_group, splits, size, experts, out_scale, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    APART: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    APART: tl.constexpr, SEGMENT: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = activation(out_scale * (x [M, K] W.T + bias)) (* up) + residual.
 
@@ -252,7 +256,7 @@ def skinny(
     columns (4c + i) * BK + j, i = 0 .. 3, from the lowest nibble up. scales [groups, N or 2N] (SCALED, and one a
     row where GROUP is 0); zeros uint8 likewise. x may be fp8 where w is, with x_scales float32 [M].
     parts: where SPLIT, float32 [M / BM, splits, N or 2N, BM]; counters: zeros, and zeros again after. ldx, ldy:
-    elements between rows of x; of y and of residual. APART: up's rows multiply the K columns of x from up_x on.
+    elements between rows of x; of y and of residual. APART, SEGMENT, up_x: see gemv.
     EXPERTS: `running` says how many run and which, `size` rows or columns of W each. EXPERT_ROWS: their rows are
     computed, zero for rows of x that have not `taken` [M, experts] them. EXPERT_COLUMNS: their columns are read.
     """
@@ -275,6 +279,8 @@ def skinny(
         out_rows = expert * size + block % tiles * BN + tl.arange(0, BN)
     else:
         out_rows = block * BN + tl.arange(0, BN)
+    if SEGMENT:
+        x += block * BN // SEGMENT * up_x
     rows = tl.minimum(out_rows, end - 1)
     NT = 2 * N if GATED else N
     WIDTH: tl.constexpr = 4 * BK if KIND == INT4 else BK  # columns of x that a step takes
