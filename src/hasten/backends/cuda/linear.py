@@ -329,7 +329,8 @@ class Linear:
             SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=gated and self.up_x > 0,
             SEGMENT=self.segment, EXPERTS=0 if running is None else running.side, BN=tile.rows, BK=tile.columns,
-            STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
+            STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps,
+            **self.device.launch,
         )  # fmt: skip
 
     def _gemv_int4(
