@@ -1,7 +1,9 @@
 """Steps that train, in recipes: what comes out, what stays, what is said, and that a killed one goes on."""
 
+import gc
 import json
 import resource
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
 from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Smooth, Step, Training  # noqa: E402
-from hasten.train import finetune, trainer  # noqa: E402
+from hasten.train import distill, finetune, lora, trainer  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
 from hasten.train.distill import go_on  # noqa: E402
 
@@ -180,6 +182,49 @@ def test_the_last_loss_is_told_and_a_lost_one_ends_the_training(
     found, _ = fit_small(tmp_path / "two", steps=40, loss=lost)
     assert found.curve[-1][0] == 20
     assert np.isnan(found.curve[-1][1])
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a GPU on the CPU: bfloat16 autocast over float32, what is frozen in its own dtype."""
+    own = trainer._arguments
+
+    def arguments(*given: Any) -> Any:
+        found = own(*given)
+        found.bf16, found.mixed_precision = True, "bf16"
+        return found
+
+    monkeypatch.setattr(trainer, "_arguments", arguments)
+    for module in (distill, lora):
+        monkeypatch.setattr(module, "frozen_dtype", lambda folder, device: torch.bfloat16)
+
+
+def test_mixed_precision_of_all_that_trains(mixed: None, tiny_model: Model, text: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype="bfloat16")
+    steps = (
+        Shrink(hidden=0.25),
+        Distill(hidden=1.0, attention=1.0, samples="student", loss="jensen-shannon", **short(text)),
+        Prune(method="magnitude"),
+        Recover("lora", rank=2, **short(text)),
+    )
+    receipt = run(model, tmp_path / "out", text, *steps)
+    assert np.isfinite([loss for _, loss in receipt.settings["distill-1"]["loss"]]).all()
+    pruned = numbers(tmp_path / "out")["layers.1.up"]
+    assert (pruned == 0).mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_nothing_holds_a_model_that_was_trained(mixed: None, tmp_path: Path) -> None:
+    model = small_model()
+    held = weakref.ref(model)
+    trainer.fit(
+        model, Sequences(torch.arange(200) % 64, 16, 2), Training(steps=1, batch_size=2), trainer.Around(tmp_path)
+    )
+    gc.disable()
+    try:
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
         raise ResourceError(f"checkpoints cannot be written to {around.work}: is the disk full?") from None
     finally:
         logging.set_verbosity(verbosity)
+        for name in ("forward", "_original_forward"):  # Trainer's autocast: through it the model would hold itself
+            vars(model).pop(name, None)
     model.eval()
     curve = tuple((int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     batch = training.batch_size * training.gradient_accumulation * training.sequence_len
