@@ -1,14 +1,19 @@
 """Compressed forms on the GPU at real sizes: experts, 2:4, low rank, against float64."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from cuda_tools import check_experts, check_low_rank, check_normed, check_product  # noqa: E402
+from cpu_tools import BLOCK, NUM_BLOCKS  # noqa: E402
+from cuda_tools import batch, check_experts, check_low_rank, check_normed, check_product, composed, fetched, pieces  # noqa: E402
 
-from hasten.backends.cuda import linear  # noqa: E402
+from hasten.backends.cuda import CudaBackend, linear  # noqa: E402
 from hasten.model.formats import Format  # noqa: E402
 
 
@@ -48,3 +53,24 @@ def test_int8_by_int8(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for n, k in ((1536, 4096), (1003, 1156), (4096, 14336)):
         check_product("cuda", format, "bf16", rows, n, k, False, 0.02, rows)
         check_product("cuda", format, "bf16", rows, n, k, True, 0.02, rows)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_graphs_equal_single_kernels(sequences: int, tiny_model: Callable[..., Path]) -> None:
+    """Steps of a model with experts and low rank, whose experts are read from the device in a graph, too."""
+    spec, weights = composed(tiny_model("qwen3", num_hidden_layers=2))
+    backend = CudaBackend()
+    backend.load(spec, weights)
+    backend.allocate(NUM_BLOCKS, BLOCK, "fp32")
+    tokens = np.random.default_rng(3).integers(3, 300, 30).astype(np.int32)
+    each = NUM_BLOCKS // sequences
+    shares = np.arange(each * sequences, dtype=np.int32).reshape(sequences, each)
+    length = min(len(shares[0]) * BLOCK - 1, 20)
+    for blocks in shares:
+        pieces(backend, tokens[:length], [length], blocks)
+    step = batch([(tokens[length + i : length + i + 1], length, shares[i]) for i in range(sequences)])
+    want = fetched(backend, step)
+    for _ in range(40):
+        assert np.abs(fetched(backend, step) - want).max() < 1e-5 * np.abs(want).max()
+    backend.finish_captures()
+    assert np.abs(fetched(backend, step) - want).max() < 1e-5 * np.abs(want).max()
