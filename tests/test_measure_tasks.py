@@ -187,3 +187,16 @@ def test_flips_are_counted_both_ways() -> None:
     assert medians == pytest.approx(
         {"original": 0.5, "change": -0.1, "changed": 0.4, "flips": 0.3, "broken": 0.2, "mended": 0.1}
     )
+
+
+def test_questions_count_each_by_itself() -> None:
+    task = Task("choice", (Question("a", ("b", "c"), 0),) * 40)
+    right = (True, False) * 20  # neighbours that balance each other are no sign of certainty
+    found = summarize_task(task, Answers(tuple(int(not one) for one in right), right))
+    assert found.accuracy.low == pytest.approx(0.5 - 2.023 * (0.25 / 39) ** 0.5, abs=1e-3)
+    assert found.accuracy.n == 40
+    same = summarize_task(task, Answers((0,) * 40, right), Answers((0,) * 40, right))
+    assert same.change is not None
+    assert same.flips is not None
+    assert (same.change.median, same.change.low, same.change.high) == (0, -same.flips.high, same.flips.high)
+    assert 0 < same.flips.high < 0.1

@@ -93,6 +93,7 @@ def test_layers_are_mapped_evenly_and_the_last_to_the_last() -> None:
     assert layer_map(3, 6) == (1, 3, 5)
     assert layer_map(2, 5) == (1, 4)
     assert layer_map(4, 4) == (0, 1, 2, 3)
+    assert layer_map(4, 2) == (0, 0, 0, 1)
 
 
 def test_matching_costs_nothing_where_there_is_nothing_to_learn() -> None:

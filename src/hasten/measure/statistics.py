@@ -42,13 +42,16 @@ def ratio_of_rounds(values: Sequence[float], reference: Sequence[float], confide
     return spread([value / base for value, base in zip(values, reference, strict=True)], "times", confidence)
 
 
-def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confidence: float = 0.95) -> Measurement:
+def ratio_interval(
+    numerator: Float64, denominator: Float64, unit: str, confidence: float = 0.95, related: bool = True
+) -> Measurement:
     """sum(numerator) / sum(denominator) over blocks [B] in the order of the text, with a t interval.
 
     The classical ratio estimator (Cochran, Sampling Techniques, 1977, ch. 6): its error is that of the sum of
     numerator - ratio * denominator, part by part. Neighbouring blocks of a text resemble each other, so the parts that
     are taken as independent are runs of blocks (batch means; Law & Kelton, Simulation Modeling and Analysis, ch. 9):
-    few runs where there are few blocks. One block: the ends are infinitely far.
+    few runs where there are few blocks. Not related: each block by itself, such as a question. One block: the ends are
+    infinitely far.
     """
     count, total = len(numerator), float(denominator.sum())
     estimate = float(numerator.sum()) / total
@@ -56,17 +59,19 @@ def ratio_interval(numerator: Float64, denominator: Float64, unit: str, confiden
         return Measurement(estimate, -math.inf, math.inf, count, unit)
     residual = numerator - estimate * denominator
     fewest = min(_RUNS, max(_FEW_RUNS, count // _RUN_BLOCKS))
-    runs = min(count, max(fewest, round(math.sqrt(count))))
+    runs = min(count, max(fewest, round(math.sqrt(count)))) if related else count
     sums = np.array([part.sum() for part in np.array_split(residual, runs)])
     error = math.sqrt(runs / (runs - 1) * float(sums @ sums)) / total
     half = t_quantile(0.5 + confidence / 2, runs - 1) * error
     return Measurement(estimate, estimate - half, estimate + half, count, unit)
 
 
-def share_interval(hits: Float64, totals: Float64, unit: str, confidence: float = 0.95) -> Measurement:
+def share_interval(
+    hits: Float64, totals: Float64, unit: str, confidence: float = 0.95, related: bool = True
+) -> Measurement:
     """sum(hits) / sum(totals) over blocks, within [0, 1]. All hits, or none, show no spread: there the open
     end is where that would still happen by chance (the rule of three; Hanley & Lippman-Hand 1983)."""
-    found = ratio_interval(hits, totals, unit, confidence)
+    found = ratio_interval(hits, totals, unit, confidence, related)
     low, high = max(0.0, found.low), min(1.0, found.high)
     margin = -math.log((1 - confidence) / 2) / float(totals.sum())
     if found.median == 1:

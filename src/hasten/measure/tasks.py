@@ -4,7 +4,7 @@ All questions go through the engine as prompts to be scored, batched as requests
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,28 +108,29 @@ def _scored(engine: Engine, prompts: Sequence[Prompt], top: int) -> Iterator[tup
 
 
 def summarize_task(task: Task, answers: Answers, original: Answers | None = None) -> TaskScore:
-    """Shares with intervals over questions; the change is paired."""
+    """Shares with intervals over questions, each by itself; the change is paired."""
     ones = np.ones(len(task.questions))
+
+    def share(hits: Float64) -> Measurement:
+        return share_interval(hits, ones, "share", related=False)
+
     right = np.array(answers.right, np.float64)
-    score = TaskScore(task.kind, len(ones), task.chance, accuracy=share_interval(right, ones, "share"))
+    score = TaskScore(task.kind, len(ones), task.chance, accuracy=share(right))
     if original is None:
         return score
     before = np.array(original.right, np.float64)
     changed = np.array([one != other for one, other in zip(answers.chosen, original.chosen, strict=True)], np.float64)
     broken, mended = before * (1 - right), (1 - before) * right
-
-    def share(hits: Float64) -> Measurement:
-        return share_interval(hits, ones, "share")
-
-    return TaskScore(
-        task.kind,
-        len(ones),
-        task.chance,
-        accuracy=score.accuracy,
+    flips = share(broken + mended)
+    change = ratio_interval(right - before, ones, "share", related=False)
+    if flips.median == 0:  # none was seen: as many as chance may have hidden could go either way
+        change = replace(change, low=-flips.high, high=flips.high)
+    return replace(
+        score,
         original=share(before),
-        change=ratio_interval(right - before, ones, "share"),
+        change=change,
         changed=share(changed),
-        flips=share(broken + mended),
+        flips=flips,
         broken=share(broken),
         mended=share(mended),
     )

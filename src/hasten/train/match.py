@@ -12,8 +12,9 @@ from torch.nn.functional import mse_loss
 
 
 def layer_map(student: int, teacher: int) -> tuple[int, ...]:
-    """For each of the student's layers the teacher's that it learns from: evenly, the last from the last."""
-    return tuple((index + 1) * teacher // student - 1 for index in range(student))
+    """For each of the student's layers the teacher's that it learns from: evenly, the last from the last; where the
+    student is the deeper one, its first from the first."""
+    return tuple(max(0, (index + 1) * teacher // student - 1) for index in range(student))
 
 
 def projection(student: int, teacher: int, seed: int = 0) -> nn.Module:
