@@ -401,4 +401,7 @@ def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> 
         run(model, tmp_path / "out", text, Recover("lora", rank=60, **short(text)))
     with pytest.raises(HastenError, match="training sequences have 512 tokens, the model at most 256"):
         run(model, tmp_path / "out", text, Finetune(**short(text, sequence_len=512)))
+    short_teacher = tiny_model("gpt2", max_position_embeddings=16)
+    with pytest.raises(HastenError, match="training sequences have 24 tokens, the teacher at most 16"):
+        run(tiny_model("gpt2"), tmp_path / "out", text, Distill(teacher=str(short_teacher), **short(text)))
     assert not (tmp_path / "out.work").exists()  # a mended recipe takes the same name

@@ -29,7 +29,7 @@ from hasten.train.losses import divergence
 from hasten.train.match import attention_loss, hidden_loss, layer_map, projection
 from hasten.train.student import student_of
 from hasten.train.teacher import check_teacher
-from hasten.train.text import rows_as_sequences, sequences_of
+from hasten.train.text import check_length, rows_as_sequences, sequences_of
 from hasten.train.trainer import sequences_needed
 
 _MOST_WRITTEN = 2048  # sequences that a teacher writes at most; a longer training sees them again
@@ -47,6 +47,7 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
         sequences, training = rows_as_sequences(rows, step, context.device)
     else:
         sequences, training = sequences_of(step, checkpoint, context)
+    check_length(training, open_checkpoint(teacher_folder), "the teacher")
     opened = open_folder(student_folder, context.device)
     teacher = load_teacher(teacher_folder, context.device)
     student = opened.model

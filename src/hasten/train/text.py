@@ -22,14 +22,19 @@ def sequences_of(training: Kind, checkpoint: Checkpoint, context: Context) -> tu
     text = training.text or context.recipe.calibration.text
     if text is None or text.endswith(".npy"):
         return rows_as_sequences(context.tokens(), training, context.device)
-    if training.sequence_len > checkpoint.spec.max_position:
-        raise ModelError(
-            f"training sequences have {training.sequence_len} tokens, the model at most "
-            f"{checkpoint.spec.max_position}: lower sequence_len"
-        )
+    check_length(training, checkpoint, "the model")
     stream, first = tokens_of(text, checkpoint.path)
     count = sequences_needed(training)
     return Sequences(stream.to(context.device), training.sequence_len, count, training.seed, first), training
+
+
+def check_length(training: Training, checkpoint: Checkpoint, whose: str) -> None:
+    """ModelError where a model, called `whose`, cannot read so many tokens."""
+    most = checkpoint.spec.max_position
+    if training.sequence_len > most:
+        raise ModelError(
+            f"training sequences have {training.sequence_len} tokens, {whose} at most {most}: lower sequence_len"
+        )
 
 
 def rows_as_sequences(rows: torch.Tensor, training: Kind, device: str) -> tuple[Sequences, Kind]:
