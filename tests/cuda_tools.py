@@ -199,8 +199,8 @@ def composed(path: Path) -> tuple[ModelSpec, list[tuple[str, Weight]]]:
     first, second, *rest = checkpoint.spec.layers
     half = second.intermediate_size // 8 * 4
     layers = (
-        replace(first, ranks=(("down", 20), ("k", 7)), experts=4, active_experts=2),
-        replace(second, intermediate_size=half, ranks=(("up", 16),)),
+        replace(first, ranks=(("k", 7),), experts=4, active_experts=2),
+        replace(second, intermediate_size=half, ranks=(("down", 20), ("up", 16))),
         *rest,
     )
     rng, weights = np.random.default_rng(0), []

@@ -15,13 +15,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
 from cpu_tools import BLOCK, NUM_BLOCKS  # noqa: E402
-from cuda_tools import load, make_linear  # noqa: E402
+from cuda_tools import composed, load, make_linear  # noqa: E402
 
 from hasten.backends.cuda import CudaBackend, measured, tuner  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
-from hasten.backends.cuda.tuner import Steps, _worth_a_try, compare_with_dense, signature, tune_tiles  # noqa: E402
+from hasten.backends.cuda.tuner import Steps, _worth_a_try, all_dense, compare_with_dense, signature, tune_tiles  # noqa: E402
 from hasten.backends.cuda.tuning import Tile, skinny_tile  # noqa: E402
 from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.formats import Format, quantize  # noqa: E402
@@ -102,6 +102,18 @@ def test_tuning_walks_a_model(tiny_model: Callable[..., Path], monkeypatch: pyte
     assert signature(backend._decoder).startswith("dense ")
     (pair,) = compare_with_dense(backend._decoder, (1,)).values()
     assert pair[0] > pair[1]
+
+
+def test_what_is_compared_is_named(tiny_model: Callable[..., Path]) -> None:
+    """Low rank and experts, too."""
+    spec, weights = composed(tiny_model("qwen3", num_hidden_layers=2))
+    backend = CudaBackend(device="cpu")
+    backend.load(spec, weights)
+    assert backend._decoder is not None
+    name = signature(backend._decoder)
+    assert "dense in 4 " in name
+    assert name.count(" 2 of 4") == 2
+    assert not all_dense(backend._decoder)
 
 
 def test_where_a_format_loses_is_told() -> None:

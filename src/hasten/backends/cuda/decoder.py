@@ -95,6 +95,15 @@ class Decoder:
                     found.setdefault((*linear.matrices[0].layout, linear.gated), linear)
         return [*found.values(), self._weights.head]
 
+    def products(self) -> list[Linear]:
+        """One of each kind and shape among the layers', those of several matrices too."""
+        found: dict[tuple[object, ...], Linear] = {}
+        for layer in self._weights.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                layouts = tuple(matrix.layout for matrix in linear.matrices)
+                found.setdefault((linear.n, linear.k, linear.gated, *layouts), linear)
+        return list(found.values())
+
     def warm_products(self) -> None:
         """Have libraries make what they keep for a thread and a stream."""
         x = torch.zeros((64, 64), dtype=self._weights.embed.dtype, device=self.device.handle)

@@ -143,26 +143,29 @@ def _worth_a_try(linear: Linear, batch: int, now: Tile) -> Iterator[Tile]:
 def signature(decoder: Decoder) -> str:
     """The kind of layer: formats and shapes of its products."""
     parts = []
-    for linear in decoder.shapes()[:-1]:
-        matrix, running = linear.matrices[0], linear.running
-        kind = (
-            KINDS[matrix.kind] + (f"-g{matrix.group}" if matrix.group else "") + ("" if matrix.mask is None else "-2:4")
-        )
-        experts = "" if running is None else f" {running.active} of {running.taken.shape[1]}"
-        parts.append(f"{kind} {linear.n}x{linear.k}{experts}")
+    for linear in decoder.products():
+        kinds = " and ".join(dict.fromkeys(_stored(matrix) for matrix in linear.matrices))
+        pieces = f" in {len(linear.matrices)}" if len(linear.matrices) > 1 else ""
+        experts = f" {linear.running.active} of {linear.running.taken.shape[1]}" if linear.running else ""
+        parts.append(f"{kinds}{pieces} {linear.n}x{linear.k}{experts}")
     return ", ".join(parts)
 
 
+def _stored(matrix: Matrix) -> str:
+    return KINDS[matrix.kind] + (f"-g{matrix.group}" if matrix.group else "") + ("" if matrix.mask is None else "-2:4")
+
+
 def all_dense(decoder: Decoder) -> bool:
-    """Whether no product that one kernel does is of another format."""
-    return all(linear.matrices[0].kind == DENSE for linear in decoder.shapes()[:-1])
+    """Whether products are of dense matrices alone, all of them."""
+    return all(
+        len(linear.matrices) == 1 and linear.running is None and _stored(linear.matrices[0]) == KINDS[DENSE]
+        for linear in decoder.products()
+    )
 
 
 def compare_with_dense(decoder: Decoder, batches: tuple[int, ...]) -> dict[int, tuple[float, float]]:
     """Milliseconds of one layer's products as they are and in bf16, by batch size."""
-    linears = decoder.shapes()[:-1]
-    if not linears:
-        return {}
+    linears = decoder.products()
     dense = [_dense_twin(linear) for linear in linears]
     return {batch: (_products_ms(linears, batch), _products_ms(dense, batch)) for batch in batches}
 
