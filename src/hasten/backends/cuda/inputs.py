@@ -105,13 +105,14 @@ class Stager:
         self._tile_tokens = tile_tokens
         self._programs = programs
         self._all_tiles = all_tiles
+        self._layouts: dict[tuple[Sizes, int], tuple[list[int], list[int]]] = {}
 
     def general(self, batch: Batch) -> Inputs:
         """Any step, in a buffer of its own."""
         parts, num_decodes = self._general_parts(batch)
         sizes = [part.size for part in parts]
         buffer = torch.empty(_total(sizes), dtype=torch.int32, device=self._device.handle)
-        self._send(parts, sizes, buffer)
+        self._send(parts, sizes, _starts(sizes), buffer)
         return _general_inputs(_views(buffer, sizes), num_decodes)
 
     def _general_parts(self, batch: Batch) -> tuple[list[Int32], int]:
@@ -156,10 +157,14 @@ class Stager:
                 width, batch.tokens, _sources(batch), batch.positions, batch.slots, lengths,
                 *share_keys(lengths, self._programs), tables,
             ]  # fmt: skip
-        room = self._sizes(sizes, max_blocks)
-        if any(part.size > size for part, size in zip(parts, room, strict=True)):
-            return False
-        self._send(parts, room, buffer)
+        if (sizes, max_blocks) not in self._layouts:
+            room = self._sizes(sizes, max_blocks)
+            self._layouts[sizes, max_blocks] = room, _starts(room)
+        room, starts = self._layouts[sizes, max_blocks]
+        for part, size in zip(parts, room, strict=True):
+            if part.size > size:
+                return False
+        self._send(parts, room, starts, buffer)
         return True
 
     def _sizes(self, sizes: Sizes, max_blocks: int) -> list[int]:
@@ -177,18 +182,21 @@ class Stager:
         width = -(-int(batch.context_lens.max()) // self._block_size)
         return batch.block_tables[:, :width], np.array([width], np.int32)
 
-    def _send(self, parts: list[Int32], sizes: list[int], buffer: torch.Tensor) -> None:
+    def _send(self, parts: list[Int32], sizes: list[int], starts: list[int], buffer: torch.Tensor) -> None:
         """Parts to their places, padded as is right for each; nothing after the last one's numbers is sent."""
-        starts = _starts(sizes)
         total = starts[-1] + parts[-1].size
         # Pinned memory comes from torch's cache, which waits with reuse until the copy is done.
         staged = torch.empty(total, dtype=torch.int32, pin_memory=self._device.is_cuda)
         numbers: NDArray[np.int32] = staged.numpy()
         fills = _FILLS[len(parts)]
         for start, part, size, fill in zip(starts, parts, sizes, fills, strict=True):
-            numbers[start : start + part.size].reshape(part.shape)[...] = part
-            if part.size < size and fill is not None:
-                numbers[start + part.size : start + size] = fill
+            end = start + part.size
+            if part.ndim == 1:
+                numbers[start:end] = part
+            else:
+                numbers[start:end].reshape(part.shape)[...] = part
+            if fill is not None and part.size < size:
+                numbers[end : start + size] = fill
         buffer[:total].copy_(staged, non_blocking=True)
 
 
