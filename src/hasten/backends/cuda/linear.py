@@ -1,8 +1,8 @@
 """A layer's matrices on the device and their products with T rows, by the kernel that suits T.
 
-One row of dense or fp8 weights: `gemv`; of int4: `gemv_int4`. Few rows: `skinny`. 2:4: sparse.py. Many: cuBLAS, on
-numbers expanded first where the format is packed, or fp8 products where the device has them. `Linear` is what one input
-is multiplied with at once: q, k and v, or gate and up.
+One row of dense, fp8 or int8 weights: `gemv`; of int4: `gemv_int4`. Few rows: `skinny`. 2:4: sparse.py. Many: cuBLAS,
+on numbers expanded first where the format is packed, or fp8 products where the device has them. `Linear` is what one
+input is multiplied with at once: q, k and v, or gate and up.
 """
 
 from dataclasses import replace
@@ -90,11 +90,11 @@ class Linear:
             return False
         if matrix.mask is not None:
             return True
-        if matrix.kind == FP8 and matrix.group:
+        if matrix.kind in (FP8, INT8) and (matrix.group or matrix.zeros is not None):
             return False
         if matrix.kind == INT4:
             return dtype == torch.bfloat16 and not self.up_x and self.experts(1) is None
-        return matrix.kind in (DENSE, FP8)
+        return True
 
     def experts(self, rows: int) -> Running | None:
         """Which experts run, where a product of so many rows leaves out others."""

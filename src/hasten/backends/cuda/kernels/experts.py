@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hasten.backends.cuda.kernels.linear import as_float32
+
 
 @triton.jit
 def route(
@@ -62,7 +64,7 @@ def gemv_columns(
 ):  # fmt: skip
     """y [N] = out_scale * (W [N, K] x [K] + bias) + residual over the columns of `active` experts, `size` of each.
 
-    W is dense, or fp8 with scales float32 [N] (SCALED).
+    W is dense, or fp8 or int8 with scales float32 [N] (SCALED).
     """
     out_rows = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(out_rows, N - 1)
@@ -80,7 +82,7 @@ def gemv_columns(
         xs = tl.load(x + k + cols, mask=None if EVEN else inside, other=None if EVEN else 0.0).to(tl.float32)
         mask = None if EVEN else inside[None, :]
         tile = tl.load(pointers + k, mask=mask, other=None if EVEN else 0.0, cache_modifier=".cg")
-        acc += tile.to(tl.float32) * xs[None, :]
+        acc += as_float32(tile) * xs[None, :]
     out = tl.sum(acc, 1)
     if SCALED:
         out *= tl.load(scales + rows)
