@@ -49,6 +49,16 @@ def test_fallbacks_are_listed(model: Path, tmp_path: Path) -> None:
     assert receipt.notes == ("layers.*.down (5): int8 instead of int4-g32",)
 
 
+def test_what_falls_back_keeps_its_activations_and_all_of_its_bits(model: Path, tmp_path: Path) -> None:
+    """down's 172 inputs are in no groups of 32: int8, of 256 levels though the step says three bits."""
+    step = Quantize("int4", 32, fallback="int8", bits=3, activations="int8")
+    compress(model, Recipe((step,)), tmp_path / "out")
+    found = dict(open_checkpoint(tmp_path / "out").weights())
+    assert found["layers.0.down"].format == formats.Format("int8", activations="int8")
+    assert len(np.unique(found["layers.0.down"].data)) > 100
+    assert len(np.unique(found["layers.0.q"].data & 15)) == 8
+
+
 def test_a_second_time_starts_from_what_is_left(model: Path, tmp_path: Path) -> None:
     compress(model, Recipe((Quantize("int8", 0),)), tmp_path / "one")
     receipt = compress(tmp_path / "one", Recipe((Quantize("int8", 32, fallback="int8"),)), tmp_path / "two")

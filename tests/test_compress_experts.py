@@ -62,6 +62,16 @@ def test_zero_eigenvalues_count_the_parts_of_a_graph() -> None:
     torch.testing.assert_close(alike, (graph > 0).double())
 
 
+def test_a_few_eigenvectors_are_those_among_all() -> None:
+    group = torch.randperm(300, generator=torch.Generator().manual_seed(0)) % 6
+    noise = torch.rand(300, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    matrix = experts.laplacian((noise + noise.T) * torch.where(group[:, None] == group, 1.0, 0.4).fill_diagonal_(0))
+    every = torch.linalg.eigh(matrix)[1][:, :6]
+    few = experts.lowest(matrix, 6)
+    torch.testing.assert_close(few.T @ few, torch.eye(6).double())
+    assert torch.linalg.svdvals(every.T @ few).min() > 1 - 1e-6
+
+
 def test_correlations_are_summed_over_batches() -> None:
     x, gate, up, down, _ = planted()
     values = experts.contributions(hidden_of(x, gate, up), down).double()

@@ -18,4 +18,5 @@ def carry_out(
             yield name, weight
         else:
             step = plan.steps.get(name)
-            yield name, rtn.quantize(name, weight, wanted, pool, bits=step.bits if step else None)
+            bits = step.bits if step is not None and step.format == wanted.kind else None  # else it fell back
+            yield name, rtn.quantize(name, weight, wanted, pool, bits=bits)

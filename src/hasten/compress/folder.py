@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.compress.apply import carry_out
-from hasten.compress.plan import Plan, matrix_shapes, needs_text, resolve, total_bytes
+from hasten.compress.plan import Plan, matrix_shapes, only_rounds, resolve, total_bytes
 from hasten.errors import ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
@@ -61,7 +61,7 @@ def compress(
         },
         notes=(*plan.notes, *requantised(plan, before)),
     )
-    if not needs_text(recipe.steps):
+    if only_rounds(recipe.steps):
         write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress)
         return receipt
     _check_extra()

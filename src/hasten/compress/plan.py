@@ -301,9 +301,9 @@ def _(step: object, plan: Plan) -> Plan:
     return plan
 
 
-def needs_text(steps: Iterable[Step]) -> bool:
-    """Whether a step looks at calibration text, rather than round weights as they stream by."""
-    return not all(
+def only_rounds(steps: Iterable[Step]) -> bool:
+    """Whether all that steps do is to round weights as they stream by."""
+    return all(
         isinstance(step, Quantize)
         and step.method == "rtn"
         and step.threshold is None
@@ -430,7 +430,9 @@ def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | No
         return wanted
     if fallback is not None:
         smaller = [g for g in legal_groups(wanted.kind, num_inputs) if 0 < g < wanted.group_size and not odd]
-        return Format(wanted.kind, max(smaller), wanted.symmetric) if smaller else Format("int8")
+        if smaller:
+            return replace(wanted, group_size=max(smaller))
+        return replace(wanted, kind="int8", group_size=0, symmetric=True)
     if odd:
         raise RecipeError(f"{name} has {num_inputs} inputs, int4 needs an even number: use int8, or fallback: int8")
     choices = ", ".join(str(group) for group in legal_groups(wanted.kind, num_inputs))

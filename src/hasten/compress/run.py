@@ -31,7 +31,7 @@ from hasten.compress import (
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences
 from hasten.compress.folder import run_settings
-from hasten.compress.plan import Plan, needs_text
+from hasten.compress.plan import Plan, only_rounds
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
 from hasten.errors import HastenError, RecipeError, ResourceError
@@ -162,7 +162,7 @@ def _try_stage(steps: tuple[Step, ...], target: Path, context: Context, work: Pa
 
 
 def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:
-    if is_blockwise(steps[0]) and needs_text(steps):
+    if is_blockwise(steps[0]) and not only_rounds(steps):
         sweep(steps, target, context)
         threshold.check(steps, target, context)
     elif isinstance(steps[0], Quantize):
