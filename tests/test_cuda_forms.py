@@ -15,6 +15,7 @@ from cuda_tools import check_experts, check_low_rank, check_normed, check_produc
 
 from hasten.backends.cuda import linear  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
+from hasten.backends.cuda.kernels import experts as kernels  # noqa: E402
 from hasten.model.formats import Format, dequantize, quantize  # noqa: E402
 
 
@@ -81,3 +82,18 @@ def test_int8_by_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     want = scales[:, None].numpy() * rows.numpy().astype(np.float64) @ dequantize(weight).T
     for got in (product(x), product(rows, x_scales=scales, dtype=torch.float32)):
         assert np.abs(got.numpy() - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_a_row_of_nan_takes_no_more_experts_than_others() -> None:
+    """As padding may hold: grids are made for so many experts a row, and the others' must be among them."""
+    device = open_device("cpu")
+    x, router = torch.randn(2, 32), torch.randn(16, 32)
+    x[1] = float("nan")
+    running, taken = torch.zeros(17, dtype=torch.int32), torch.zeros(64, 16, dtype=torch.int8)
+    kernels.route[(16, 2)](
+        x, router, x, device.workspace, running, taken, device.counters, 2, 16, 32, 2, 0.0,
+        NORM=False, EP=16, BT=2, BK=32, PDL=False,
+    )  # fmt: skip
+    assert taken[:2].sum(1).tolist() == [2, 2]
+    assert set((x[:1] @ router.T).topk(2).indices[0].tolist()) <= set(running[1 : 1 + int(running[0])].tolist())
+    assert int(running[0]) <= 4

@@ -45,6 +45,8 @@ def route(
         mask = (rows < T)[:, None] & (ids < E)[None, :]
         at = rows[:, None] * E + ids[None, :]
         mine = tl.load(scores + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        # Padding of a graph's step may hold anything; a row of NaN would have all run, more than grids are made for.
+        mine = tl.where(mine == mine, mine, float("-inf"))
         better = mine[:, None, :] > mine[:, :, None]
         before = (mine[:, None, :] == mine[:, :, None]) & (ids[None, None, :] < ids[None, :, None])
         rank = tl.sum((better | before).to(tl.int32), 2)
