@@ -91,9 +91,9 @@ def _expected(
     heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
     outs, first = [], 0
     for (length, now), table in zip(runs, tables, strict=True):
-        keys, values = (
-            cache[i, table.long()].transpose(1, 2).reshape(-1, kv_heads, dim)[:length].double() for i in (0, 1)
-        )
+        # As bytes: not every torch indexes 8-bit floats.
+        held = (cache[i].view(torch.uint8)[table.long()].view(cache.dtype) for i in (0, 1))
+        keys, values = (part.transpose(1, 2).reshape(-1, kv_heads, dim)[:length].double() for part in held)
         rows = qkv[first : first + now].view(now, heads + 2 * kv_heads, dim)
         positions = torch.arange(length - now, length, device=qkv.device)
         q, k, v = (
