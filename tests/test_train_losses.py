@@ -7,9 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from torch.nn.functional import kl_div, log_softmax  # noqa: E402
+from torch.nn.functional import cross_entropy, kl_div, log_softmax  # noqa: E402
 
-from hasten.train.losses import divergence, divergence_reference  # noqa: E402
+from hasten.train.losses import divergence, divergence_reference, mixed_loss  # noqa: E402
 from hasten.train.match import attention_loss, hidden_loss, layer_map, projection  # noqa: E402
 
 KINDS = ("forward-kl", "reverse-kl", "jensen-shannon")
@@ -46,11 +46,24 @@ def test_values_and_gradients_are_those_of_the_definition(
     (wanted,) = torch.autograd.grad(slow * 2, student)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6)
-    whole = torch.randn(2, 5, 23, generator=generator).requires_grad_()  # a part of larger logits
-    part = whole[:, 1:4, :19]
-    (own,) = torch.autograd.grad(divergence(part, teacher[:6].view(2, 3, 19), kind, temperature, beta, chunk), whole)
-    slow = divergence_reference(part.flatten(0, 1), teacher[:6], kind, temperature, beta)
-    torch.testing.assert_close(own, torch.autograd.grad(slow, whole)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 23, 50, 200, 1 << 20])
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3])
+def test_text_and_teacher_in_one(chunk: int, weight: float | None) -> None:
+    """Of logits [b, T, V], the positions that count and the tokens that the teacher knows."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 6, 23, generator=generator).requires_grad_()
+    teacher = torch.randn(3, 4, 19, generator=generator)
+    targets = None if weight is None else torch.randint(23, (3, 4), generator=generator)
+    fast = mixed_loss(student, teacher, targets, "reverse-kl", 2.0, weight=weight or 0.0, start=1, chunk=chunk)
+    counted = student[:, 1:5]
+    slow = divergence_reference(counted[..., :19].flatten(0, 1), teacher.flatten(0, 1), "reverse-kl", 2.0)
+    if targets is not None:
+        slow = weight * slow + (1 - weight) * cross_entropy(counted.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(fast, slow)
+    (own,), (wanted,) = (torch.autograd.grad(loss * 3, student) for loss in (fast, slow))
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,7 @@ from hasten.steps import Distill
 from hasten.train.data import Sequences
 from hasten.train.finetune import train
 from hasten.train.folder import frozen_dtype, open_folder, write_folder
-from hasten.train.losses import divergence
+from hasten.train.losses import mixed_loss
 from hasten.train.match import attention_loss, hidden_loss, layer_map, projection
 from hasten.train.student import student_of
 from hasten.train.teacher import check_teacher
@@ -89,15 +89,14 @@ class Lesson:
             tokens = go_on(student, tokens[:, :start], tokens.shape[1] - start, self.vocab)
         wanted = {"output_hidden_states": step.hidden > 0, "output_attentions": step.attention > 0, "use_cache": False}
         wanted = {key: value for key, value in wanted.items() if value or key == "use_cache"}
-        out = student(input_ids=tokens, labels=None if start or step.weight == 1 else tokens, **wanted)
+        out = student(input_ids=tokens, **wanted)
         with torch.no_grad():
             known = self.teacher(input_ids=tokens, **wanted)
-        student_logits, teacher_logits = (  # of the positions whose next token counts
-            found.logits[:, max(start - 1, 0) : -1, : self.vocab] for found in (out, known)
-        )
-        total = divergence(student_logits, teacher_logits, step.loss, step.temperature, step.beta)
-        if out.loss is not None:
-            total = step.weight * total + (1 - step.weight) * out.loss
+        first = max(start - 1, 0)  # of the positions whose next token counts
+        total = mixed_loss(
+            out.logits, known.logits[:, first:-1, : self.vocab], None if start or step.weight == 1 else tokens[:, 1:],
+            step.loss, step.temperature, step.beta, step.weight, first,
+        )  # fmt: skip
         return total + self._inside(out, known)
 
     def _inside(self, out: Any, known: Any) -> Tensor | float:
