@@ -2,7 +2,7 @@
 on a GPU, which forms_gpu.py measures.
 
     python benchmarks/forms.py [--layers 28] [--rounds 5] [--tokens 24] [--threads 0] [--only FORM] [--json FILE]
-    python benchmarks/forms.py --device cuda [--layers 32] [--format fp8] [--batches 1,8] [...]
+    python benchmarks/forms.py --device cuda [--layers 32] [--format bf16|fp8|int8] [--batches 1,8] [...]
 
 The Qwen3-0.6B shape with random int8 weights, a scale a row, in these forms: dense; half of the neurons gone; half of
 neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4 active;
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a sample: 24 on a CPU, 64 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--format", choices=("bf16", "fp8"), default="bf16", help="of dense weights on a GPU")
+    parser.add_argument("--format", choices=("bf16", "fp8", "int8"), default="bf16", help="of the layers on a GPU")
     parser.add_argument("--tune", action="store_true", help="measure tiles on the GPU before, kept in the user's cache")
     parser.add_argument("--batches", default="1,8", help="sequences of a step on a GPU")
     parser.add_argument("--threads", type=int, default=0)

@@ -29,19 +29,24 @@ PROMPT, OUTPUT = 32, 256
 class Pool:
     """Random numbers, of which matrices are views: making 16 GB of them takes no time."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         rng = np.random.default_rng(0)
         size = 64_000_000
+        self._kind = kind
         self._bits = ((rng.standard_normal(size, np.float32) * 0.02).view(np.uint32) >> 16).astype(np.uint16)
         self._masks = MASKS[rng.integers(0, len(MASKS), size // 4, np.uint8)]
+        self._bytes = rng.integers(-127, 128, size, np.int8) if kind == "int8" else self._bits
         self._at = 0
+
+    def dense(self, shape: tuple[int, int]) -> Weight:
+        return Weight(Format("bf16"), shape, self._view(self._bits, shape))
 
     def matrix(self, shape: tuple[int, int], sparse: bool) -> Weight:
         rows, columns = shape
-        if not sparse:
-            return Weight(Format("bf16"), shape, self._view(self._bits, (rows, columns)))
-        mask = self._view(self._masks, (rows, columns // 8))
-        return Weight(Format("bf16", sparse24=True), shape, self._view(self._bits, (rows, columns // 2)), mask=mask)
+        scales = np.full((rows, 1), 0.02 / 73, np.float32) if self._kind == "int8" else None
+        data = self._view(self._bytes, (rows, columns // 2 if sparse else columns))
+        mask = self._view(self._masks, (rows, columns // 8)) if sparse else None
+        return Weight(Format(self._kind, sparse24=sparse), shape, data, scales, mask=mask)  # type: ignore[arg-type]
 
     def _view(self, numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         size = shape[0] * shape[1]
@@ -54,13 +59,16 @@ class Pool:
 def weights(spec: ModelSpec, form: str, pool: Pool) -> Iterator[tuple[str, Weight]]:
     """Of a form; embedding and head keep all their numbers."""
     for name, shape in matrix_shapes(spec).items():
-        yield name, pool.matrix(shape, form == TWO_OF_FOUR and name.startswith("layers."))
+        if name.startswith("layers."):
+            yield name, pool.matrix(shape, form == TWO_OF_FOUR)
+        else:
+            yield name, pool.dense(shape)
     ones = dense_weight(np.ones(spec.hidden_size, np.float32))
     for index, layer in enumerate(spec.layers):
         for norm in ("attn_norm", "mlp_norm"):
             yield f"layers.{index}.{norm}", ones
         if layer.experts:
-            yield f"layers.{index}.router", pool.matrix((layer.experts, spec.hidden_size), False)
+            yield f"layers.{index}.router", pool.dense((layer.experts, spec.hidden_size))
     yield "final_norm", ones
 
 
@@ -88,7 +96,11 @@ def measure_gpu(arguments: argparse.Namespace) -> dict[str, object]:
     base = spec_from_config({**CONFIGS["8b"], "num_hidden_layers": arguments.layers or 32})
     specs = {name: spec for name, spec in forms(base).items() if name in FORMS}
     specs = {name: spec for name, spec in specs.items() if name in ("dense", *(arguments.only or specs))}
-    bandwidth, tokens, pool = copy_bandwidth(), arguments.tokens or 64, Pool()
+    bandwidth, tokens, pool = (
+        copy_bandwidth(),
+        arguments.tokens or 64,
+        Pool("int8" if arguments.format == "int8" else "bf16"),
+    )
     torch.cuda.empty_cache()
     runs: dict[tuple[str, int], Sequences] = {}
     for name, spec in specs.items():
@@ -114,7 +126,7 @@ def measure_gpu(arguments: argparse.Namespace) -> dict[str, object]:
             run.decode(tokens, 16)
             samples[name, batch].append(batch * tokens / (time.perf_counter() - began))
     rows = []
-    size = 1 if arguments.format == "fp8" else 2
+    size = 2 if arguments.format == "bf16" else 1
     for (name, batch), found in samples.items():
         read = bytes_per_step(specs[name], name, batch, size)
         row = summary(name, found, samples["dense", batch], read, bytes_per_step(base, "dense", batch, size))
