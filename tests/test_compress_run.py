@@ -21,7 +21,7 @@ from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.receipt import Receipt  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Factorize, Prune, Quantize, Rotate, Smooth, SplitExperts  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, QuantizeKv, Rotate, Smooth, SplitExperts  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
 
@@ -100,6 +100,12 @@ def test_text_that_is_too_short_or_missing(tiny_model: Callable[..., Path], tmp_
     [
         ("olmo2", Smooth(), "folds into the norm before a matrix, and olmo2 has none"),
         ("gemma3", Rotate(), "rotate needs RMS norms before attention and MLP and nowhere else"),
+        (
+            "phi3",
+            Quantize("int8", 0, targets=("layers.*.q",)),
+            "are one matrix in Transformers .* fp32, int8: target all",
+        ),
+        ("gpt2", Quantize("int8", 0, method="gptq", targets=("layers.*.k",)), "are one matrix in Transformers"),
         ("llama", Prune(targets=("layers.9.q",)), "target 'layers.9.q' matches no matrix"),
         ("llama", Prune(targets=("mlp",), ignore=("mlp",)), "prune targets mlp and ignores mlp: nothing is left"),
     ],
@@ -156,6 +162,26 @@ def test_text_from_a_folder_a_data_set_and_the_model_itself(
     assert (own[:, 0] == 1).all()
     assert np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=3), model), own)
     assert not np.array_equal(calibration_tokens(Calibration(None, 4, 16, seed=4), model), own)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_scales_of_the_cache_are_the_largest_keys_and_values(
+    family: str, tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    """Transformers calls its layers with the cache by its place in GPT-2, and by name elsewhere."""
+    from safetensors.torch import load_file
+
+    from hasten.compress.calibration import calibration_tokens
+
+    settings = Calibration(text, num_sequences=4, sequence_len=16)
+    compress(tiny_model(family), Recipe((QuantizeKv(),), calibration=settings), tmp_path / "out", device="cpu")
+    model = load_torch(tiny_model(family))
+    with torch.no_grad():
+        cache = model(torch.from_numpy(calibration_tokens(settings, tiny_model(family))).long()).past_key_values
+    found = load_file(tmp_path / "out/model.safetensors")
+    for end, largest in (("k_scale", cache.layers[1].keys), ("v_scale", cache.layers[1].values)):
+        (scale,) = [value for name, value in found.items() if ".1." in name and name.endswith(end)]
+        assert float(scale) * 448 == pytest.approx(float(largest.abs().max()), rel=1e-2)
 
 
 def test_scales_that_the_models_dtype_does_not_hold_are_left_out() -> None:

@@ -1,6 +1,7 @@
 """Scales of keys and values for a cache of 8-bit floats: the largest magnitude of each layer's, as they are cached
 (keys after their rotary positions), becomes the largest float."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,11 @@ class _Cache:
 def _(step: QuantizeKv, block: Block, inputs: Inputs, context: Context) -> None:
     cache = _Cache()
     args, named = block.call
+    forward = inspect.signature(block.module.forward)
     for x in inputs.batches():
-        block.module(x, *args, **{**named, "past_key_values": cache})
+        call = forward.bind(x, *args, **named)  # the cache is called by its name in some architectures
+        call.arguments["past_key_values"] = cache
+        block.module(*call.args, **call.kwargs)
     for name, largest in cache.largest.items():
         scale = torch.tensor(max(largest / LARGEST, _LEAST)).bfloat16().float().reshape(1, 1).numpy()
         block.scales[name] = Weight(Format("fp32"), (1, 1), np.ascontiguousarray(scale))

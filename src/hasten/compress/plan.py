@@ -13,6 +13,7 @@ from hasten.errors import RecipeError
 from hasten.model.families import family_of
 from hasten.model.formats import DENSE_BYTES, NARROW, Format, bytes_of
 from hasten.model.jsonfile import read_json
+from hasten.model.names import sources
 from hasten.model.spec import Layer, ModelSpec, spec_from_config
 from hasten.recipe import Recipe
 from hasten.steps import (
@@ -92,7 +93,20 @@ def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None 
         if Prune in _UNDONE.get(type(step), ()):
             plan = replace(plan, sparse=frozenset())
         plan = plan_step(step, plan)
+    _check_fused(plan, {**(found or {}), **plan.formats})
     return plan
+
+
+def _check_fused(plan: Plan, formats: Mapping[str, Format]) -> None:
+    """What Transformers keeps as one matrix has one format; factors are stored apart."""
+    for source in sources(plan.spec, {}):
+        names = [part.name for part in source.parts]
+        alike = {replace(formats.get(name, Format(plan.spec.dtype)), sparse24=False) for name in names}
+        if len(alike) > 1 and plan.factorized.keys().isdisjoint(names):
+            raise RecipeError(
+                f"{', '.join(names)} are one matrix in Transformers ({source.module}), and would be "
+                f"{', '.join(sorted(map(describe, alike)))}: target all of them alike"
+            )
 
 
 @singledispatch
