@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import hasten  # noqa: E402
+from hasten.compress import calibration  # noqa: E402
 from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
@@ -331,12 +332,17 @@ def test_shrink_distill_factorize_quantize(tiny_model: Model, text: str, tmp_pat
     assert torch.isfinite(hasten.load_torch(tmp_path / "out")(input_ids=tokens).logits).all()
 
 
-def test_a_teacher_writes_what_a_student_of_its_own_shape_learns(tiny_model: Model, text: str, tmp_path: Path) -> None:
+def test_a_teacher_writes_what_a_student_of_its_own_shape_learns(
+    tiny_model: Model, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama")
     config = json.loads((model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     step = Distill(student=str(tmp_path / "config.json"), samples="teacher", loss="reverse-kl", **short(text))
-    run(model, tmp_path / "out", text, step)
+    monkeypatch.setattr(calibration, "_WRITTEN_AT_ONCE", 5)
+    told: list[str] = []
+    run(model, tmp_path / "out", text, step, progress=lambda done, total, what: told.append(what))
+    assert told[:3] == [f"distill: the teacher writes, {done} of 12 sequences" for done in (0, 5, 10)]
     assert len(open_checkpoint(tmp_path / "out").spec.layers) == 1
     run(model, tmp_path / "without", None, replace(step, text=None, steps=2))
 

@@ -9,7 +9,7 @@ apart in the text.
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ Int32 = NDArray[np.int32]
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 _PIECE = 1 << 16  # characters that are made into tokens at a time
+_WRITTEN_AT_ONCE = 256  # sequences
 _MOST = 1 << 28  # characters that are read at most
 _AMPLE = 64  # characters for each token that is wanted: more are not looked at
 
@@ -123,27 +124,41 @@ def read(text: str) -> Iterator[str]:
 def generate(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
     """Sequences that the model writes itself at temperature 1, without data as in LLM-QAT (Liu et al. 2023): from its
     beginning-of-sequence token, or from a random one where it has none."""
+    bos = open_checkpoint(folder).spec.bos_token_id
+    random = np.random.default_rng(calibration.seed)
+    first = random.integers(Tokenizer(folder).vocab_size, size=calibration.num_sequences).tolist()
+    starts = [[token if bos is None else bos] for token in first]
+    return write_on(starts, calibration.sequence_len, calibration.seed, folder, device)
+
+
+def write_on(
+    starts: Sequence[Sequence[int]],
+    length: int,
+    seed: int,
+    folder: Path,
+    device: str,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Int32:
+    """Beginnings of sequences, continued to `length` tokens by the model in `folder` at temperature 1. tell: how many
+    are done."""
     from hasten.engine.llm import LLM
     from hasten.engine.request import SamplingParams
 
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    length = calibration.sequence_len
-    random = np.random.default_rng(calibration.seed)
-    with LLM(folder, device=kind, max_len=length) as llm:  # type: ignore[arg-type]
-        bos = llm.spec.bos_token_id
-        first = random.integers(llm.tokenizer.vocab_size, size=calibration.num_sequences).tolist()
-        params = [
-            SamplingParams(
-                max_tokens=length - 1, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
-                ignore_eos=True, seed=calibration.seed + index,
-            )
-            for index in range(calibration.num_sequences)
-        ]  # fmt: skip
-        starts = [[token if bos is None else bos] for token in first]
-        outputs = llm.generate(starts, params)
-        return np.array(
-            [[*start, *out.outputs[0].token_ids] for start, out in zip(starts, outputs, strict=True)], np.int32
-        )
+    rows: list[list[int]] = []
+    with LLM(folder, device="cuda" if device.startswith("cuda") else "cpu", max_len=length) as llm:
+        for first in range(0, len(starts), _WRITTEN_AT_ONCE):
+            tell(first)
+            some = starts[first : first + _WRITTEN_AT_ONCE]
+            params = [
+                SamplingParams(
+                    max_tokens=length - len(start), temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
+                    repetition_penalty=1.0, ignore_eos=True, seed=seed + index,
+                )
+                for index, start in enumerate(some, first)
+            ]  # fmt: skip
+            found = llm.generate([list(start) for start in some], params)
+            rows += [[*start, *out.outputs[0].token_ids] for start, out in zip(some, found, strict=True)]
+    return np.array(rows, np.int32)
 
 
 class Sequences:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.backends.torch.load import load_torch
-from hasten.compress.calibration import generate
+from hasten.compress.calibration import generate, write_on
 from hasten.compress.stage import Context, run_step
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.hub import resolve
 from hasten.recipe import Calibration
 from hasten.steps import Distill
-from hasten.train.data import Sequences
 from hasten.train.finetune import train
 from hasten.train.folder import frozen_dtype, open_folder, write_folder
 from hasten.train.losses import mixed_loss
@@ -136,36 +135,22 @@ def written_by(teacher: Path, student: Checkpoint, step: Distill, vocab: int, co
     beginnings of the text's sequences; where the recipe names no text, it writes all."""
     file = context.work / "written.npy"
     if not file.is_file():
-        context.tell(0, "distill: the teacher writes")
         count = min(sequences_needed(step), _MOST_WRITTEN)
         if step.text is None and context.recipe.calibration.text is None:
+            context.tell(0, "distill: the teacher writes")
             rows = generate(Calibration(None, count, step.sequence_len, step.seed), teacher, context.device)
         else:
-            rows = _continued(teacher, *sequences_of(step, student, context), count, context.device)
+            sequences, step = sequences_of(step, student, context)
+            start = max(1, step.sequence_len // _PROMPT_SHARE)
+            starts = sequences.__getitems__(list(range(count)))["input_ids"][:, :start]
+
+            def tell(done: int) -> None:
+                context.tell(0, f"distill: the teacher writes, {done} of {count} sequences")
+
+            rows = write_on(starts.tolist(), step.sequence_len, step.seed, teacher, context.device, tell)
         rows = rows.clip(max=vocab - 1)  # a matrix may have rows, hardly ever drawn, that stand for no token
         partial = file.with_suffix(".partial")
         with open(partial, "wb") as stream:
             np.save(stream, rows)
         partial.rename(file)
     return torch.from_numpy(np.load(file).astype(np.int64))
-
-
-def _continued(teacher: Path, sequences: Sequences, step: Distill, count: int, device: str) -> Any:
-    from hasten.engine.llm import LLM
-    from hasten.engine.request import SamplingParams
-
-    length = step.sequence_len
-    start = max(1, length // _PROMPT_SHARE)
-    prompts: list[list[int]] = [sequences[index]["input_ids"][:start].tolist() for index in range(count)]
-    params = [
-        SamplingParams(
-            max_tokens=length - start, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
-            ignore_eos=True, seed=step.seed + index,
-        )
-        for index in range(count)
-    ]  # fmt: skip
-    kind: Any = "cuda" if device.startswith("cuda") else "cpu"
-    with LLM(teacher, device=kind, max_len=length) as llm:
-        outputs = llm.generate(prompts, params)
-    rows = [[*prompt, *out.outputs[0].token_ids] for prompt, out in zip(prompts, outputs, strict=True)]
-    return np.array(rows, np.int32)
