@@ -133,11 +133,15 @@ DecoderSpec read_spec(nb::handle spec) {
 
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of hasten's CPU backend.";
+  m.attr("interface") = 2;  // as in src/hasten/hardware.py: both are raised where what Python calls changes
   m.def("isa", [](const std::optional<std::string>& isa) { return std::string(kernels_of(isa).isa); },
         nb::arg("isa") = nb::none(),
         "The instruction set that is used: the one asked for, else HASTEN_ISA, else the best this CPU has.");
-  m.def("takes_sparse", [](const std::optional<std::string>& isa) { return kernels_of(isa).linear.takes_sparse(); },
-        nb::arg("isa") = nb::none(), "Whether its kernels multiply 2:4 int8 weights as they are.");
+  m.def("takes", [](const std::string& format, const std::optional<std::string>& isa) {
+    return kernels_of(isa).linear.takes(choose<Kind>("format", format,
+        {{"fp8", Kind::F8}, {"int8-2of4", Kind::I8Sparse}, {"bf16-2of4", Kind::BF16Sparse}}));
+  }, nb::arg("format"), nb::arg("isa") = nb::none(),
+        "Whether its kernels multiply such weights as they are: fp8, int8-2of4 or bf16-2of4.");
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const char* const* name = available_isas(); *name; name++) names.push_back(*name);

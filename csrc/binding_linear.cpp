@@ -11,25 +11,25 @@ BorrowedWeight::BorrowedWeight(std::string name, nb::handle weight) {
   const nb::object format = weight.attr("format");
   Source& s = matrix.source;
   s.kind = choose<Kind>("weight kind", nb::cast<std::string>(format.attr("kind")),
-                        {{"fp32", Kind::F32}, {"fp16", Kind::F16}, {"bf16", Kind::BF16}, {"int8", Kind::I8},
-                         {"int4", Kind::I4}});
+                        {{"fp32", Kind::F32}, {"fp16", Kind::F16}, {"bf16", Kind::BF16}, {"fp8", Kind::F8},
+                         {"int8", Kind::I8}, {"int4", Kind::I4}});
   const nb::tuple shape = nb::cast<nb::tuple>(weight.attr("shape"));
   s.n = nb::cast<int>(shape[0]);
   s.k = nb::cast<int>(shape[1]);
   matrix.name = std::move(name);
   const bool sparse = nb::cast<bool>(format.attr("sparse24"));
-  require(!sparse || s.kind == Kind::I8, "only int8 can be 2:4");
-  if (sparse) s.kind = Kind::I8Sparse;
+  require(!sparse || s.kind == Kind::I8 || s.kind == Kind::BF16, "only int8 and bf16 can be 2:4");
+  if (sparse) s.kind = s.kind == Kind::I8 ? Kind::I8Sparse : Kind::BF16Sparse;
   data_ = nb::cast<nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>>(weight.attr("data"));
-  const bool integer = s.kind == Kind::I8 || s.kind == Kind::I8Sparse || s.kind == Kind::I4;
-  s.group = integer ? nb::cast<int>(format.attr("group_size")) : 0;
+  const bool scaled = is_integer(s.kind) || s.kind == Kind::F8;
+  s.group = scaled ? nb::cast<int>(format.attr("group_size")) : 0;
   require(s.group == 0 || s.group == 32 || s.group == 64 || s.group == 128, "group_size is not 0, 32, 64 or 128");
   const size_t groups = s.group > 0 ? ((size_t)s.k + s.group - 1) / s.group : 1;
   require(s.n > 0 && s.k > 0 && data_.ndim() == 2 && data_.shape(0) == (size_t)s.n &&
               data_.shape(1) * data_.itemsize() == source_row_bytes(s.kind, s.k),
           "data does not fit its shape and kind");
   s.data = data_.data();
-  if (integer) {
+  if (scaled) {
     scales_ = nb::cast<std::optional<In<float, 2>>>(weight.attr("scales"));
     zeros_ = nb::cast<std::optional<In<uint8_t, 2>>>(weight.attr("zeros"));
     require(scales_ && scales_->shape(0) == (size_t)s.n && scales_->shape(1) == groups, "scales do not fit its groups");
@@ -154,8 +154,8 @@ class Linear {
  private:
   const Kernels& kernels_for_matrix(const std::optional<std::string>& isa) {
     const Kernels& k = kernels_of(isa);
-    if (matrix().kind == Kind::I8Sparse && !k.linear.takes_sparse())
-      throw nb::value_error((std::string(k.isa) + " kernels do not multiply 2:4 weights on this CPU").c_str());
+    if (!k.linear.takes(matrix().kind))
+      throw nb::value_error((std::string(k.isa) + " kernels do not multiply weights of this format on this CPU").c_str());
     return k;
   }
 

@@ -15,18 +15,18 @@ constexpr size_t kVectorBytes = 64;   // vectors may read and write this much be
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 int divide_up(int value, int unit) { return (value + unit - 1) / unit; }
-bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I8Sparse || kind == Kind::I4; }
+bool has_scales(Kind kind) { return is_integer(kind) || kind == Kind::F8; }
 bool is_integer(ActKind kind) { return kind == ActKind::Q8 || kind == ActKind::Q16; }
 
 ActKind act_kind(Kind weight, bool fine) {
   if (weight == Kind::I8 && fine) return ActKind::Q16;
-  return is_integer(weight) ? ActKind::Q8 : weight == Kind::BF16 ? ActKind::BF16 : ActKind::F32;
+  return is_integer(weight) ? ActKind::Q8 : weight == Kind::F32 || weight == Kind::F16 ? ActKind::F32 : ActKind::BF16;
 }
 
-int num_groups(const Matrix& w) { return is_integer(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
+int num_groups(const Matrix& w) { return has_scales(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
 
 size_t data_bytes(const Matrix& w) {
-  const int bits = kind_bits(w.kind) + (w.kind == Kind::I8Sparse ? 1 : 0);
+  const int bits = kind_bits(w.kind) + (is_sparse(w.kind) ? 1 : 0);
   return static_cast<size_t>(w.n_pad) * w.k_pad * bits / 8;
 }
 size_t scale_count(const Matrix& w) { return static_cast<size_t>(w.n_pad) * num_groups(w); }
@@ -73,40 +73,39 @@ uint32_t interleave_nibbles(uint32_t x) {
   return x ^ t ^ (t << 4);
 }
 
-// A row block is a transposition of words of `Word`, each changed on the way: rows[16][words] to [words][16].
+// Word i of 16 rows, side by side and each changed on the way; zeros beyond a row's end.
 template <class Word, class Change>
-void transpose_block(const SourceRow* rows, size_t row_bytes, int num_words, uint8_t* to, Change change) {
-  const int whole = static_cast<int>(row_bytes / sizeof(Word));
-  for (int i = 0; i < num_words; i++) {
-    const size_t at = static_cast<size_t>(i) * sizeof(Word);
-    const size_t there = i < whole ? sizeof(Word) : at < row_bytes ? row_bytes - at : 0;
-    Word line[kBlockRows];
-    for (int r = 0; r < kBlockRows; r++) {
-      Word word = 0;
-      if (rows[r].data && there == sizeof(Word))
-        std::memcpy(&word, rows[r].data + at, sizeof(Word));
-      else if (rows[r].data)
-        std::memcpy(&word, rows[r].data + at, there);
-      line[r] = change(word);
-    }
-    std::memcpy(to + static_cast<size_t>(i) * sizeof(line), line, sizeof(line));
+void gather_words(const SourceRow* rows, const uint8_t* SourceRow::*part, size_t row_bytes, int i, uint8_t* to, Change change) {
+  const size_t at = static_cast<size_t>(i) * sizeof(Word);
+  const size_t there = at >= row_bytes ? 0 : std::min(sizeof(Word), row_bytes - at);
+  Word line[kBlockRows];
+  for (int r = 0; r < kBlockRows; r++) {
+    Word word = 0;
+    if (rows[r].*part && there == sizeof(Word))
+      std::memcpy(&word, rows[r].*part + at, sizeof(Word));
+    else if (rows[r].*part)
+      std::memcpy(&word, rows[r].*part + at, there);
+    line[r] = change(word);
   }
+  std::memcpy(to, line, sizeof(line));
 }
 
-// Four columns of 16 rows at a time; padding keeps zeros in the first two columns.
-void pack_sparse(const Matrix& w, const SourceRow* rows, uint8_t* to) {
-  constexpr int kFours = 8, kMaskBytes = kBlockRows / 2, kKeptBytes = 2 * kBlockRows;
-  for (int i = 0; i < w.k_pad / 4; i++) {
-    uint8_t* unit = to + static_cast<size_t>(i / kFours) * kFours * (kMaskBytes + kKeptBytes);
-    uint8_t* masks = unit + i % kFours * kMaskBytes;
-    uint8_t* kept = unit + kFours * kMaskBytes + i % kFours * kKeptBytes;
-    std::memset(masks, 0, kMaskBytes);
-    for (int r = 0; r < kBlockRows; r++) {
-      const bool real = rows[r].data && 4 * i < w.k;
-      const int mask = real ? rows[r].mask[i / 2] >> (i % 2 * 4) & 15 : 3;
-      masks[r / 2] = static_cast<uint8_t>(masks[r / 2] | mask << (r % 2 * 4));
-      for (int j = 0; j < 2; j++) kept[2 * r + j] = static_cast<uint8_t>((real ? rows[r].data[2 * i + j] : 0) ^ 0x80);
-    }
+// A row block is a transposition of words: rows[16][words] to [words][16].
+template <class Word, class Change>
+void transpose_block(const SourceRow* rows, size_t row_bytes, int num_words, uint8_t* to, Change change) {
+  for (int i = 0; i < num_words; i++)
+    gather_words<Word>(rows, &SourceRow::data, row_bytes, i, to + i * sizeof(Word) * kBlockRows, change);
+}
+
+// 32 columns at a time: their masks, then their numbers.
+void pack_sparse(const Matrix& w, const SourceRow* rows, size_t row_bytes, uint8_t* to) {
+  const int words = kind_bits(w.kind);  // of a row's 16 numbers
+  const auto same = [](uint32_t word) { return word; };
+  for (int unit = 0; unit < w.k_pad / 32; unit++) {
+    gather_words<uint32_t>(rows, &SourceRow::mask, divide_up(w.k, 8), unit, to, same);
+    for (int i = 0; i < words; i++)
+      gather_words<uint32_t>(rows, &SourceRow::data, row_bytes, unit * words + i, to + (i + 1) * 4 * kBlockRows, same);
+    to += (words + 1) * 4 * kBlockRows;
   }
 }
 
@@ -116,6 +115,13 @@ void pack_whole(const Matrix& w, const SourceRow* rows, uint8_t* to) {
   for (int r = 0; r < kBlockRows && rows[r].data; r++)
     for (int c = 0, kept = 0; c < w.k; c++)
       if (rows[r].mask[c / 8] >> c % 8 & 1) to[c / 4 * 4 * kBlockRows + 4 * r + c % 4] = rows[r].data[kept++] ^ 0x80;
+}
+
+// Four columns of a row lie as two pairs, eight bytes apart: of four rows first the one pair, then the other.
+void pack_float8(const Matrix& w, const SourceRow* rows, uint8_t* to) {
+  std::memset(to, 0, static_cast<size_t>(kBlockRows) * w.k_pad);
+  for (int r = 0; r < kBlockRows && rows[r].data; r++)
+    for (int c = 0; c < w.k; c++) to[c / 4 * 64 + r / 4 * 16 + c % 4 / 2 * 8 + r % 4 * 2 + c % 2] = rows[r].data[c];
 }
 
 void pack_data(const Matrix& w, const SourceRow* rows, int block) {
@@ -130,7 +136,9 @@ void pack_data(const Matrix& w, const SourceRow* rows, int block) {
     case Kind::BF16: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 2, to, same);
     case Kind::I8:
       return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 4, to, [](uint32_t x) { return x ^ 0x80808080u; });
-    case Kind::I8Sparse: return pack_sparse(w, rows, to);
+    case Kind::F8: return pack_float8(w, rows, to);
+    case Kind::I8Sparse:
+    case Kind::BF16Sparse: return pack_sparse(w, rows, row_bytes, to);
     case Kind::I4: return transpose_block<uint32_t>(rows, row_bytes, w.k_pad / 8, to, interleave_nibbles);
   }
 }
@@ -225,13 +233,13 @@ Matrix pack(const Source* parts, int num_parts, Pool& pool, bool fine_inputs) {
   w.k_pad = round_up(w.k, kPadK);
   w.act = act_kind(w.kind, fine_inputs);
   w.multiplier = 1.0f;
-  if (is_integer(w.kind)) {
+  if (has_scales(w.kind)) {
     w.group = parts[0].group ? parts[0].group : w.k_pad;
-    w.act_group = std::min(w.group, 128);
+    if (is_integer(w.kind)) w.act_group = std::min(w.group, 128);
     w.multiplier = scale_multiplier(parts, num_parts, pool);
   }
   w.data = static_cast<uint8_t*>(allocate(data_bytes(w) + scale_count(w) * (zeros ? 3 : 2)));
-  if (is_integer(w.kind)) {
+  if (has_scales(w.kind)) {
     w.scales = reinterpret_cast<uint16_t*>(w.data + data_bytes(w));
     if (zeros) w.zeros = w.data + data_bytes(w) + scale_count(w) * 2;
   }

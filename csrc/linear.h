@@ -20,7 +20,7 @@ struct Output {
 
 struct LinearKernels {
   int tile_rows;  // the most rows of one tile; half as many at Q16
-  bool (*takes_sparse)();  // whether this CPU multiplies I8Sparse; others must be given such weights whole
+  bool (*takes)(Kind kind);  // whether this CPU multiplies such weights: some have no F8, I8Sparse and BF16Sparse
   // Quantise / convert rows x[i * stride], i in [first, last), of a batch laid out by `act`. perm may be nullptr.
   void (*prepare)(const float* x, ptrdiff_t stride, int k, const int32_t* perm, Activations& act, int first, int last);
   // y for row blocks [first, last) of `w` and every row of `act`. scratch is this thread's, scratch_bytes() long.

@@ -6,12 +6,12 @@
 //   F32   [n/16][k][16]        f32            F16  [n/16][k][16]    f16
 //   BF16  [n/16][k/2][16][2]   bf16
 //   I8    [n/16][k/4][16][4]   u8 = value + 128
-//   I8Sparse: two of each four columns kept: for 32 columns [n/16][k/32] first [8][16] masks of 4 bits (low bit: first column),
-//         then [8][16][2] u8 = value + 128
+//   I8Sparse: two of each four columns kept: for 32 columns [n/16][k/32] first [16] masks of 32 bits (low bit: first column),
+//         then [4][16][4] signed
 //   I4    [n/16][k/8][16][4]   byte j of a row: low nibble column 8i + j, high nibble column 8i + 4 + j; 0..15
 //   scales f16 [n/16][groups][16], relative to `multiplier`, a power of two that keeps them normal; zeros u8 likewise.
 //
-// All instruction sets read this one layout; I8Sparse only where LinearKernels::takes_sparse() says so.
+// All instruction sets read this one layout; I8Sparse only where LinearKernels::takes_sparse says so.
 #pragma once
 
 #include <cstddef>
@@ -19,13 +19,26 @@
 
 namespace hasten {
 
-enum class Kind : uint8_t { F32, F16, BF16, I8, I8Sparse, I4 };
+enum class Kind : uint8_t { F32, F16, BF16, BF16Sparse, F8, I8, I8Sparse, I4 };
 
-constexpr int kind_bits(Kind kind) {  // of one number; packed I8Sparse has a bit more for each number's place
-  return kind == Kind::F32 ? 32 : kind == Kind::I8 ? 8 : kind == Kind::I4 || kind == Kind::I8Sparse ? 4 : 16;
+constexpr bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I8Sparse || kind == Kind::I4; }
+constexpr bool is_sparse(Kind kind) { return kind == Kind::I8Sparse || kind == Kind::BF16Sparse; }
+
+constexpr int kind_bits(Kind kind) {  // of a column's number; packed sparse kinds have a bit more for its place
+  switch (kind) {
+    case Kind::F32: return 32;
+    case Kind::F16:
+    case Kind::BF16: return 16;
+    case Kind::F8:
+    case Kind::I8:
+    case Kind::BF16Sparse: return 8;
+    case Kind::I4:
+    case Kind::I8Sparse: break;
+  }
+  return 4;
 }
 
-// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, Q8 the integer kinds,
+// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16 ones, Q8 the integer kinds,
 // Q16 int8 weights that were packed for it.
 enum class ActKind : uint8_t { F32, BF16, Q8, Q16 };
 

@@ -121,7 +121,7 @@ HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) {
 
 // Tiles of a product: rows of activations, and row blocks of weights at once for that many rows. 32 registers.
 constexpr int kTileRows = 12;
-constexpr int dense_blocks(int rows) { return rows <= 4 ? 1 : 2; }
+constexpr int float_blocks(int rows) { return rows <= 4 ? 1 : 2; }
 
 #include "simd_math.h"
 

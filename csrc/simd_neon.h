@@ -177,7 +177,7 @@ HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) {
 }
 
 constexpr int kTileRows = 4;
-constexpr int dense_blocks(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr int float_blocks(int rows) { return rows <= 2 ? 2 : 1; }
 
 #include "simd_math.h"
 

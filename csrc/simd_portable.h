@@ -171,7 +171,7 @@ HASTEN_INLINE I dot4_u8s8(I acc, const uint8_t* w, int32_t a) { return dot4(acc,
 HASTEN_INLINE F dot2_bf16(F acc, const uint16_t* w, uint32_t a) { return dot2(acc, load_pairs((const uint8_t*)w), a); }
 
 constexpr int kTileRows = 2;  // more make a compiler work for minutes, for CPUs that hardly exist
-constexpr int dense_blocks(int) { return 1; }
+constexpr int float_blocks(int) { return 1; }
 
 #include "simd_math.h"
 

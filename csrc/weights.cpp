@@ -192,8 +192,8 @@ void Decoder::add_matrices(const std::string& place, int layer, const std::vecto
       fail("weight " + sources[i].name + " has shape " + shape(s.n, s.k) + ", expected " + shape(n, k));
   }
   for (const SourceMatrix& m : sources)
-    if (m.source.kind == Kind::I8Sparse && !kernels_.linear.takes_sparse())
-      fail("weight " + m.name + " is 2:4, which " + kernels_.isa + " kernels do not multiply on this CPU");
+    if (!kernels_.linear.takes(m.source.kind))
+      fail("weight " + m.name + " has a format that " + kernels_.isa + " kernels do not multiply on this CPU");
   if (at != shapes.size() || (!thin && sources.size() != shapes.size()))
     fail(role + " takes " + std::to_string(shapes.size()) + " matrices, found " + std::to_string(sources.size()));
   // What writes to the residual stream or gives the logits is where 8 bits cost most agreement (docs/log.md).

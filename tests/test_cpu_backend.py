@@ -97,6 +97,17 @@ def test_cache_errors(tiny_model: Callable[..., Path]) -> None:
         CpuBackend(1).allocate(4, 16, "bf16")
 
 
+def test_a_core_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _core.interface
+    for found, word in ((expected - 1, "older"), (expected + 1, "newer")):
+        monkeypatch.setattr(_core, "interface", found)
+        with pytest.raises(ResourceError, match=f"is {word} than .* expected {expected}.: build it again"):
+            CpuBackend(1)
+    monkeypatch.delattr(_core, "interface")
+    with pytest.raises(ResourceError, match="older"):
+        CpuBackend(1)
+
+
 def test_two_threads_share_a_backend(tiny_model: Callable[..., Path]) -> None:
     """Each step is done by itself: without a lock, the pool's phases and the steps' buffers mix, and it crashes."""
     backend = load(tiny_model("llama"), threads=3)

@@ -1,5 +1,5 @@
-"""The compiled core's products with 2:4 int8 weights: the bits of the dense product, on every instruction set of this
-machine that multiplies them, and what numpy says. Whole models: test_cpu_formats.py, on every instruction set."""
+"""The compiled core's products with 2:4 int8 and bf16 weights: the bits of the dense product, on every instruction set of
+this machine that multiplies them, and what numpy says. Whole models: test_cpu_formats.py, on every instruction set."""
 
 from dataclasses import replace
 from functools import cache
@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from hasten.model.formats import Format, Weight, densify, dequantize, product, sparsify
+from hasten.model.formats import Format, Weight, densify, dequantize, from_bf16, product, sparsify, to_bf16
 
 _core = pytest.importorskip("hasten._core", reason="the compiled core is not built")
 
@@ -21,18 +21,21 @@ def _pool() -> object:
     return _core.Pool(2)
 
 
-def _isas() -> list[str]:
+def _isas(kind: str = "int8") -> list[str]:
     """Skips where there are none: models are then loaded whole."""
-    isas = [isa for isa in _core.isas() if _core.takes_sparse(isa)]
+    isas = [isa for isa in _core.isas() if _core.takes(f"{kind}-2of4", isa)]
     return isas or pytest.skip("no instruction set of this CPU multiplies 2:4 weights as they are")
 
 
 def test_others_refuse() -> None:
-    linear = _core.Linear(_pool(), [_weight(0, (7, 36))])
-    for isa in _core.isas():
-        if not _core.takes_sparse(isa):
-            with pytest.raises(ValueError, match="do not multiply 2:4"):
-                linear.product(np.zeros((1, 36), np.float32), isa=isa)
+    for kind, weight in (("int8", _weight(0, (7, 36))), ("bf16", _bf16((7, 36)))):
+        linear = _core.Linear(_pool(), [weight])
+        for isa in _core.isas():
+            if not _core.takes(f"{kind}-2of4", isa):
+                with pytest.raises(ValueError, match="do not multiply weights of this format"):
+                    linear.product(np.zeros((1, 36), np.float32), isa=isa)
+    with pytest.raises(ValueError, match="format 'int4-2of4' is not supported"):
+        _core.takes("int4-2of4")
 
 
 def _weight(group: int, shape: tuple[int, int], seed: int = 0, perm: bool = False) -> Weight:
@@ -49,6 +52,31 @@ def _weight(group: int, shape: tuple[int, int], seed: int = 0, perm: bool = Fals
     # sparsify() wants whole groups, the kernels do not.
     kept = sparsify(Weight(Format("int8"), shape, values, scales[:, :1], None, order))
     return replace(kept, format=Format("int8", group, sparse24=True), scales=scales)
+
+
+def _bf16(shape: tuple[int, int]) -> Weight:
+    """As _weight, in bf16: every bit pattern but infinities and NaN, subnormal numbers too."""
+    rng = np.random.default_rng(3)
+    n, k = shape
+    bits = rng.integers(0, 1 << 16, (n, k), np.uint16)
+    bits[(bits & 0x7F80) >= 0x4380] &= 0x3FFF  # nothing so large that a sum could overflow
+    bits.reshape(n, -1, 4)[rng.random((n, k // 4, 4)).argsort(axis=2) < 2] = 0
+    return sparsify(Weight(Format("bf16"), shape, bits))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_bits_of_the_dense_product(shape: tuple[int, int]) -> None:
+    weight = _bf16(shape)
+    sparse, dense = _core.Linear(_pool(), [weight]), _core.Linear(_pool(), [densify(weight)])
+    x = (np.random.default_rng(1).standard_normal((max(ROWS), shape[1])) * 3).astype(np.float32)
+    exact = from_bf16(to_bf16(x)).astype(np.float64) @ dequantize(weight).T.astype(np.float64)
+    for isa in _isas("bf16"):
+        for rows in ROWS:
+            found = sparse.product(x[:rows], isa=isa)
+            assert np.array_equal(found.view(np.uint32), dense.product(x[:rows], isa=isa).view(np.uint32)), (isa, rows)
+            assert np.abs(found - exact[:rows]).max() <= 1e-5 * np.abs(exact).max()
+        for index in (0, shape[0] - 1):
+            assert np.array_equal(sparse.row(index, scale=2.0, isa=isa), 2 * dequantize(weight)[index])
 
 
 @pytest.mark.parametrize("fine", [False, True], ids=["a8", "a16"])
@@ -100,5 +128,5 @@ def test_masks_that_the_kernels_cannot_read_are_refused() -> None:
             _core.Linear(_pool(), [replace(weight, mask=bad)])
     with pytest.raises(ValueError, match="mask does not fit its shape"):
         _core.Linear(_pool(), [replace(weight, mask=weight.mask[:, :-1].copy())])
-    with pytest.raises(ValueError, match="only int8 can be 2:4"):
-        _core.Linear(_pool(), [replace(weight, format=Format("bf16", sparse24=True))])
+    with pytest.raises(ValueError, match="only int8 and bf16 can be 2:4"):
+        _core.Linear(_pool(), [replace(weight, format=Format("fp16", sparse24=True))])

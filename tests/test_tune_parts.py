@@ -18,7 +18,7 @@ from hasten.recipe import Recipe, Run, presets
 from hasten.steps import Quantize
 from hasten.tune import candidates, choose
 from hasten.tune.budget import Budget, Progress
-from hasten.tune.predict import kv_bytes_per_token, predict, weights_read
+from hasten.tune.predict import as_run, kv_bytes_per_token, predict, weights_read
 from hasten.tune.report import report
 
 MACHINE = Hardware(
@@ -103,6 +103,20 @@ def test_two_of_four_is_half_the_numbers_and_a_bit_a_column() -> None:
     numbers = sum(n * k for name, (n, k) in matrix_shapes(spec()).items() if name.startswith("layers."))
     assert weights_read(spec(), whole, 1) - weights_read(spec(), halved, 1) == numbers / 2 - numbers / 8
     assert describe(halved["layers.0.q"]) == "int8-2of4"
+
+
+def test_what_a_device_does_not_take_counts_as_it_is_multiplied() -> None:
+    formats, wide = uniform("int8"), spec(hidden=512)
+    halved = {name: replace(fmt, sparse24=name.startswith("layers.")) for name, fmt in formats.items()}
+    packs = replace(MACHINE, takes=("fp8", "int8-2of4"))
+    weights = [predict(wide, halved, machine).weight_bytes for machine in (MACHINE, packs)]
+    assert weights[0] == predict(wide, formats, MACHINE).weight_bytes > weights[1]
+    floats = dict.fromkeys(formats, Format("fp8"))
+    assert predict(wide, floats, MACHINE) == predict(wide, uniform("bf16"), MACHINE)
+    assert predict(wide, floats, packs).weight_bytes == predict(wide, formats, MACHINE).weight_bytes
+    # o and down of so narrow a model have inputs of 16 bits, and their zeros.
+    assert as_run(halved["layers.0.o"], "layers.0.o", spec(), packs.takes) == Format("int8")
+    assert as_run(halved["layers.0.q"], "layers.0.q", spec(), packs.takes) == halved["layers.0.q"]
 
 
 def test_uniform_candidates_are_smaller_and_differ() -> None:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from hasten.errors import ResourceError
 
 _CPU = Path("/sys/devices/system/cpu")
+# Of what the compiled core and its callers agree upon; the core's own is in csrc/binding.cpp. Both are raised together.
+_INTERFACE = 2
 _POWERCAP = Path("/sys/class/powercap")
 _CGROUP = Path("/sys/fs/cgroup")
 # Packages whose version changes a number in a receipt.
@@ -35,6 +37,11 @@ class Limits(Protocol):
     def peak(self, kind: str) -> float:
         """Operations/s of products with weights of this kind of format."""
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Those of "fp8", "int8-2of4" and "bf16-2of4" that are multiplied as they are stored. Elsewhere 8-bit floats
+        become bf16, and what is 2:4 gets its zeros back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -43,6 +50,7 @@ class Hardware:
     cores: processors that this process may use (affinity). cpu_quota: cores' worth of time that the control group
     allows, None for no limit. caches: size by level, of one core's view. read_bandwidth: by number of threads.
     peak_ops: measured arithmetic peak of all threads by kind ("int8", "bf16"). energy: how energy can be read, or None.
+    takes: see Limits.
     """
 
     cpu: str
@@ -59,6 +67,7 @@ class Hardware:
     peak_ops: dict[str, float]
     energy: str | None
     notes: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -71,11 +80,11 @@ class Hardware:
         return max(self.read_bandwidth.values())
 
     def peak(self, kind: str) -> float:
-        """Operations/s of products with weights of this kind: integers multiply int8, bf16 itself, the rest fp32."""
+        """Operations/s of products with weights of this kind: integers multiply int8, 8-bit floats bf16 and it itself, the rest fp32."""
         if kind in ("int8", "int4"):
             return self.peak_ops["int8"]
         # Where the processor multiplies bf16 pairs, it does twice as many of them as of fp32.
-        halved = kind != "bf16" and "bf16" in self.isa
+        halved = kind not in ("bf16", "fp8") and "bf16" in self.isa
         return self.peak_ops["bf16"] / (2 if halved else 1)
 
     @property
@@ -106,32 +115,53 @@ class Gpu:
         return self.peak_ops.get(kind, self.peak_ops["bf16"])
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """See Limits."""
+        return ("fp8",)
+
+    @property
     def key(self) -> str:
         """What makes numbers comparable."""
         return f"{self.name} {self.capability} {self.cuda}"
 
 
+def load_core() -> Any:
+    """hasten._core. Raises ResourceError where it is missing or was built from another version of the source."""
+    try:
+        from hasten import _core
+    except ImportError as error:
+        raise ResourceError(
+            f"the compiled core hasten._core is not usable here ({error}): install with pip, or run scripts/build.sh"
+        ) from None
+    found = getattr(_core, "interface", 1)
+    if found != _INTERFACE:
+        raise ResourceError(
+            f"the compiled core hasten._core is {'older' if found < _INTERFACE else 'newer'} than this copy of hasten "
+            f"(interface {found}, expected {_INTERFACE}): build it again by scripts/build.sh, or install with pip"
+        )
+    return _core
+
+
 def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:
     """Look at this machine and measure it, `seconds` for each of four measurements, with `threads` or all it has."""
-    from hasten import _core
-
+    core = load_core()
     threads = threads or usable_threads()
     caches = cache_sizes()
     size = max(256 << 20, 4 * max(caches.values(), default=0))
     size = min(size, memory_available() // 4)
     bandwidth = {
-        str(count): _best(lambda part, n=count: _core.read_bandwidth(n, size, part), seconds)  # type: ignore[misc]
+        str(count): _best(lambda part, n=count: core.read_bandwidth(n, size, part), seconds)  # type: ignore[misc]
         for count in sorted({1, threads})
     }
     peaks = {
-        kind: _best(lambda part, k=kind: _core.arithmetic_peak(k, threads, part), seconds)  # type: ignore[misc]
+        kind: _best(lambda part, k=kind: core.arithmetic_peak(k, threads, part), seconds)  # type: ignore[misc]
         for kind in ("int8", "bf16")
     }
     notes = [] if energy_counters() else ["energy counters (RAPL) are not readable here"]
     return Hardware(
         cpu=cpu_model(),
         architecture=platform.machine(),
-        isa=_core.isa(),
+        isa=core.isa(),
         cores=len(affinity()),
         cpu_quota=cpu_quota(),
         caches=caches,
@@ -143,6 +173,7 @@ def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:
         peak_ops={kind: value for kind, value in peaks.items() if value},
         energy="RAPL" if energy_counters() else None,
         notes=tuple(notes),
+        takes=tuple(format for format in ("fp8", "int8-2of4", "bf16-2of4") if core.takes(format)),
     )
 
 

@@ -2,15 +2,16 @@
 
 The roofline model (Williams et al. 2009): a step takes as long as reading its bytes at the measured bandwidth, or as
 its operations at the measured peak, whichever is longer. Overheads are left out: a prediction is an upper limit, but
-for models small enough to stay in the processor's caches. Counts what a format lets a device leave out (the zeros of
-2:4, experts that no token chose), whether or not a backend does.
+for models small enough to stay in the processor's caches. Counts what a format lets this device leave out: the zeros
+of 2:4 where it multiplies them so, experts that no token chose.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hasten.compress.plan import MLP, Plan, matrix_shapes
 from hasten.hardware import Limits
-from hasten.model.formats import Format, bytes_of
+from hasten.model.formats import Format, activation_bits, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.receipt import Prediction
 
@@ -28,6 +29,7 @@ def predict(
 ) -> Prediction:
     """Upper limits of tokens/s with every matrix in its format of `formats`, each stream `context` tokens long."""
     shapes = {**matrix_shapes(spec), **_routers(spec)}
+    formats = {name: as_run(formats[name], name, spec, limits.takes) for name in shapes}
     weight_bytes = sum(bytes_of(formats[name], shape) for name, shape in shapes.items())
     kv_read = context * kv_bytes_per_token(spec, kv_cache)
 
@@ -41,6 +43,14 @@ def predict(
     decode = {str(n): n / seconds(n, n, n * kv_read) for n in streams}
     token_bytes = int(weights_read(spec, formats, 1) + kv_read)
     return Prediction(decode, PREFILL / seconds(PREFILL, 1, 0), weight_bytes, token_bytes)
+
+
+def as_run(format: Format, name: str, spec: ModelSpec, takes: tuple[str, ...]) -> Format:
+    """How matrix `name`, stored in this format, is multiplied by a device that `takes` some as they are (Limits)."""
+    fine = activation_bits(format, name, spec.hidden_size) == 16  # such products have no 2:4
+    if format.sparse24 and (fine or f"{format.kind}-2of4" not in takes):
+        format = replace(format, sparse24=False)
+    return Format("bf16") if format.kind == "fp8" and "fp8" not in takes else format
 
 
 def weights_read(spec: ModelSpec, formats: Mapping[str, Format], num_tokens: int) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hasten.backends.base import Batch, DeviceMemory, Float32, Sampled, SamplingBatch, StepLimits
 from hasten.backends.cpu.split import expert_pieces
 from hasten.errors import HastenError, ModelError, ResourceError
-from hasten.hardware import memory_available, usable_threads
+from hasten.hardware import load_core, memory_available, usable_threads
 from hasten.model.formats import Weight, dense_weight, densify, dequantize
 from hasten.model.spec import ModelSpec
 
@@ -41,7 +41,7 @@ class CpuBackend:
     usual = StepLimits(max_tokens=512, max_sequences=64, max_rows=128)
 
     def __init__(self, threads: int = 0, isa: str | None = None) -> None:
-        self._core = _load_core()
+        self._core = load_core()
         threads = threads or usable_threads()
         if threads < 0:
             raise ResourceError(f"threads is {threads}, expected 0 (all cores) or more")
@@ -68,8 +68,7 @@ class CpuBackend:
         left over or wrongly shaped, ResourceError where memory does not suffice."""
         try:
             decoder = self._core.Decoder(spec, self._pool, self.isa)
-            sparse = bool(self._core.takes_sparse(self.isa))
-            _add_weights(decoder, spec, ((name, _multiplied(weight, sparse)) for name, weight in weights))
+            _add_weights(decoder, spec, ((name, self._multiplied(weight)) for name, weight in weights))
             decoder.finish()
         except ValueError as error:
             raise ModelError(str(error)) from None
@@ -125,6 +124,16 @@ class CpuBackend:
         for source, destination in pairs:
             self._loaded.copy_block(source, destination)
 
+    def _multiplied(self, weight: Weight) -> Weight:
+        """A weight in a form that the core multiplies on this CPU: where it cannot leave out zeros, with them; where it
+        has no 8-bit floats, in bfloat16."""
+        kind = weight.format.kind
+        if weight.mask is not None and not (kind in ("int8", "bf16") and self._core.takes(f"{kind}-2of4", self.isa)):
+            weight = densify(weight)
+        if kind == "fp8" and not self._core.takes(kind, self.isa):
+            weight = dense_weight(dequantize(weight), "bf16")
+        return weight
+
     @property
     def _loaded(self) -> Any:
         if self._decoder is None:
@@ -147,16 +156,6 @@ class _resource_errors:  # noqa: N801 - reads as a statement
             raise ResourceError(str(error)) from None
 
 
-def _load_core() -> Any:
-    try:
-        from hasten import _core
-    except ImportError as error:
-        raise ResourceError(
-            f"the compiled core hasten._core is not usable here ({error}): install with pip, or run scripts/build.sh"
-        ) from None
-    return _core
-
-
 def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> None:
     """Hand over each weight as soon as those that are packed with it have come."""
     waiting: dict[tuple[str, int], dict[str, Weight]] = {}
@@ -176,14 +175,6 @@ def _add_weights(decoder: Any, spec: ModelSpec, weights: Iterable[tuple[str, Wei
     for (role, layer), parts in waiting.items():
         missing = [name for name in _place(next(iter(parts)), spec)[2] if name not in parts]
         raise ModelError(f"weight {missing[0]} is missing (of {role} in layer {layer})")
-
-
-def _multiplied(weight: Weight, sparse: bool) -> Weight:
-    """A weight in a form that the core multiplies: it has no 8-bit floats, and keeps zeros out of int8 alone, where the
-    CPU is quick at it (`sparse`)."""
-    if not (sparse and weight.format.kind == "int8"):
-        weight = densify(weight)
-    return dense_weight(dequantize(weight), "bf16") if weight.format.kind == "fp8" else weight
 
 
 def _place(name: str, spec: ModelSpec) -> tuple[str, int, list[str]]:
