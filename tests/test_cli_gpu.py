@@ -52,7 +52,7 @@ def test_a_report_of_a_gpu_has_its_columns(llm: LLM, capsys: pytest.CaptureFixtu
     used = {name: Energy(0.125, 640.0) for name in works}
     results = bench.summarize(llm, works, timings, used, GPU)
     single = results[1]
-    size = bench.step_bytes(llm, 1, bench.START + 4)
+    size = bench.step_bytes(llm, 1, bench.START + 4, GPU.takes)
     assert single["of_bandwidth"] == pytest.approx(single["speed"]["median"] * size / GPU.bandwidth)
     assert [row["energy"] for row in results] == [{"joules_per_token": 0.125, "watts": 640.0}] * 3
     conditions = {"model": "m", "device": "cuda", "gpu": GPU.name, "capability": "9.0", "read_bandwidth": GPU.bandwidth}

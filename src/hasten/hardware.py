@@ -39,8 +39,8 @@ class Limits(Protocol):
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """Those of "fp8", "int8-2of4" and "bf16-2of4" that are multiplied as they are stored. Elsewhere 8-bit floats
-        become bf16, and what is 2:4 gets its zeros back."""
+        """Formats that are multiplied as they are stored where a device can: "fp8", and 2:4 as "bf16-2of4", "int8-2of4"
+        or, in groups, "int8-g-2of4". Elsewhere 8-bit floats become bf16, and what is 2:4 gets its zeros back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Gpu:
     @property
     def takes(self) -> tuple[str, ...]:
         """See Limits."""
-        return ("fp8",)
+        return ("fp8", *(f"{kind}-2of4" for kind in ("fp16", "bf16", "fp8", "int8")))
 
     @property
     def key(self) -> str:
@@ -173,7 +173,9 @@ def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:
         peak_ops={kind: value for kind, value in peaks.items() if value},
         energy="RAPL" if energy_counters() else None,
         notes=tuple(notes),
-        takes=tuple(format for format in ("fp8", "int8-2of4", "bf16-2of4") if core.takes(format)),
+        takes=tuple(
+            name for name in ("fp8", "int8-2of4", "int8-g-2of4", "bf16-2of4") if core.takes(name.replace("-g", ""))
+        ),
     )
 
 

@@ -196,7 +196,7 @@ def summarize(
             row["ttft"] = asdict(spread([t.ttft for t in timings[name]], "s"))
         else:
             context = START + work.num_tokens // 2
-            num_bytes = step_bytes(llm, streams, context, format)
+            num_bytes = step_bytes(llm, streams, context, limits.takes, format)
             row["of_bandwidth"] = rates.median / streams * num_bytes / limits.bandwidth
         if name in energy:
             row["energy"] = asdict(energy[name])
@@ -204,17 +204,19 @@ def summarize(
     return results
 
 
-def step_bytes(llm: "LLM", streams: int, context: int, format: str | None = None) -> int:
-    """Bytes that one decoding step reads: its weights once, and every stream's keys and values. format "fp8": what the
-    layers have in 16 or 32 bits was rounded when it was loaded."""
+def step_bytes(llm: "LLM", streams: int, context: int, takes: tuple[str, ...], format: str | None = None) -> int:
+    """Bytes that one decoding step reads: its weights once, and every stream's keys and values. takes: formats that the
+    device multiplies as they are (Limits). format "fp8": what the layers have in 16 or 32 bits was rounded when it was
+    loaded."""
     from hasten.model.checkpoint import open_checkpoint
     from hasten.model.formats import DENSE_BYTES, Format
-    from hasten.tune.predict import kv_bytes_per_token, weights_read
+    from hasten.tune.predict import as_run, kv_bytes_per_token, weights_read
 
     formats = {name: fmt for name, _, fmt in open_checkpoint(llm.path).matrices()}
     if format == "fp8":
         rounded = [name for name, fmt in formats.items() if name.startswith("layers.") and fmt.kind in DENSE_BYTES]
         formats |= dict.fromkeys(rounded, Format("fp8"))
+    formats = {name: as_run(fmt, name, llm.spec, takes) for name, fmt in formats.items()}
     kv_read = streams * context * kv_bytes_per_token(llm.spec, llm.kv_cache)
     return int(weights_read(llm.spec, formats, streams) + kv_read)
 

@@ -48,7 +48,8 @@ def predict(
 def as_run(format: Format, name: str, spec: ModelSpec, takes: tuple[str, ...]) -> Format:
     """How matrix `name`, stored in this format, is multiplied by a device that `takes` some as they are (Limits)."""
     fine = activation_bits(format, name, spec.hidden_size) == 16  # such products have no 2:4
-    if format.sparse24 and (fine or f"{format.kind}-2of4" not in takes):
+    group = "-g" if format.group_size else ""
+    if format.sparse24 and (fine or f"{format.kind}{group}-2of4" not in takes):
         format = replace(format, sparse24=False)
     return Format("bf16") if format.kind == "fp8" and "fp8" not in takes else format
 
