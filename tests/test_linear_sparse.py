@@ -1,5 +1,5 @@
-"""The compiled core's products with 2:4 int8 and bf16 weights: the bits of the dense product, on every instruction set of
-this machine that multiplies them, and what numpy says. Whole models: test_cpu_formats.py, on every instruction set."""
+"""The compiled core's products with 2:4 int8 and bf16 weights: the bits of the dense product, on every instruction set
+of this machine that multiplies them, and what numpy says. Whole models: test_cpu_formats.py."""
 
 from dataclasses import replace
 from functools import cache

@@ -18,6 +18,7 @@ from hasten.errors import ResourceError
 _CPU = Path("/sys/devices/system/cpu")
 # Of what the compiled core and its callers agree upon; the core's own is in csrc/binding.cpp. Both are raised together.
 _INTERFACE = 2
+_TAKEN = ("fp8", "int8-2of4", "int8-g-2of4", "bf16-2of4")
 _POWERCAP = Path("/sys/class/powercap")
 _CGROUP = Path("/sys/fs/cgroup")
 # Packages whose version changes a number in a receipt.
@@ -80,7 +81,7 @@ class Hardware:
         return max(self.read_bandwidth.values())
 
     def peak(self, kind: str) -> float:
-        """Operations/s of products with weights of this kind: integers multiply int8, 8-bit floats bf16 and it itself, the rest fp32."""
+        """Operations/s of products with weights of this kind: int8 and bf16 as measured, the rest as fp32."""
         if kind in ("int8", "int4"):
             return self.peak_ops["int8"]
         # Where the processor multiplies bf16 pairs, it does twice as many of them as of fp32.
@@ -173,9 +174,7 @@ def probe(seconds: float = 0.4, threads: int | None = None) -> Hardware:
         peak_ops={kind: value for kind, value in peaks.items() if value},
         energy="RAPL" if energy_counters() else None,
         notes=tuple(notes),
-        takes=tuple(
-            name for name in ("fp8", "int8-2of4", "int8-g-2of4", "bf16-2of4") if core.takes(name.replace("-g", ""))
-        ),
+        takes=tuple(name for name in _TAKEN if core.takes(name.replace("-g", ""))),
     )
 
 
