@@ -1,15 +1,16 @@
-"""Compressed forms against dense: does reading fewer bytes show as more tokens a second? int8 on a CPU, or bf16 (fp8)
-on a GPU, which forms_gpu.py measures.
+"""Compressed forms against dense: does reading fewer bytes show as more tokens a second? int8 or bf16 on a CPU, bf16 or
+fp8 on a GPU, which forms_gpu.py measures.
 
     python benchmarks/forms.py [--layers 28] [--rounds 5] [--tokens 24] [--threads 0] [--only FORM] [--json FILE]
+    python benchmarks/forms.py --format bf16 --prompt 512 [...]
     python benchmarks/forms.py --device cuda [--layers 32] [--format bf16|fp8|int8] [--batches 1,8] [...]
 
-The Qwen3-0.6B shape with random int8 weights, a scale a row, in these forms: dense; half of the neurons gone; half of
-neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4 active;
-layers in which two of four weights are zero. --only takes some of them. Printed are, for each, what it reads, the
-speed-up that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %);
-last the ratio of the fastest samples, which says more on a machine that others use. On a GPU it is the shape of
-Llama-3.1-8B.
+The Qwen3-0.6B shape with random weights, int8 with a scale a row, in these forms: dense; half of the neurons gone;
+half of neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4
+active; layers in which two of four weights are zero; beside bf16, layers in 8-bit floats. --prompt: how fast a prompt is
+read, for which fewer bytes promise little. --only takes some of them. Printed are, for each, what it reads, the speed-up
+that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %); last the
+ratio of the fastest samples, which says more on a machine that others use. On a GPU it is the shape of Llama-3.1-8B.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 from hasten.backends.base import Backend, Batch
 from hasten.compress.plan import matrix_shapes
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
-from hasten.model.formats import Format, Weight, bytes_of, dense_weight
+from hasten.model.formats import Format, Kind, Weight, bytes_of, dense_weight, to_bf16
 from hasten.model.spec import Layer, ModelSpec, spec_from_config
 
 CONFIG = {
@@ -33,9 +34,7 @@ CONFIG = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "dtype": "bfloat16", "rope_theta": 1e6,
 }  # fmt: skip
-INT8 = Format("int8")
-SPARSE = Format("int8", sparse24=True)
-TWO_OF_FOUR = "2:4"
+TWO_OF_FOUR, FLOAT8 = "2:4", "fp8"
 PAIRS = np.array([3, 5, 6, 9, 10, 12], np.uint8)  # two of four columns, as bits
 BLOCK = 16
 
@@ -66,28 +65,40 @@ def forms(spec: ModelSpec) -> dict[str, ModelSpec]:
         "low rank 50 %": of(ranks=ranks),
         "experts 4 of 16": of(experts=16, active_experts=4),
         TWO_OF_FOUR: spec,
+        FLOAT8: spec,
     }
 
 
-def format_of(form: str, name: str) -> Format:
+def format_of(form: str, name: str, kind: Kind) -> Format:
     """Of a matrix; embeddings and heads keep all of their numbers, as recipes leave them."""
-    return SPARSE if form == TWO_OF_FOUR and name.startswith("layers.") else INT8
+    if not name.startswith("layers."):
+        return Format(kind)
+    return Format(FLOAT8) if form == FLOAT8 else Format(kind, sparse24=form == TWO_OF_FOUR)
 
 
-def weights(spec: ModelSpec, form: str, seed: int = 0) -> Iterator[tuple[str, Weight]]:
-    """Random weights of a form: int8 matrices, norms of one."""
+def weights(spec: ModelSpec, form: str, kind: Kind, seed: int = 0) -> Iterator[tuple[str, Weight]]:
+    """Random weights of a form: matrices of `kind`, norms of one."""
     rng = np.random.default_rng(seed)
 
     def matrix(shape: tuple[int, int], fmt: Format) -> Weight:
         rows, columns = shape
-        scales = np.full((rows, 1), 0.3 / 127 / columns**0.5, np.float32)
-        if not fmt.sparse24:
-            return Weight(fmt, shape, rng.integers(-127, 128, shape, np.int8), scales)
-        mask = rng.choice(PAIRS, (rows, columns // 8)) | rng.choice(PAIRS, (rows, columns // 8)) << np.uint8(4)
-        return Weight(fmt, shape, rng.integers(-127, 128, (rows, columns // 2), np.int8), scales, mask=mask)
+        kept = columns // 2 if fmt.sparse24 else columns
+        scale, scales, mask = 0.3 / 127 / columns**0.5, None, None
+        if fmt.kind == "bf16":
+            signs = rng.choice(np.array([0, 0x8000], np.uint16), (rows, kept))
+            data = signs | to_bf16(np.full((rows, kept), 64 * scale, np.float32))
+        else:
+            data = rng.integers(-127, 128, (rows, kept), np.int8)
+            scales = np.full((rows, 1), scale, np.float32)
+            if fmt.kind == FLOAT8:
+                data = data.view(np.uint8) & np.uint8(0xDF)  # at most 15
+                scales *= 8
+        if fmt.sparse24:
+            mask = rng.choice(PAIRS, (rows, columns // 8)) | rng.choice(PAIRS, (rows, columns // 8)) << np.uint8(4)
+        return Weight(fmt, shape, data, scales, mask=mask)
 
     for name, shape in matrix_shapes(spec).items():
-        yield name, matrix(shape, format_of(form, name))
+        yield name, matrix(shape, format_of(form, name, kind))
     for index, layer in enumerate(spec.layers):
         for norm, width in (("attn_norm", spec.hidden_size), ("mlp_norm", spec.hidden_size),
                             ("q_norm", layer.head_dim), ("k_norm", layer.head_dim)):  # fmt: skip
@@ -100,7 +111,7 @@ def weights(spec: ModelSpec, form: str, seed: int = 0) -> Iterator[tuple[str, We
     yield "final_norm", dense_weight(np.ones(spec.hidden_size, np.float32))
 
 
-def bytes_per_token(spec: ModelSpec, form: str) -> int:
+def bytes_per_token(spec: ModelSpec, form: str, kind: Kind) -> int:
     """Of weights that a decoding step of one sequence reads."""
     total = 0
     for name, shape in matrix_shapes(spec).items():
@@ -108,7 +119,7 @@ def bytes_per_token(spec: ModelSpec, form: str) -> int:
         share = 1.0
         if layer is not None and layer.experts and name.split(".")[2] in ("gate", "up", "down"):
             share = layer.active_experts / layer.experts
-        total += int(share * bytes_of(format_of(form, name), shape))
+        total += int(share * bytes_of(format_of(form, name, kind), shape))
     return total + sum(2 * layer.experts * spec.hidden_size for layer in spec.layers)
 
 
@@ -123,30 +134,44 @@ def decode(backend: Backend, tokens: int, start: int) -> float:
     return tokens / (time.perf_counter() - began)
 
 
+def read(backend: Backend, tokens: int) -> float:
+    """Tokens a second of a prompt, read in one step."""
+    places = np.arange(tokens, dtype=np.int32)
+    length, table = np.array([tokens], np.int32), np.arange(-(-tokens // BLOCK), dtype=np.int32)[None]
+    began = time.perf_counter()
+    backend.forward(Batch(places + 7, places, places, length, length, table, length - 1))
+    return tokens / (time.perf_counter() - began)
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Every form in every round on a CPU, and what it comes to."""
     from hasten.backends.cpu import CpuBackend
 
     specs = forms(spec_from_config({**CONFIG, "num_hidden_layers": arguments.layers or 28}))
-    specs = {name: spec for name, spec in specs.items() if name in ("dense", *(arguments.only or specs))}
+    kind: Kind = arguments.format or "int8"
+    wanted = arguments.only or [name for name in specs if name != FLOAT8 or kind == "bf16"]
+    specs = {name: spec for name, spec in specs.items() if name in ("dense", *wanted)}
     backends = {}
     for name, spec in specs.items():
         backend = CpuBackend(arguments.threads)
-        backend.load(spec, weights(spec, name))
-        backend.allocate(16, BLOCK, "bf16")
+        backend.load(spec, weights(spec, name, kind))
+        backend.allocate(max(16, -(-arguments.prompt // BLOCK)), BLOCK, "bf16")
         decode(backend, 40, 0)
         backends[name] = backend
     samples: dict[str, list[float]] = {name: [] for name in specs}
     for _ in range(arguments.rounds):
         for name, backend in backends.items():
-            samples[name].append(decode(backend, arguments.tokens or 24, 40))
-    dense = bytes_per_token(specs["dense"], "dense")
+            one = arguments.prompt
+            samples[name].append(read(backend, one) if one else decode(backend, arguments.tokens or 24, 40))
+    dense = bytes_per_token(specs["dense"], "dense", kind)
     rows = [
-        summary(name, found, samples["dense"], bytes_per_token(specs[name], name), dense)
+        summary(name, found, samples["dense"], bytes_per_token(specs[name], name, kind), dense)
         for name, found in samples.items()
     ]
     return {
         "layers": arguments.layers or 28,
+        "format": kind,
+        "prompt": arguments.prompt,
         "threads": arguments.threads or usable_threads(),
         "cpu": cpu_model(),
         "versions": versions(),
@@ -178,14 +203,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="of a sample: 24 on a CPU, 64 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--format", choices=("bf16", "fp8", "int8"), default="bf16", help="of the layers on a GPU")
+    parser.add_argument(
+        "--format", choices=("int8", "bf16", "fp8"), help="of dense weights: int8 on a CPU, bf16 on a GPU"
+    )
+    parser.add_argument("--prompt", type=int, default=0, metavar="N", help="read one of N tokens instead, on a CPU")
     parser.add_argument("--tune", action="store_true", help="measure tiles on the GPU before, kept in the user's cache")
     parser.add_argument("--batches", default="1,8", help="sequences of a step on a GPU")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--only", action="append", metavar="FORM", help="this form beside dense; can be given again")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and arguments.format == "fp8":
+        parser.error(f"dense weights in {arguments.format} are not measured on {arguments.device}")
     if arguments.device == "cuda":
+        arguments.format = arguments.format or "bf16"
         from forms_gpu import measure_gpu
 
         found = measure_gpu(arguments)

@@ -25,10 +25,7 @@ ActKind act_kind(Kind weight, bool fine) {
 
 int num_groups(const Matrix& w) { return has_scales(w.kind) ? divide_up(w.k_pad, w.group) : 0; }
 
-size_t data_bytes(const Matrix& w) {
-  const int bits = kind_bits(w.kind) + (is_sparse(w.kind) ? 1 : 0);
-  return static_cast<size_t>(w.n_pad) * w.k_pad * bits / 8;
-}
+size_t data_bytes(const Matrix& w) { return static_cast<size_t>(w.n_pad / kBlockRows) * block_bytes(w); }
 size_t scale_count(const Matrix& w) { return static_cast<size_t>(w.n_pad) * num_groups(w); }
 
 // Round to nearest even. Values whose f16 is subnormal take the slow way.
@@ -125,9 +122,8 @@ void pack_float8(const Matrix& w, const SourceRow* rows, uint8_t* to) {
 }
 
 void pack_data(const Matrix& w, const SourceRow* rows, int block) {
-  const size_t block_bytes = data_bytes(w) / static_cast<size_t>(w.n_pad / kBlockRows);
   const size_t row_bytes = source_row_bytes(w.kind, w.k);
-  uint8_t* to = w.data + static_cast<size_t>(block) * block_bytes;
+  uint8_t* to = w.data + static_cast<size_t>(block) * block_bytes(w);
   if (w.kind == Kind::I8 && rows[0].mask) return pack_whole(w, rows, to);
   const auto same = [](auto word) { return word; };
   switch (w.kind) {
@@ -205,7 +201,8 @@ size_t matrix_bytes(const Matrix& w) { return data_bytes(w) + scale_count(w) * (
 
 size_t scratch_bytes(const Matrix& w) {
   const size_t groups = is_integer(w.kind) ? divide_up(w.k_pad, w.act_group) : 0;
-  return groups * kMaxTileRows * 4 + kVectorBytes;
+  const size_t panel = w.kind == Kind::I8Sparse ? static_cast<size_t>(kPanelBlocks) * kBlockRows * w.k_pad : 0;
+  return panel + groups * kMaxTileRows * 4 + kVectorBytes;
 }
 
 int num_tiles(int rows, int tile_rows) { return divide_up(rows, tile_rows); }

@@ -6,12 +6,13 @@
 //   F32   [n/16][k][16]        f32            F16  [n/16][k][16]    f16
 //   BF16  [n/16][k/2][16][2]   bf16
 //   I8    [n/16][k/4][16][4]   u8 = value + 128
-//   I8Sparse: two of each four columns kept: for 32 columns [n/16][k/32] first [16] masks of 32 bits (low bit: first column),
-//         then [4][16][4] signed
+//   F8    [n/16][k/4][4][2][4][2]  e4m3; of each four rows columns 4i and 4i + 1, then 4i + 2 and 4i + 3
+//   I8Sparse, BF16Sparse: two of each four columns kept; for 32 columns [n/16][k/32] first [16] masks of 32 bits (low bit:
+//         first column), then [4][16][4] signed bytes, or [8][16][2] bf16
 //   I4    [n/16][k/8][16][4]   byte j of a row: low nibble column 8i + j, high nibble column 8i + 4 + j; 0..15
 //   scales f16 [n/16][groups][16], relative to `multiplier`, a power of two that keeps them normal; zeros u8 likewise.
 //
-// All instruction sets read this one layout; I8Sparse only where LinearKernels::takes_sparse says so.
+// All instruction sets read this one layout; F8 and the sparse kinds only where LinearKernels::takes() says so.
 #pragma once
 
 #include <cstddef>
@@ -21,10 +22,11 @@ namespace hasten {
 
 enum class Kind : uint8_t { F32, F16, BF16, BF16Sparse, F8, I8, I8Sparse, I4 };
 
-constexpr bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I8Sparse || kind == Kind::I4; }
-constexpr bool is_sparse(Kind kind) { return kind == Kind::I8Sparse || kind == Kind::BF16Sparse; }
+// Functions here are static: a copy that the linker shared might have been compiled for instructions that this CPU lacks.
+static constexpr bool is_integer(Kind kind) { return kind == Kind::I8 || kind == Kind::I8Sparse || kind == Kind::I4; }
+static constexpr bool is_sparse(Kind kind) { return kind == Kind::I8Sparse || kind == Kind::BF16Sparse; }
 
-constexpr int kind_bits(Kind kind) {  // of a column's number; packed sparse kinds have a bit more for its place
+static constexpr int kind_bits(Kind kind) {  // of a column's number; packed sparse kinds have a bit more for its place
   switch (kind) {
     case Kind::F32: return 32;
     case Kind::F16:
@@ -38,27 +40,32 @@ constexpr int kind_bits(Kind kind) {  // of a column's number; packed sparse kin
   return 4;
 }
 
-// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16 ones, Q8 the integer kinds,
-// Q16 int8 weights that were packed for it.
+// What a row must be turned into before a product. F32 serves F32 and F16 weights, BF16 serves BF16, BF16Sparse and F8, Q8 the
+// integer kinds, Q16 int8 weights that were packed for it.
 enum class ActKind : uint8_t { F32, BF16, Q8, Q16 };
 
 constexpr int kBlockRows = 16;  // rows of a row block
 constexpr int kPadK = 64;       // k is padded to a multiple of this
+constexpr int kPanelBlocks = 4; // row blocks that a product passes over all rows before the next
 
 struct Matrix {
   Kind kind;
   int n, k;              // as the model knows them
   int n_pad, k_pad;
-  int group;             // columns a scale covers: 32, 64, 128; k_pad for one scale a row. Integer kinds only.
+  int group;             // columns a scale covers: 32, 64, 128; k_pad for one scale a row. Integer kinds and F8 only.
   ActKind act;           // how rows are prepared for it
-  int act_group;         // columns an activation scale covers: 32, 64 or 128 (128 where group is larger)
+  int act_group;         // columns an activation scale covers: 32, 64 or 128 (128 where group is larger); integer kinds
   uint8_t* data;         // 64-byte aligned, from memory.h
-  uint16_t* scales;      // integer kinds
+  uint16_t* scales;      // integer kinds and F8
   uint8_t* zeros;        // asymmetric I4, else nullptr (zero point 8)
   float multiplier;
   float* bias;           // [n_pad] or nullptr
   const int32_t* perm;   // [k] or nullptr: column j multiplies input perm[j]
 };
+
+static inline size_t block_bytes(const Matrix& w) {  // of the numbers
+  return (size_t)kBlockRows * w.k_pad * (kind_bits(w.kind) + is_sparse(w.kind)) / 8;
+}
 
 // Source rows as a checkpoint stores them (see Weight in model/formats.py).
 struct Source {
