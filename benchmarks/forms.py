@@ -7,10 +7,11 @@ fp8 on a GPU, which forms_gpu.py measures.
 
 The Qwen3-0.6B shape with random weights, int8 with a scale a row, in these forms: dense; half of the neurons gone;
 half of neurons and heads gone; the matrices of layers at half of their numbers as two thin ones; MLPs in 16 experts, 4
-active; layers in which two of four weights are zero; beside bf16, layers in 8-bit floats. --prompt: how fast a prompt is
-read, for which fewer bytes promise little. --only takes some of them. Printed are, for each, what it reads, the speed-up
-that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %); last the
-ratio of the fastest samples, which says more on a machine that others use. On a GPU it is the shape of Llama-3.1-8B.
+active; layers in which two of four weights are zero; beside bf16, layers in 8-bit floats. --prompt: how fast a prompt
+is read, for which fewer bytes promise little. --only takes some of them. Printed are, for each, what it reads, the
+speed-up that these promise over dense in the same round, what was measured, and the share of the promise (goal: 85 %);
+last the ratio of the fastest samples, which says more on a machine that others use. On a GPU it is the shape of
+Llama-3.1-8B.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Layers of widths of their own and low-rank matrices in the native backend: as the reference has them, in a batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_load_torch import reformed
 
 from hasten import compress
 from hasten.backends.cpu import CpuBackend
+from hasten.backends.cpu.split import expert_pieces
 from hasten.compress import strip
 from hasten.errors import ModelError
 from hasten.model.checkpoint import open_checkpoint
@@ -81,6 +83,26 @@ def test_experts_rounded(kind: str, group: int, tiny_model: Callable[..., Path],
     steps = {"steps": [{"quantize": {"format": kind, "group_size": group, "targets": ["mlp"]}}]}
     compress(tmp_path / "dense", steps, tmp_path / "out")
     agree(tmp_path / "out", 0.1, rows=0.8)
+
+
+@pytest.mark.parametrize("fmt", [Format("int8", 128), Format("int4", 128, symmetric=False), Format("fp8", 64)], ids=str)
+@pytest.mark.parametrize(("size", "group"), [(128, 0), (96, 32), (64, 64), (20, None)])
+def test_down_of_an_expert_keeps_its_format_where_a_group_ends_with_it(
+    fmt: Format, size: int, group: int | None, tiny_model: Callable[..., Path]
+) -> None:
+    """group: of the pieces, 0 is the matrix's own; None: no group ends there, so they are in bfloat16."""
+    spec = open_checkpoint(tiny_model("llama_bias")).spec
+    spec = replace(spec, layers=(replace(spec.layers[0], intermediate_size=4 * size, experts=4, active_experts=1),))
+    columns = -(-4 * size // 128) * 128 if group is None else 4 * size
+    down = quantize(np.random.default_rng(0).standard_normal((5, columns)).astype(np.float32), fmt)
+    pieces = [weight for _, weight in expert_pieces(spec, [("layers.0.down", down)])]
+    for expert, piece in enumerate(pieces):
+        want = dequantize(down)[:, expert * size : (expert + 1) * size]
+        if group is None:
+            assert piece.format == Format("bf16")
+        else:
+            assert piece.format == replace(fmt, group_size=min(fmt.group_size, group or fmt.group_size))
+            assert np.array_equal(dequantize(piece), want)
 
 
 def test_two_of_four_in_experts_and_thin_matrices(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

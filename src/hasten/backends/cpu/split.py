@@ -14,6 +14,8 @@ from hasten.errors import ModelError
 from hasten.model.formats import Weight, dense_weight, densify, dequantize
 from hasten.model.spec import ModelSpec
 
+_LEAST_GROUP = 32  # of those that the core multiplies
+
 
 def expert_pieces(spec: ModelSpec, weights: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, Weight]]:
     """The weights; those of a split MLP as `layers.i.gate.E`, `layers.i.up.E` and `layers.i.down.E` (rows of the first
@@ -49,8 +51,10 @@ def _rows(weight: Weight, rows: slice) -> Weight:
 
 
 def _columns(weight: Weight, columns: slice) -> Weight:
-    """Columns of a matrix in its format where whole groups of scales are cut, else in bfloat16."""
-    fmt, (first, last) = weight.format, (columns.start, columns.stop)
+    """Columns of a matrix in its format, in smaller groups where these would be cut; else in bfloat16."""
+    first, last = columns.start, columns.stop
+    weight = _regrouped(weight, first, last)
+    fmt = weight.format
     group = fmt.group_size
     if group and (first % group or (last % group and last != weight.shape[1])):
         return dense_weight(dequantize(weight)[:, columns], "bf16")
@@ -63,3 +67,16 @@ def _columns(weight: Weight, columns: slice) -> Weight:
     zeros = None if weight.zeros is None else np.ascontiguousarray(weight.zeros[:, groups])
     shape = (weight.shape[0], last - first)
     return replace(weight, shape=shape, data=np.ascontiguousarray(data), scales=scales, zeros=zeros)
+
+
+def _regrouped(weight: Weight, first: int, last: int) -> Weight:
+    """The same numbers in groups of a half or a quarter, where only these end at both columns: scales are repeated."""
+    group = small = weight.format.group_size
+    while small > _LEAST_GROUP and (first % small or last % small):
+        small //= 2
+    if small == group or weight.scales is None:
+        return weight
+    groups = -(-weight.shape[1] // small)
+    scales = np.repeat(weight.scales, group // small, axis=1)[:, :groups]
+    zeros = None if weight.zeros is None else np.repeat(weight.zeros, group // small, axis=1)[:, :groups]
+    return replace(weight, format=replace(weight.format, group_size=small), scales=scales, zeros=zeros)
