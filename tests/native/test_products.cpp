@@ -26,7 +26,7 @@ void require(bool condition, const std::string& what) {
 
 // A matrix as a checkpoint stores it, and what it stands for.
 struct Weights {
-  std::vector<uint8_t> data, zeros;
+  std::vector<uint8_t> data, zeros, mask;
   std::vector<float> scales;
   std::vector<double> values;
   Source source;
@@ -39,14 +39,26 @@ Weights make_weights(Kind kind, int n, int k, int group, bool asymmetric) {
     w.scales.push_back((float)(1024 + random_bits() % 1024) / 65536.0f);  // f16 holds it
     if (asymmetric) w.zeros.push_back((uint8_t)(random_bits() % 16));
   }
+  const Kind stored = kind == Kind::I8Sparse ? Kind::I8 : kind == Kind::BF16Sparse ? Kind::BF16 : kind;
+  if (is_sparse(kind)) w.mask.resize((size_t)n * ((k + 7) / 8));
   for (int r = 0; r < n; r++) {
+    int first = 0, second = 0;  // the two of four columns that are kept
     if (kind == Kind::I4) w.data.resize((size_t)(r + 1) * ((k + 1) / 2));
     for (int c = 0; c < k; c++) {
       const int g = r * groups + (group ? c / group : 0);
       float f = uniform();
+      if (is_sparse(kind)) {
+        if (c % 4 == 0) first = (int)(random_bits() % 4), second = (first + 1 + (int)(random_bits() % 3)) % 4;
+        if (c % 4 != first && c % 4 != second) {
+          w.values.push_back(0.0);
+          continue;
+        }
+        uint8_t& byte = w.mask[(size_t)r * ((k + 7) / 8) + c / 8];
+        byte = (uint8_t)(byte | 1 << c % 8);
+      }
       if (kind == Kind::F32) {
         w.data.insert(w.data.end(), (uint8_t*)&f, (uint8_t*)&f + 4);
-      } else if (kind == Kind::BF16) {
+      } else if (stored == Kind::BF16) {
         uint32_t bits;
         memcpy(&bits, &f, 4);
         bits &= 0xffff0000;
@@ -60,10 +72,16 @@ Weights make_weights(Kind kind, int n, int k, int group, bool asymmetric) {
         const int normal = (f < 0) << 15 | (exponent + 14) << 10 | (int)((mantissa * 2 - 1) * 1024);
         const uint16_t bits = (uint16_t)(sixteenths == 0 ? 0 : normal);
         w.data.push_back((uint8_t)bits), w.data.push_back((uint8_t)(bits >> 8));
-      } else if (kind == Kind::I8) {
+      } else if (stored == Kind::I8) {
         const int8_t q = (int8_t)std::lround(f * 127);
         w.data.push_back((uint8_t)q);
         f = (float)q * w.scales[g];
+      } else if (kind == Kind::F8) {
+        const int code = (int)(random_bits() % 127), exponent = code >> 3, mantissa = code & 7;
+        const bool minus = random_bits() % 2;
+        w.data.push_back((uint8_t)(code | minus << 7));
+        f = std::ldexp((float)(exponent ? mantissa + 8 : mantissa), (exponent ? exponent : 1) - 10);
+        f *= (minus ? -1.0f : 1.0f) * w.scales[g];
       } else {
         const int q = (int)(random_bits() % 16);
         uint8_t& byte = w.data[(size_t)r * ((k + 1) / 2) + c / 2];
@@ -73,7 +91,8 @@ Weights make_weights(Kind kind, int n, int k, int group, bool asymmetric) {
       w.values.push_back(f);
     }
   }
-  w.source = {kind, n, k, group, w.data.data(), w.scales.data(), asymmetric ? w.zeros.data() : nullptr};
+  w.source = {kind, n, k, group, w.data.data(), w.scales.data(), asymmetric ? w.zeros.data() : nullptr,
+              is_sparse(kind) ? w.mask.data() : nullptr};
   return w;
 }
 
@@ -93,7 +112,7 @@ std::vector<double> rounded_inputs(const std::vector<float>& x, int rows, int co
       const float scale = top / largest, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
       for (int c = first; c < last; c++) {
         float v = row[c];
-        if (w.kind == Kind::BF16) {
+        if (w.act == ActKind::BF16) {
           uint32_t bits;
           memcpy(&bits, &v, 4);
           bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
@@ -112,6 +131,7 @@ void check(const Kernels& k, Pool& pool, Kind kind, int n, int columns, int grou
            bool fine_inputs = false) {
   const std::string where = std::string(k.isa) + " kind " + std::to_string((int)kind) + " [" + std::to_string(n) + ", " +
                             std::to_string(columns) + "] group " + std::to_string(group) + " rows " + std::to_string(rows);
+  if (!k.linear.takes(kind)) return;
   Weights weights = make_weights(kind, n, columns, group, asymmetric);
   std::vector<int32_t> perm;
   if (rows % 2) {
@@ -168,18 +188,24 @@ int main() {
       for (int n : {1, 17, 100}) {
         for (Kind kind : {Kind::F32, Kind::F16, Kind::BF16})
           for (int columns : {1, 36, 130}) check(k, pool, kind, n, columns, 0, false, rows);
+        for (int columns : {4, 36, 172}) {
+          for (Kind kind : {Kind::F8, Kind::I8Sparse, Kind::BF16Sparse}) check(k, pool, kind, n, columns, 0, false, rows);
+          check(k, pool, Kind::I8Sparse, n, columns, 0, false, rows, true);
+        }
         for (int columns : {2, 72, 172}) {
           check(k, pool, Kind::I8, n, columns, 0, false, rows, true);
           check(k, pool, Kind::I8, n, columns, 0, false, rows);
           check(k, pool, Kind::I4, n, columns, 0, rows == 2, rows);
         }
-        for (int group : {32, 64, 128})
+        for (int group : {32, 64, 128}) {
+          for (Kind kind : {Kind::F8, Kind::I8Sparse}) check(k, pool, kind, n, 3 * group, group, false, rows);
           for (bool asymmetric : {false, true}) {
             if (!asymmetric)
               for (bool fine_inputs : {false, true})
                 check(k, pool, Kind::I8, n, 3 * group, group, false, rows, fine_inputs);
             check(k, pool, Kind::I4, n, 3 * group, group, asymmetric, rows);
           }
+        }
       }
   }
   std::puts("products: ok");
