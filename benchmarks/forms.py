@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a sample: 24 on a CPU, 64 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--format", choices=("int8", "bf16", "fp8"), help="of dense weights: int8 on a CPU, bf16 on a GPU"
+        "--format", choices=("int8", "bf16", "fp8"), help="of the layers: int8 on a CPU, bf16 on a GPU unless given"
     )
     parser.add_argument("--prompt", type=int, default=0, metavar="N", help="read one of N tokens instead, on a CPU")
     parser.add_argument("--tune", action="store_true", help="measure tiles on the GPU before, kept in the user's cache")
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "cpu" and arguments.format == "fp8":
-        parser.error(f"dense weights in {arguments.format} are not measured on {arguments.device}")
+        parser.error("on a CPU fp8 is a form beside bf16, not the format of all of them")
     if arguments.device == "cuda":
         arguments.format = arguments.format or "bf16"
         from forms_gpu import measure_gpu
