@@ -13,12 +13,14 @@ pytest.importorskip("transformers")
 from hasten import load_torch  # noqa: E402
 from hasten.cli.inspect import model_facts  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
+from hasten.compress.plan import resolve  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
 from hasten.model import formats  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.tokenizer import Tokenizer  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
 from hasten.steps import (  # noqa: E402
+    Distill,
     Factorize,
     Prune,
     Quantize,
@@ -144,6 +146,31 @@ def test_what_was_quantised_and_is_not_changed_stays_as_it_is(
                 assert kinds.get(name) == formats_before.get(name), name
                 assert np.array_equal(values, before[name]), name
         assert any(note in found for found in receipt.notes) if note else not receipt.notes
+
+
+def test_structures_and_layers_taken_out_of_pruned_and_split_models(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    """2:4 matrices are cut as the numbers that they stand for; whole layers are taken whatever form they have."""
+    from hasten.train.student import take_layers
+
+    prune = Prune(pattern="2:4", targets=("layers.1.up", "layers.2.down"))
+    pruned = made(tiny_model("llama"), recipe(text, prune), tmp_path / "pruned")
+    before = numbers(pruned)
+    shrunk = numbers(made(pruned, recipe(text, Shrink(layers=0.34)), tmp_path / "shrunk"))
+    assert any(np.array_equal(before["layers.1.up"], shrunk.get(f"layers.{index}.up")) for index in range(2))
+    made(pruned, recipe(text, Shrink(neurons=0.5)), tmp_path / "narrow")
+    steps = (prune, Factorize(targets=("layers.*.q",), rank=8), Distill(keep_layers=(1, 2)))
+    plan = resolve(Recipe((steps[0], steps[2])), open_checkpoint(tiny_model("llama")).spec)
+    assert plan.sparse == {"layers.0.up", "layers.1.down"}
+    plan = resolve(Recipe(steps[1:]), open_checkpoint(tiny_model("llama")).spec)
+    assert plan.factorized == {"layers.0.q": 8, "layers.1.q": 8}
+    split = made(tiny_model("llama"), recipe(text, SplitExperts(4, 2), steps[1]), tmp_path / "split")
+    take_layers(split, tmp_path / "taken", (1, 2))
+    before, after = numbers(split), numbers(tmp_path / "taken")
+    for role in ("router", "q.a", "q.b", "down", "attn_norm"):
+        assert np.array_equal(before[f"layers.2.{role}"], after[f"layers.1.{role}"]), role
+    assert len(open_checkpoint(tmp_path / "taken").spec.layers) == 2
 
 
 def test_recovering_lowers_the_error_and_keeps_the_zeros(

@@ -294,7 +294,20 @@ def _with_student(step: Distill, plan: Plan) -> Plan:
     if step.keep_layers:
         if step.keep_layers[-1] >= len(spec.layers):
             raise RecipeError(f"keep_layers names layer {step.keep_layers[-1]}, the model has {len(spec.layers)}")
-        return replace(plan, spec=replace(spec, layers=tuple(spec.layers[index] for index in step.keep_layers)))
+        layers = tuple(spec.layers[index] for index in step.keep_layers)
+        place = {f"layers.{old}.": f"layers.{new}." for new, old in enumerate(step.keep_layers)}
+
+        def moved(names: Iterable[str]) -> dict[str, str]:
+            parts = ((name, re.split(r"(?<=\d\.)", name, maxsplit=1)) for name in names)
+            return {name: place[layer] + role for name, (layer, role) in parts if layer in place}
+
+        sparse, factorized = moved(plan.sparse), moved(plan.factorized)
+        return replace(
+            plan,
+            spec=replace(spec, layers=layers),
+            sparse=frozenset(sparse.values()),
+            factorized={new: plan.factorized[old] for old, new in factorized.items()},
+        )
     if step.student is None:
         return plan
     config = read_json(Path(step.student))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hasten.errors import RecipeError
 from hasten.model.families import FULL, SLIDING, family_of, root_hidden
-from hasten.model.formats import DENSE_BYTES, Weight, dense_weight, dequantize, round_to
+from hasten.model.formats import DENSE_BYTES, Weight, dense_weight, densify, dequantize, round_to
 from hasten.model.spec import Layer, ModelSpec, config_of_text, configured
 
 Indices = NDArray[np.int64]
@@ -64,19 +64,29 @@ def stripped_spec(spec: ModelSpec, kept: Kept) -> ModelSpec:
 
 
 def strip(weights: Iterable[tuple[str, Weight]], spec: ModelSpec, kept: Kept) -> Iterator[tuple[str, Weight]]:
-    """The weights of what is left, under their new names. RecipeError where one is quantised."""
+    """The weights of what is left, under their new names. RecipeError where widths change and one is quantised."""
     place = {int(old): new for new, old in enumerate(kept.layers)}
+    whole = replace(everything(spec), layers=kept.layers)
+    same = all(len(now) == len(then) for now, then in zip(_widths(kept), _widths(whole), strict=True))
     for name, weight in weights:
-        if weight.format.kind not in DENSE_BYTES:
-            raise RecipeError(
-                f"{name} is {weight.format.kind}, shrinking takes unquantised models: start from the original"
-            )
-        parts = name.split(".")
-        if parts[0] != "layers":
-            yield name, _outside(name, weight, spec, kept)
-        elif int(parts[1]) in place:
-            index, role = int(parts[1]), ".".join(parts[2:])
-            yield f"layers.{place[index]}.{role}", _inside(role, weight, spec, index, kept)
+        parts = name.split(".", 2)
+        inside = parts[0] == "layers"
+        if inside and int(parts[1]) not in place:
+            continue
+        new = f"layers.{place[int(parts[1])]}.{parts[2]}" if inside else name
+        if not same:
+            if weight.format.kind not in DENSE_BYTES:
+                raise RecipeError(
+                    f"{name} is {weight.format.kind}, shrinking takes unquantised models: start from the original"
+                )
+            weight = densify(weight)
+            role, index = parts[-1], int(parts[1]) if inside else 0
+            weight = _inside(role, weight, spec, index, kept) if inside else _outside(name, weight, spec, kept)
+        yield new, weight
+
+
+def _widths(kept: Kept) -> Iterator[Indices]:
+    yield from (kept.hidden, *kept.groups, *kept.neurons)
 
 
 def stripped_config(config: Mapping[str, Any], spec: ModelSpec, kept: Kept) -> dict[str, Any]:
