@@ -341,6 +341,8 @@ class Distill(Training):
         for key in ("hidden", "attention"):
             number(key, getattr(self, key), 0, 1000)
         choose("samples", self.samples, ("text", "teacher", "student"))
+        _belongs(self, "beta", 'loss "jensen-shannon"', self.loss == "jensen-shannon")
+        _belongs(self, "student_share", 'samples "student"', self.samples == "student")
         string("teacher", self.teacher, "a model's folder or name")
         string("student", self.student, "a config.json")
         layers = self.keep_layers
@@ -385,6 +387,9 @@ class Recover:
         count("sequence_len", self.sequence_len, 2)
         string("text", self.text, TEXT)
         number("weight", self.weight, 0, 1)
+        _belongs(self, "parts", 'method "block"', self.method == "block")
+        for key in ("rank", "text", "batch_size", "sequence_len", "weight"):
+            _belongs(self, key, 'method "lora"', self.method == "lora")
         count("seed", self.seed, 0)
 
 
@@ -417,6 +422,13 @@ def _check_group(kind: str, group: object) -> None:
         raise RecipeError(f"group_size is {group!r}, expected 0 (one scale a row), 32, 64 or 128")
     if group and kind not in ("int8", "int4"):
         raise RecipeError(f"{kind} has no groups, found group_size {group}: remove it")
+
+
+def _belongs(step: Any, key: str, where: str, fits: bool) -> None:
+    """What would be passed over in silence is refused."""
+    value = getattr(step, key)
+    if not fits and value != type(step).__dataclass_fields__[key].default:
+        raise RecipeError(f"{key} is {value!r}, and belongs to {where}: remove it")
 
 
 def _check_names(step: Any) -> None:
