@@ -11,6 +11,8 @@ pytest.importorskip("transformers")
 import tiny_models  # noqa: E402
 
 from hasten.compress.blocks import Skeleton  # noqa: E402
+from hasten.compress.statistics import collect  # noqa: E402
+from hasten.errors import ModelError  # noqa: E402
 from hasten.model import formats  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 
@@ -35,3 +37,11 @@ def test_blocks_in_turn_give_the_models_hidden_states(family: str, tiny_model: C
     final = skeleton.final_norm()(inputs.states)
     assert torch.allclose(final, expected.last_hidden_state, atol=2e-5)
     assert set(original) <= {"embed", "position_embed", "final_norm", "final_norm.bias", "head"}
+
+
+def test_inputs_that_are_not_finite_are_an_error(tiny_model: Callable[..., Path]) -> None:
+    skeleton = Skeleton(open_checkpoint(tiny_model("llama")))
+    inputs = skeleton.inputs(torch.full((2, 8), 5))
+    inputs.states[1, 3] = torch.inf
+    with pytest.raises(ModelError, match=r"layers\.0\.q reads NaN or infinity on the calibration text"):
+        collect(skeleton.block(0), inputs, ("q", "down"))

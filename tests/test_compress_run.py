@@ -252,6 +252,17 @@ def test_a_mistake_in_the_text_leaves_nothing_that_is_in_the_way(
     compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
 
 
+def test_a_text_below_the_users_home_and_a_device_that_is_none(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(text).parent))
+    assert list(read("~/text.txt")) == list(read(text))
+    with pytest.raises(HastenError, match="no calibration text at ~/texts: expected a file"):
+        list(read("~/texts"))
+    with pytest.raises(ResourceError, match="device is 'gpu', expected auto, cpu or cuda"):
+        compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="gpu")
+
+
 def test_a_full_disk_is_said_in_one_line(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (1 << 8, 1 << 14):  # of tokens, and of a block

@@ -85,7 +85,7 @@ def _spans(text: str, calibration: Calibration) -> list[str]:
 
 def _ready(calibration: Calibration, file: str, folder: Path) -> Int32:
     try:
-        found = np.load(file)
+        found = np.load(os.path.expanduser(file))
     except (OSError, ValueError, EOFError) as error:
         raise HastenError(f"cannot read calibration tokens {file}: {error}") from None
     if not isinstance(found, np.ndarray):
@@ -100,7 +100,7 @@ def _ready(calibration: Calibration, file: str, folder: Path) -> Int32:
 
 def read(text: str) -> Iterator[str]:
     """The texts that `text` names: one of a file, one a file of a folder, all of a data set as one."""
-    path = Path(text)
+    path = Path(os.path.expanduser(text))
     if os.path.isfile(path):  # which is False for a name that the system does not take, too
         yield _file(path)
     elif os.path.isdir(path):
@@ -108,8 +108,8 @@ def read(text: str) -> Iterator[str]:
         if files:
             yield from map(_file, files)
         else:
-            yield _data_set(text)
-    elif "/" in text.removeprefix("./") and (text.startswith((".", "/")) or text.count("/") > 2):
+            yield _data_set(str(path))
+    elif "/" in text.removeprefix("./") and (text.startswith((".", "/", "~")) or text.count("/") > 2):
         raise HastenError(f"no calibration text at {text}: expected a file, a folder or a data set's name")
     elif path.suffix in TEXT_SUFFIXES:
         raise HastenError(f"no calibration text at {text}: there is no such file")

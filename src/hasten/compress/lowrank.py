@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hasten.errors import ModelError
-
 _LEAST = 1e-12  # of the largest energy, in what factors are scaled by
 
 
@@ -67,10 +65,7 @@ def _core(weight: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _moment(core: Tensor, hessian: Tensor | None) -> Tensor:
-    moment: Tensor = core @ core.T if hessian is None else core @ hessian.double() @ core.T
-    if not moment.isfinite().all():
-        raise ModelError("the inputs' second moments, or the weights, hold NaN or infinity")
-    return moment
+    return core @ core.T if hessian is None else core @ hessian.double() @ core.T
 
 
 def allocate(spectra: Mapping[str, Spectrum], keep: float, multiples: Mapping[str, int]) -> dict[str, int | None]:

@@ -6,6 +6,7 @@ over the blocks (sweep.py). Finished stages are kept until the whole is. Knows n
 """
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -129,6 +130,8 @@ def device_of(name: str) -> str:
     cuda = torch.cuda.is_available()
     if name == "auto":
         return "cuda" if cuda else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ResourceError(f"device is {name!r}, expected auto, cpu or cuda")
     if name.startswith("cuda") and not cuda:
         raise ResourceError("no GPU that torch can use is here: use --device cpu")
     return name

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.compress.blocks import Block, Inputs
+from hasten.errors import ModelError
 
 # Roles that read the same input, in the order of use: what is measured for one holds for all.
 INPUT_GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -19,10 +20,9 @@ INPUT_GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 @dataclass(eq=False)
 class Statistics:
-    """Over the rows x [K] that a matrix reads. count: rows. second [K, K]: mean of x x^T, None where only the diagonal
-    was asked for. square [K]: mean of x^2. absolute [K]: mean of |x|. largest [K]: max of |x|. All float32."""
+    """Over the rows x [K] that a matrix reads. second [K, K]: mean of x x^T, None where it was not asked for.
+    square [K]: mean of x^2. absolute [K]: mean of |x|. largest [K]: max of |x|. All float32."""
 
-    count: int
     second: Tensor | None
     square: Tensor
     absolute: Tensor
@@ -34,16 +34,11 @@ class Statistics:
         assert self.second is not None, "collect(..., hessian=True) was not asked for"
         return self.second
 
-    @property
-    def norms(self) -> Tensor:
-        """Root of the mean square of each input [K]."""
-        return self.square.sqrt()
-
 
 @torch.no_grad()
 def collect(block: Block, inputs: Inputs, roles: Collection[str], hessian: bool = False) -> dict[str, Statistics]:
     """Statistics of what the matrices of these roles read, in one run of the block over all inputs. Roles that read the
-    same input share one Statistics."""
+    same input share one Statistics. ModelError where it is not finite."""
     groups = [[role for role in group if role in roles] for group in groups_of(block)]
     sums = {group[0]: _Sums(hessian) for group in groups if group}
     with ExitStack() as stack:
@@ -53,6 +48,12 @@ def collect(block: Block, inputs: Inputs, roles: Collection[str], hessian: bool 
         for x in inputs.batches():
             block(x)
     found = {role: sum_.finish() for role, sum_ in sums.items()}
+    for role, seen in found.items():
+        if not seen.square.isfinite().all():
+            raise ModelError(
+                f"{block.name(role)} reads NaN or infinity on the calibration text: the model's numbers overflow its "
+                "dtype, on a CPU they are float32"
+            )
     return {role: found[group[0]] for group in groups for role in group}
 
 
@@ -133,4 +134,4 @@ class _Sums:
         assert self.absolute is not None
         assert self.largest is not None
         second = None if self.second is None else self.second.div_(self.count)
-        return Statistics(self.count, second, self.square / self.count, self.absolute / self.count, self.largest)
+        return Statistics(second, self.square / self.count, self.absolute / self.count, self.largest)
