@@ -9,7 +9,7 @@ from command_line import hasten
 
 from hasten import Finetune, Recipe, evaluate
 from hasten.compress.calibration import calibration_tokens, digest
-from hasten.errors import HastenError
+from hasten.errors import HastenError, ModelError
 from hasten.measure import overlap
 from hasten.measure.overlap import check_unseen, shared_runs
 from hasten.receipt import Receipt
@@ -129,6 +129,19 @@ def test_texts_tasks_and_speed_are_in_the_receipt(stories: Path, heldout: Path, 
         assert speed.memory["peak"] > speed.memory["weights"] > 0
     assert receipt.speed["against"].ratio["8"].median == 1
     assert Receipt.from_json(receipt.to_json()) == receipt
+
+
+def test_models_that_read_a_text_as_other_tokens_are_not_compared(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(stories, other)
+    other.chmod(0o755)
+    tokenizer = json.loads((stories / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=r"read text held as other tokens: only models that share a tokenizer"):
+        evaluate(other, stories, heldout, window=64, max_windows=4, device="cpu")
 
 
 def test_the_command_shows_texts_side_by_side(stories: Path, heldout: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from hasten.recipe import Run
 SPEED_STREAMS = (1, 8)
 _PROMPT, _WRITTEN = 16, 64  # tokens of a stream when speed is measured
 _ROUNDS = 6  # the fewest for which the ends of the spread are a 95 % interval
+_COMPARED = 20_000  # characters of a text that two tokenizers must cut alike
 _SECONDS = 0.3  # of a measurement at least
 
 Files = str | Path | Mapping[str, str | Path]
@@ -95,6 +96,8 @@ def evaluate(
     checkpoint, original = _open_both(model, against)
     longest = min(window, checkpoint.spec.max_position, *([original.spec.max_position] if original else []))
     texts = [_text(name, path, checkpoint, longest, max_windows) for name, path in _named(data, BUNDLED).items()]
+    if original is not None:
+        _check_tokens(texts, checkpoint, original)
     asked = {
         name: read_task(path, max_questions, num_shots) for name, path in _named(tasks, None).items()
     }  # before a weight is loaded
@@ -161,6 +164,18 @@ def _text(name: str, path: Path, checkpoint: Checkpoint, length: int, most: int 
     except HastenError as error:
         raise type(error)(f"{path}: {error}") from None
     return Text(name, path, content, windows)
+
+
+def _check_tokens(texts: Sequence[Text], checkpoint: Checkpoint, original: Checkpoint) -> None:
+    """ModelError where the two models do not read a text as the same tokens: predictions would differ in kind."""
+    one, other = (Tokenizer(folder.path) for folder in (checkpoint, original))
+    for text in texts:
+        beginning = text.content[:_COMPARED]
+        if one.encode_plain(beginning) != other.encode_plain(beginning):
+            raise ModelError(
+                f"{checkpoint.path} and {original.path} read text {text.name} as other tokens: only models that share "
+                "a tokenizer can be compared"
+            )
 
 
 def _overlaps(texts: Sequence[Text], folder: Path) -> tuple[dict[str, float | None], tuple[str, ...]]:
