@@ -96,11 +96,8 @@ def measure_gpu(arguments: argparse.Namespace) -> dict[str, object]:
     base = spec_from_config({**CONFIGS["8b"], "num_hidden_layers": arguments.layers or 32})
     specs = {name: spec for name, spec in forms(base).items() if name in FORMS}
     specs = {name: spec for name, spec in specs.items() if name in ("dense", *(arguments.only or specs))}
-    bandwidth, tokens, pool = (
-        copy_bandwidth(),
-        arguments.tokens or 64,
-        Pool("int8" if arguments.format == "int8" else "bf16"),
-    )
+    bandwidth, tokens = copy_bandwidth(), arguments.tokens or 64
+    pool = Pool("int8" if arguments.format == "int8" else "bf16")
     torch.cuda.empty_cache()
     runs: dict[tuple[str, int], Sequences] = {}
     for name, spec in specs.items():
