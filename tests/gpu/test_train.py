@@ -20,6 +20,10 @@ from hasten.steps import Distill, Finetune, Gradual, Prune, Recover, Shrink, Ste
 from hasten.train import trainer  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 Model = Callable[..., Path]
 
 
@@ -56,14 +60,7 @@ def test_models_write_what_is_learned_from(samples: str, tiny_model: Model, tmp_
 
 
 def test_layers_run_again_take_less_memory(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = tiny_model("llama", dtype="bfloat16", **wide)
+    model = tiny_model("llama", dtype="bfloat16", **WIDE)
     step = Finetune(**how(tmp_path, batch_size=16, sequence_len=128, steps=3))
     peaks, found = [], []
     for free in (trainer.free_memory, lambda device: 0.0):
@@ -75,12 +72,15 @@ def test_layers_run_again_take_less_memory(tiny_model: Model, tmp_path: Path, mo
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3)
 
 
-def test_memory_is_given_back(tiny_model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", ["text", "teacher"])
+def test_memory_is_given_back(samples: str, tiny_model: Model, tmp_path: Path) -> None:
+    model, step = tiny_model("llama", dtype="bfloat16", **WIDE), Distill(samples=samples, **how(tmp_path))
+    losses(model, tmp_path / "first", "cuda", step)  # libraries make their workspaces
     gc.collect()
     before = torch.cuda.memory_allocated()
     gc.disable()
     try:
-        losses(tiny_model("llama", dtype="bfloat16"), tmp_path / "out", "cuda", Distill(**how(tmp_path)))
-        assert torch.cuda.memory_allocated() - before < 1 << 20
+        losses(model, tmp_path / "second", "cuda", step)
+        assert torch.cuda.memory_allocated() - before < 4 << 20  # the model alone has 18 million bytes
     finally:
         gc.enable()

@@ -65,6 +65,11 @@ class CudaBackend:
         self._cache_size = (0, 0)
         self._chosen: torch.Tensor | None = None  # logits whose best tokens are in place already
 
+    def __del__(self) -> None:
+        """Captures that wait or are under way hold the weights and the cache: they end with the backend."""
+        if getattr(self, "_graphs", None) is not None:
+            self._graphs.close()  # type: ignore[union-attr]
+
     def beside(self) -> "CudaBackend":
         """An empty backend of the same kind that shares the GPU's stream and workspaces."""
         return CudaBackend(self._format, self._deterministic, self._device)
