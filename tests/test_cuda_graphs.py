@@ -4,6 +4,7 @@ are stood in for by running the step in Triton's interpreter; captures themselve
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,3 +82,20 @@ def test_where_that_fails_it_runs_first(graphs) -> None:  # type: ignore[no-unty
     run(graphs, 2)
     assert graphs._buckets["decodes", 2].ran
     assert graphs._buckets["decodes", 2].graph is not None
+
+
+def test_what_is_dropped_waits_for_no_lock_that_its_owner_holds(graphs) -> None:  # type: ignore[no-untyped-def]
+    """A backend may be collected while another one loads, which holds the lock that captures need."""
+    begun = Event()
+
+    def waits() -> None:
+        begun.set()
+        with module.CAPTURING:
+            pass
+
+    job = graphs._thread.submit(waits)
+    with module.CAPTURING:
+        assert begun.wait(10)
+        graphs.close()
+    job.result(10)
+    graphs.close()

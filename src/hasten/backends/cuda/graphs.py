@@ -115,9 +115,13 @@ class Graphs:
         self._pool = None  # torch takes no graph into a pool that none is left in
 
     def close(self) -> None:
-        """Captures that have not begun never will."""
+        """Captures that have not begun never will; one that is under way is waited for. Not where the caller holds the
+        lock that it needs: a backend may be collected anywhere."""
         self._closed.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        is_free = CAPTURING.acquire(timeout=1.0)
+        if is_free:
+            CAPTURING.release()
+        self._thread.shutdown(wait=is_free, cancel_futures=True)
 
     def _sizes(self, kind: str, size: int) -> Sizes:
         if kind != "any":
@@ -185,6 +189,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         try:
             with CAPTURING, torch.cuda.stream(self._stream):
+                if self._closed.is_set():
+                    return
                 logits, hidden = self._record(bucket, graph)
         except Exception:
             if bucket.ran:
