@@ -71,6 +71,10 @@ def test_numbers_with_an_exponent_alone_are_numbers() -> None:
     assert Recipe.from_yaml("calibration: {text: e5}").calibration.text == "e5"
 
 
+def test_a_learning_rate_that_is_not_given_is_the_methods() -> None:
+    assert (Recover().rate, Recover("lora").rate, Recover("lora", learning_rate=3e-3).rate) == (1e-4, 1e-3, 3e-3)
+
+
 def test_every_step_round_trips() -> None:
     schedule = Gradual(final_sparsity=0.5, begin_step=10, end_step=100)
     steps = (

@@ -361,13 +361,14 @@ class Recover:
     trains low-rank additions of `rank` (Hu et al. 2021) to all matrices of the layers and merges them. Pruned weights
     stay zero.
 
-    parts: what of a block is fitted: "weights", "biases", "norms". The rest is lora's, as in Distill: weight is that of
-    the original's predictions, 0 learns from the text alone.
+    learning_rate: None is 1e-4, and 1e-3 for lora, whose additions begin at zero. parts: what of a block is fitted:
+    "weights", "biases", "norms". The rest is lora's, as in Distill: weight is that of the original's predictions, 0
+    learns from the text alone.
     """
 
     method: str = "block"
     steps: int = 100
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     rank: int = 16
     parts: tuple[str, ...] = ("weights", "biases", "norms")
     text: str | None = None
@@ -383,7 +384,8 @@ class Recover:
         choose("method", self.method, ("block", "lora"))
         for key in ("steps", "rank", "batch_size"):
             count(key, getattr(self, key))
-        number("learning_rate", self.learning_rate, 0, 1, closed=False)
+        if self.learning_rate is not None:
+            number("learning_rate", self.learning_rate, 0, 1, closed=False)
         count("sequence_len", self.sequence_len, 2)
         string("text", self.text, TEXT)
         number("weight", self.weight, 0, 1)
@@ -391,6 +393,11 @@ class Recover:
         for key in ("rank", "text", "batch_size", "sequence_len", "weight"):
             _belongs(self, key, 'method "lora"', self.method == "lora")
         count("seed", self.seed, 0)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or (1e-3 if self.method == "lora" else 1e-4)
 
 
 Step = (

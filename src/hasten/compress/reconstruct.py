@@ -42,7 +42,7 @@ def _(step: Recover, block: Block, inputs: Inputs, context: Context) -> None:
         out: Any = functional_call(block.module, values, (x, *args), named)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
-    fit = reconstruct(run, parameters, inputs, step.steps, step.learning_rate, _seed(block, context))
+    fit = reconstruct(run, parameters, inputs, step.steps, step.rate, _seed(block, context))
     context.errors[f"layers.{block.index}"] = min(fit.before, fit.after)
     if fit.after < fit.before:
         for name, values in fit.parameters.items():

@@ -26,7 +26,7 @@ def _(step: Recover, source: Path, target: Path, context: Context) -> None:
     opened = open_folder(source, context.device, frozen_dtype(source, context.device))
     wanted = Distill(
         text=step.text, steps=step.steps, batch_size=step.batch_size, sequence_len=step.sequence_len,
-        learning_rate=step.learning_rate, weight_decay=0.0, seed=step.seed, weight=step.weight,
+        learning_rate=step.rate, weight_decay=0.0, seed=step.seed, weight=step.weight,
     )  # fmt: skip
     lesson = None
     if step.weight:
