@@ -152,7 +152,8 @@ class Shrink:
 
     Layers go by block influence (Men et al. 2024), others as `rank_by` says: by what they give on calibration text
     ("activation", Muralidharan et al. 2024), by the loss's gradient ("gradient", Molchanov et al. 2019; takes the whole
-    model into memory), or by their weights ("magnitude"). Numbers that stay are multiples that processors like.
+    model into memory), or by their weights ("magnitude", which needs no text). Numbers that stay are multiples that
+    processors like. With text, what stays is fitted to what all gave.
     targets, ignore: a layer loses heads where its `o` is targeted, neurons where its `down` is, and may go where
     anything of it is; so layers can have widths of their own.
     """

@@ -5,6 +5,9 @@ group of heads, counts by the mean square of its outputs times that of the colum
 mean magnitude where matrices read it, over all layers. "gradient": taylor.py. "magnitude": squared weights that go when
 the structure goes. Layers always go by block influence (ShortGPT, Men et al. 2024): one minus the mean cosine between
 what goes into a layer and what comes out.
+
+Where there is text, the columns of `o` and `down` that stay are then fitted by least squares to what the whole matrices
+gave, block after block: what goes is made up for by what goes along with it.
 """
 
 import re
@@ -18,12 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from hasten.backends.torch.tensors import to_weight
 from hasten.compress import taylor
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.plan import matrix_shapes, shrunk_hidden, shrunk_layers, targeted
+from hasten.compress.prune import relative_error
+from hasten.compress.sparsegpt import refit
 from hasten.compress.stage import Context, run_step
 from hasten.compress.statistics import collect
-from hasten.compress.strip import Kept, strip, stripped_config
+from hasten.compress.strip import Kept, spread, strip, stripped_config
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, dequantize
 from hasten.model.spec import ModelSpec
@@ -51,9 +57,11 @@ def _(step: Shrink, source: Path, target: Path, context: Context) -> None:
     kept = choose(step, spec, _scores(step, checkpoint, context))
     layer = [{"groups": len(kept.groups[i]), "neurons": len(kept.neurons[i])} for i in kept.layers]
     context.facts["shrink"] = {"layers": kept.layers.tolist(), "hidden": len(kept.hidden), "widths": layer}
+    fitted = {} if step.rank_by == "magnitude" else refitted(checkpoint, kept, context)
     context.tell(1, "writing")
     config = stripped_config(checkpoint.config, spec, kept)
-    write_checkpoint(target, config, strip(checkpoint.weights(), spec, kept), source)
+    weights = ((name, fitted.get(name, weight)) for name, weight in checkpoint.weights())
+    write_checkpoint(target, config, strip(weights, spec, kept), source)
 
 
 def choose(step: Shrink, spec: ModelSpec, scores: Scores) -> Kept:
@@ -81,7 +89,9 @@ def _scores(step: Shrink, checkpoint: Checkpoint, context: Context) -> Scores:
     if step.rank_by == "activation" and by_text is not None:
         return by_text
     if step.rank_by == "gradient":
-        groups, neurons, hidden = taylor.scores(checkpoint, context.tokens(), context.device, context.tell)
+        groups, neurons, hidden = taylor.scores(
+            checkpoint, context.tokens(), context.device, lambda part, what: context.tell(part / 2, what)
+        )
         found = Scores(groups, neurons, hidden, np.zeros(len(checkpoint.spec.layers)))
     else:
         found = by_magnitude(checkpoint.weights(), checkpoint.spec)
@@ -98,7 +108,7 @@ def by_activation(checkpoint: Checkpoint, context: Context) -> Scores:
     inputs = skeleton.inputs(context.tokens())
     found = Scores([], [], np.zeros(spec.hidden_size), np.zeros(len(spec.layers)))
     for index in range(len(spec.layers)):
-        context.tell(index / len(spec.layers), f"block {index + 1} of {len(spec.layers)}: looking at it for shrink")
+        context.tell(index / len(spec.layers) / 2, f"block {index + 1} of {len(spec.layers)}: looking at it for shrink")
         block = skeleton.block(index)
         seen = collect(block, inputs, ("q", "up", "o", "down"))
         shared = spec.layers[index].num_kv_heads
@@ -108,6 +118,31 @@ def by_activation(checkpoint: Checkpoint, context: Context) -> Scores:
         for role in ("q", "up"):
             found.hidden += _numpy(seen[role].absolute / seen[role].absolute.mean())
         found.layers[index] = advance(block, inputs)
+    return found
+
+
+@torch.no_grad()
+def refitted(checkpoint: Checkpoint, kept: Kept, context: Context) -> dict[str, Weight]:
+    """By name, `o` and `down` where they lose columns: zeros there, and the others changed to lose least."""
+    spec = checkpoint.spec
+    skeleton = Skeleton(checkpoint, context.device)
+    inputs, found = skeleton.inputs(context.tokens()), {}
+    for number, index in enumerate(map(int, kept.layers)):
+        context.tell((1 + number / len(kept.layers)) / 2, f"block {index + 1}: fitting what stays")
+        block, layer = skeleton.block(index), spec.layers[index]
+        queries = spread(kept.groups[index], layer.num_heads // layer.num_kv_heads * layer.head_dim)
+        for role, columns in (("o", queries), ("down", kept.neurons[index])):
+            weight = block.linears[role].weight
+            if len(columns) == weight.shape[1]:
+                continue
+            hessian, before = collect(block, inputs, (role,), hessian=True)[role].hessian, weight.float()
+            stays = torch.zeros_like(before)
+            stays[:, columns] = 1
+            after = refit(before, before * stays, hessian)
+            context.lost(block.name(role), relative_error(before, after, hessian))
+            weight.data = after.to(weight.dtype)
+            found[block.name(role)] = to_weight(after, spec.dtype)
+        inputs.advance(block)
     return found
 
 

@@ -151,8 +151,8 @@ def _inside(role: str, weight: Weight, spec: ModelSpec, index: int, kept: Kept) 
         return _norm(role, weight, kept.hidden, spec)
     layer = spec.layers[index]
     shared = layer.num_heads // layer.num_kv_heads
-    key_values = _spread(kept.groups[index], layer.head_dim)
-    queries = _spread(kept.groups[index], shared * layer.head_dim)
+    key_values = spread(kept.groups[index], layer.head_dim)
+    queries = spread(kept.groups[index], shared * layer.head_dim)
     if matrix in ("q_norm", "k_norm"):
         if spec.qk_norm == "head":
             return weight
@@ -166,7 +166,7 @@ def _inside(role: str, weight: Weight, spec: ModelSpec, index: int, kept: Kept) 
     return _take(weight, rows=inner, columns=kept.hidden)
 
 
-def _spread(groups: Indices, width: int) -> Indices:
+def spread(groups: Indices, width: int) -> Indices:
     """Indices of groups of `width` successive rows -> those of the rows."""
     return (groups[:, None] * width + np.arange(width)).reshape(-1)
 
