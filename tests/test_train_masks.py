@@ -62,6 +62,19 @@ def test_zeros_stay_while_weights_move_and_the_end_is_exact() -> None:
     assert zeros(weights["layers.0.up"]) == 0
 
 
+def test_zeros_take_no_gradient() -> None:
+    weights = {f"layers.0.{role}": torch.nn.Parameter(torch.randn(8, 8)) for role in ("down", "up")}
+    masks = Masks(weights, Gradual(final_sparsity=0.5, begin_step=1, end_step=2, every=1, targets=("layers.*.down",)))
+    for step, share in ((0, 0.0), (1, 0.0), (2, 0.5)):
+        masks(step)
+        for weight in weights.values():
+            weight.grad = None
+            (weight * torch.ones(8, 8)).sum().backward()
+        down, up = (weight.grad for weight in weights.values())
+        assert (down == 0).float().mean() == share
+        assert (up == 1).all()
+
+
 def test_what_was_pruned_before_stays_pruned() -> None:
     pruned, dense, empty = torch.randn(8, 8), torch.randn(8, 8), torch.zeros(8, 8)
     pruned[mask_of(pruned, 0.5, "unstructured").logical_not()] = 0

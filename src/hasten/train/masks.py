@@ -10,6 +10,7 @@ zero stays so, and when the training ends, the zeros are in the weights: strippi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,6 +93,9 @@ class Masks:
             pruned = {name: weight.detach() != 0 for name, weight in self.weights.items()}
             least = dict.fromkeys(self.targets(), 0.0)
             self.keep = {n: keep for n, keep in pruned.items() if is_pruned(keep, least.get(n, PRUNED))}
+            for name, weight in self.weights.items():
+                if weight.requires_grad:
+                    weight.register_hook(partial(self._masked, name))  # type: ignore[no-untyped-call]
         if self.schedule is not None and is_due(self.schedule, step):
             sparsity = sparsity_at(self.schedule, step)
             for name in self.targets():
@@ -99,6 +103,11 @@ class Masks:
                 self.keep[name] = new & self.keep.get(name, new)
         for name, keep in self.keep.items():
             self.weights[name].mul_(keep)
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        """What is zero takes no gradient, nor part in the norm by which all are clipped."""
+        keep = (self.keep or {}).get(name)
+        return gradient if keep is None else gradient * keep
 
 
 def is_pruned(keep: Tensor, least: float = PRUNED) -> bool:
