@@ -26,6 +26,7 @@ from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize,
 from hasten.train import distill, finetune, lora, trainer  # noqa: E402
 from hasten.train.data import Sequences, tokens_of  # noqa: E402
 from hasten.train.distill import go_on  # noqa: E402
+from hasten.train.masks import Masks  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
 Model = Callable[..., Path]
@@ -216,14 +217,15 @@ def test_mixed_precision_of_all_that_trains(mixed: None, tiny_model: Model, text
 
 def test_nothing_holds_a_model_that_was_trained(mixed: None, tmp_path: Path) -> None:
     model = small_model()
-    held = weakref.ref(model)
-    trainer.fit(
-        model, Sequences(torch.arange(200) % 64, 16, 2), Training(steps=1, batch_size=2), trainer.Around(tmp_path)
-    )
+    weights = {"layers.0.up": model.model.layers[0].mlp.up_proj.weight}
+    held = weakref.ref(model), weakref.ref(weights["layers.0.up"])
+    masks = Masks(weights, Gradual(0.5, 0, 1))
+    sequences, training = Sequences(torch.arange(200) % 64, 16, 2), Training(steps=1, batch_size=2)
+    trainer.fit(model, sequences, training, trainer.Around(tmp_path, after=masks))
     gc.disable()
     try:
-        del model
-        assert held() is None
+        del model, weights, masks
+        assert [one() for one in held] == [None, None]
     finally:
         gc.enable()
 

@@ -95,7 +95,7 @@ class Masks:
             self.keep = {n: keep for n, keep in pruned.items() if is_pruned(keep, least.get(n, PRUNED))}
             for name, weight in self.weights.items():
                 if weight.requires_grad:
-                    weight.register_hook(partial(self._masked, name))  # type: ignore[no-untyped-call]
+                    weight.register_hook(partial(_masked, self.keep, name))  # type: ignore[no-untyped-call]
         if self.schedule is not None and is_due(self.schedule, step):
             sparsity = sparsity_at(self.schedule, step)
             for name in self.targets():
@@ -104,10 +104,10 @@ class Masks:
         for name, keep in self.keep.items():
             self.weights[name].mul_(keep)
 
-    def _masked(self, name: str, gradient: Tensor) -> Tensor:
-        """What is zero takes no gradient, nor part in the norm by which all are clipped."""
-        keep = (self.keep or {}).get(name)
-        return gradient if keep is None else gradient * keep
+
+def _masked(keep: Mapping[str, Tensor], name: str, gradient: Tensor) -> Tensor:
+    """What is zero takes no gradient, nor part in the norm by which all are clipped."""
+    return gradient * keep[name] if name in keep else gradient
 
 
 def is_pruned(keep: Tensor, least: float = PRUNED) -> bool:
