@@ -25,15 +25,16 @@ from hasten.backends.cuda.tuner import graph_ms
 
 SHAPES = ((6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False))
 NEVER = 1 << 30
+# "in the product" is up to 256 rows; with more it is what follows.
 # Way -> kind, 2:4, rows up to which its kernel unpacks, rows from which int8 meets int8.
 WAYS = {
     "bf16": (DENSE, False, 64, NEVER),
-    "int8, unpacked in the product": (INT8, False, 4096, NEVER),
+    "int8, unpacked in the product": (INT8, False, 256, NEVER),
     "int8, unpacked for cuBLAS": (INT8, False, 0, NEVER),
     "W8A8": (INT8, False, 0, 0),
-    "2:4 bf16 in the product": (DENSE, True, 4096, NEVER),
+    "2:4 bf16 in the product": (DENSE, True, 256, NEVER),
     "2:4 bf16 for cuBLAS": (DENSE, True, 1, NEVER),
-    "2:4 int8 in the product": (INT8, True, 4096, NEVER),
+    "2:4 int8 in the product": (INT8, True, 256, NEVER),
 }
 
 

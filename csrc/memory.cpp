@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -100,12 +100,21 @@ void deallocate(void* p, size_t bytes) {
 
 #endif
 
+std::string read_text(const std::string& path) {
+  std::string text;
+  if (std::FILE* file = std::fopen(path.c_str(), "re")) {
+    char piece[4096];
+    for (size_t size; (size = std::fread(piece, 1, sizeof piece, file)) > 0;) text.append(piece, size);
+    std::fclose(file);
+  }
+  return text;
+}
+
 size_t huge_page_bytes() {
-  std::ifstream file("/proc/self/smaps_rollup");
-  std::string word;
-  for (size_t kib; file >> word;)
-    if (word == "AnonHugePages:" && file >> kib) return kib << 10;
-  return 0;
+  const std::string text = read_text("/proc/self/smaps_rollup");
+  const size_t at = text.find("AnonHugePages:");
+  size_t kib = 0;
+  return at != std::string::npos && std::sscanf(text.c_str() + at, "AnonHugePages: %zu", &kib) == 1 ? kib << 10 : 0;
 }
 
 double read_bandwidth(int threads, size_t bytes, double seconds) {

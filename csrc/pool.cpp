@@ -19,13 +19,14 @@
 #include <chrono>
 #include <climits>
 #include <cstdio>
-#include <fstream>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "memory.h"
 
 namespace hasten {
 namespace {
@@ -90,16 +91,14 @@ std::vector<int> allowed_cpus() {
 }
 
 int read_int(const std::string& path, int otherwise) {
-  std::ifstream file(path);
   int value;
-  return file >> value ? value : otherwise;
+  return std::sscanf(read_text(path).c_str(), "%d", &value) == 1 ? value : otherwise;
 }
 
 // Cores' worth of time that the control group grants, rounded up; INT_MAX without a limit.
 int quota_cores() {
-  std::ifstream v2("/sys/fs/cgroup/cpu.max");
   double quota = 0, period = 0;
-  if (!(v2 >> quota >> period)) {  // "max" is no number either
+  if (std::sscanf(read_text("/sys/fs/cgroup/cpu.max").c_str(), "%lf %lf", &quota, &period) != 2) {  // as with "max"
     quota = read_int("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
     period = read_int("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
   }
@@ -111,12 +110,12 @@ std::vector<std::vector<int>> numa_nodes() {
   const std::vector<int> allowed = allowed_cpus();
   std::vector<std::vector<int>> nodes;
   for (int node = 0; node < 256; node++) {
-    std::ifstream file("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
+    const std::string list = read_text("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
     std::vector<int> cpus;
-    std::string range;
-    while (std::getline(file, range, ',')) {
+    for (size_t begin = 0, end; begin < list.size(); begin = end + 1) {
+      end = std::min(list.find(',', begin), list.size());
       int first = 0, last = 0;
-      const int found = std::sscanf(range.c_str(), "%d-%d", &first, &last);
+      const int found = std::sscanf(list.c_str() + begin, "%d-%d", &first, &last);
       for (int cpu = first; found > 0 && cpu <= (found == 2 ? last : first); cpu++)
         if (std::find(allowed.begin(), allowed.end(), cpu) != allowed.end()) cpus.push_back(cpu);
     }

@@ -164,10 +164,11 @@ def check_experts(
             (m.data.float() * m.scales[0, :, None]).cpu().numpy() for m in (linear.matrices[0] for linear in linears)
         ]  # type: ignore[index]
     gate_up, down = split_mlp(linears[0], linears[1], router, experts, active)
+    stored = 1  # columns that are stored together
+    if format is not None and format.kind == "int4":
+        stored = max(format.group_size or 1, 128 if format.group_size == 32 else 256)
     assert (
-        (linears[0].running is not None)
-        == (linears[1].running is not None)
-        == (format is None or size % (format.group_size or 1) == 0)
+        (linears[0].running is not None) == (linears[1].running is not None) == (format is None or size % stored == 0)
     )
     x = torch.from_numpy(rng.standard_normal((rows, hidden)).astype(np.float32)).to(handle.handle, torch_dtype)
     norm = torch.from_numpy(rng.uniform(0.5, 2, hidden).astype(np.float32)).to(handle.handle)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from sampling_tools import check_draws, check_sampling  # noqa: E402
 
 from hasten.backends.base import StepLimits  # noqa: E402
 from hasten.backends.cuda import CudaBackend  # noqa: E402
+from hasten.backends.cuda import device as cuda_device  # noqa: E402
 from hasten.backends.cuda.attention import Attention  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
+from hasten.backends.cuda.linear import Linear  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
 from hasten.backends.cuda.tuning import decode_tile, prefill_tile  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
@@ -262,3 +265,18 @@ def test_a_gpu_that_others_have_filled_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "init", full)
     with pytest.raises(ResourceError, match=r"cannot be used: CUDA out of memory. Tried .* 64 MiB.: see nvidia-smi"):
         open_device("cuda")
+
+
+def test_parts_fit_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide and of few rows, a product would be cut into more parts than there is room for their sums."""
+    parts = []
+    whole = Linear._splits
+
+    def watched(self: Linear, *arguments: Any) -> int:
+        parts.append((arguments[0].splits, whole(self, *arguments)))
+        return parts[-1][1]
+
+    monkeypatch.setattr(Linear, "_splits", watched)
+    monkeypatch.setattr(cuda_device, "_WORKSPACE_BYTES", 4 * 16 * 64)
+    check_product("cpu", Format("fp32"), "fp32", 5, 32, 4096, False, 1e-4, 1)
+    assert parts[-1][0] > parts[-1][1] == 2

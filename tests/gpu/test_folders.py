@@ -82,11 +82,15 @@ def test_logits_at_the_width_of_8b_are_near_float32() -> None:
             values = value.cpu().numpy()
             yield canonical, dense_weight(values, "fp32" if values.ndim == 1 else "bf16")
 
-    for options, tolerance in (({}, 0.02), ({"format": "fp8"}, 0.1)):
+    with torch.no_grad():
+        rounded = model.bfloat16()(torch.tensor(tokens)[None].long().cuda()).logits[0].float().cpu().numpy()
+    model.float()
+    theirs = np.linalg.norm(rounded - want) / np.linalg.norm(want)  # what bfloat16 costs Transformers
+    for options, tolerance in (({}, 1.25 * theirs), ({"format": "fp8"}, 0.1)):
         backend = CudaBackend(**options)
         backend.load(spec, weights())
         backend.allocate(40, 16, "bf16")
         got = pieces(backend, tokens, [190, *[1] * 10], np.arange(40, dtype=np.int32))
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
-        print(f"8B widths, {options or 'bf16'}: relative error {error:.4f}")
-        assert error < tolerance
+        print(f"8B widths, {options or 'bf16'}: relative error {error:.4f}, Transformers in bf16 {theirs:.4f}")
+        assert error < tolerance, f"relative error {error:.4f}, Transformers in bf16 {theirs:.4f}"

@@ -17,14 +17,14 @@ from hasten.backends.cuda import CudaBackend, linear  # noqa: E402
 from hasten.model.formats import Format  # noqa: E402
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 16, 64, 100])
+@pytest.mark.parametrize("rows", [1, 7, 64, 100])
 @pytest.mark.parametrize("format", [Format("bf16"), None, Format("int8"), Format("int4", 128)], ids=str)
 @pytest.mark.parametrize("sizes", [(4096, 896, 16, 4, 1), (2048, 512, 64, 6, 1), (1024, 256, 12, 3, 0)], ids=str)
 def test_experts(format: Format | None, sizes: tuple[int, int, int, int, int], rows: int) -> None:
     check_experts("cuda", format, "bf16", rows, sizes, 0.06 if format is None and rows > 1 else 1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 40, 64, 200])
+@pytest.mark.parametrize("rows", [1, 8, 40, 200])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "fp8"])
 def test_two_of_four(kind: str, gated: bool, rows: int) -> None:

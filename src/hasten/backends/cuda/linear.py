@@ -249,7 +249,7 @@ class Linear:
             sparse.gemv(self.device, tile, x, matrix, n, bias, out, norm, residual, scale, activation, gated)
             return
         assert norm is None, "only kernels for one row norm their input"
-        splits = 1 if self.fixed else tile.splits
+        splits = self._splits(tile, len(x), width, n, gated)
         sparse.skinny(self.device, tile, width, splits, x, matrix, n, bias, out, residual, scale, activation, gated)
 
     def tile_of(self, rows: int) -> tuple[str, Tile]:
@@ -294,6 +294,14 @@ class Linear:
     def _width(self, rows: int) -> int:
         """Rows of a program of `skinny`."""
         return MAX_SKINNY if self.fixed else min(MAX_SKINNY, max(16, int(triton.next_power_of_2(rows))))
+
+    def _splits(self, tile: Tile, rows: int, width: int, n: int, gated: bool) -> int:
+        """Parts that K is cut into: no more than the workspace has room for."""
+        splits = 1 if self.fixed else tile.splits
+        each = -(-rows // width) * width * n * (2 if gated else 1)  # partial sums of a part
+        while splits > 1 and splits * each > self.device.workspace.numel():
+            splits //= 2
+        return splits
 
     def _gemv(
         self,
@@ -392,7 +400,7 @@ class Linear:
         rows, device = len(x), self.device
         width = self._width(rows)
         tile = self._tile(matrix, width, n, x.itemsize, gated, False)
-        splits = 1 if self.fixed else tile.splits
+        splits = self._splits(tile, rows, width, n, gated)
         step = tile.columns * (4 if matrix.kind == INT4 else 1)
         nothing, running = device.counters, self.experts(rows)
         blocks, columns = -(-n // tile.rows), matrix.k
