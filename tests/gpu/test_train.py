@@ -68,7 +68,7 @@ def test_layers_run_again_take_less_memory(tiny_model: Model, tmp_path: Path, mo
         torch.cuda.reset_peak_memory_stats()
         found.append(losses(model, tmp_path / str(len(found)), "cuda", step))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[1] < 0.7 * peaks[0]
+    assert peaks[1] < 0.8 * peaks[0]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3)
 
 
