@@ -7,11 +7,11 @@ cd "$(dirname "$0")/.."
 parts=${1:-8}
 [ $# -gt 0 ] && shift
 logs=$(mktemp -d)
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false COLUMNS=200
 run() { # log, pytest arguments
   log=$1
   shift
-  timeout -s INT -k 20 "${GPU_TESTS_SECONDS:-300}" "${PYTHON:-python3}" -m pytest -q -rf --durations=5 -p no:cacheprovider "$@" >"$log" 2>&1
+  timeout -s INT -k 20 "${GPU_TESTS_SECONDS:-300}" "${PYTHON:-python3}" -m pytest -q -rf --tb=short --durations=5 -p no:cacheprovider "$@" >"$log" 2>&1
 }
 status=0
 check() { # name, exit code: 5 is that no test was asked for

@@ -164,9 +164,9 @@ def check_experts(
             (m.data.float() * m.scales[0, :, None]).cpu().numpy() for m in (linear.matrices[0] for linear in linears)
         ]  # type: ignore[index]
     gate_up, down = split_mlp(linears[0], linears[1], router, experts, active)
-    stored = 1  # columns that are stored together
+    stored = 1 if format is None else format.group_size or 1  # columns that are stored, or scaled, together
     if format is not None and format.kind == "int4":
-        stored = max(format.group_size or 1, 128 if format.group_size == 32 else 256)
+        stored = max(stored, 128 if format.group_size == 32 else 256)
     assert (
         (linears[0].running is not None) == (linears[1].running is not None) == (format is None or size % stored == 0)
     )

@@ -120,7 +120,7 @@ class Linear:
 
     def _has_int8_product(self, matrix: Matrix, rows: int) -> bool:
         plain = matrix.kind == INT8 and matrix.group == 0 and matrix.zeros is None and matrix.mask is None
-        return matrix.int8_inputs and plain and not self._few(matrix, rows) and rows >= INT8_ROWS
+        return matrix.int8_inputs and plain and not self.fixed and rows >= INT8_ROWS
 
     def __call__(
         self,
@@ -191,7 +191,10 @@ class Linear:
         return out
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
-        return self.fixed or rows <= (SPARSE_ROWS if matrix.mask is not None else FEW_ROWS[matrix.kind])
+        """Whether a kernel of ours unpacks, multiplies and adds a residual at once."""
+        if self.fixed or matrix.mask is not None:
+            return self.fixed or rows <= SPARSE_ROWS
+        return rows <= FEW_ROWS[matrix.kind] and not self._has_int8_product(matrix, rows)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:
@@ -251,6 +254,10 @@ class Linear:
         assert norm is None, "only kernels for one row norm their input"
         splits = self._splits(tile, len(x), width, n, gated)
         sparse.skinny(self.device, tile, width, splits, x, matrix, n, bias, out, residual, scale, activation, gated)
+
+    def has_tile(self, rows: int) -> bool:
+        """Whether tiles of `rows` bfloat16 rows may be tuned."""
+        return self._few(self.matrices[0], rows)
 
     def tile_of(self, rows: int) -> tuple[str, Tile]:
         """By which key the tile for `rows` bfloat16 rows is found, and which it is where none was measured."""

@@ -84,7 +84,7 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
     found: dict[str, float] = {}
     for batch in batches:
         now = found[f"{batch} before"] = steps.milliseconds(batch)
-        for linear in steps.decoder.shapes():
+        for linear in (shape for shape in steps.decoder.shapes() if shape.has_tile(batch)):
             key, default = linear.tile_of(batch)
             best = tiles.get(key)
             for tile in _worth_a_try(linear, batch, best or default):

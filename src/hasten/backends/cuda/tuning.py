@@ -19,14 +19,13 @@ class Tile:
 
 # Up to how many rows of x weights are unpacked by the kernel that multiplies them, by how they are stored; for more of
 # them once, for cuBLAS.
-FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 64, INT4.value: 256}
+FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 256, INT4.value: 256}
 SPARSE_ROWS = 64  # of 2:4
 # Up to how many rows experts that none of them has taken are neither computed nor read; 0: all always are. At most 64.
 EXPERT_ROWS = 64
 # Kinds of 2:4 matrices that stay packed; others are loaded with their zeros.
 SPARSE_KINDS = ("bf16", "fp16", "int8", "fp8")
-# From how many rows on W8A8 matrices are multiplied by int8. Whether that is faster was not measured yet, so nowhere.
-INT8_ROWS = 1 << 30
+INT8_ROWS = 33  # from so many on W8A8 matrices are multiplied by int8; fewer read inputs of 16 bits
 
 
 def tile_key(kernel: str, kind: int, group: int, rows: int, n: int, k: int, gated: bool) -> str:
