@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hasten.compress import lowrank
 from hasten.compress.blocks import Block, Inputs
+from hasten.compress.gptq import relative_error
 from hasten.compress.plan import matrix_shapes, rank_multiple, targeted
-from hasten.compress.prune import relative_error
 from hasten.compress.stage import Context, change_block, survey
 from hasten.compress.statistics import collect, groups_of
 from hasten.model.spec import ModelSpec

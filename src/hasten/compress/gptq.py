@@ -153,3 +153,8 @@ def numbers(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     """Mean over inputs of |E x|^2, summed over rows."""
     return (error @ hessian * error).sum().clamp(min=0)
+
+
+def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
+    """Squared error of the outputs over their square, over inputs with this second moment."""
+    return float(output_error(after - before, hessian) / output_error(before, hessian).clamp(min=1e-30))

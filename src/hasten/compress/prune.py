@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hasten.compress import sparsegpt, wanda
 from hasten.compress.blocks import Block, Inputs
-from hasten.compress.gptq import output_error
+from hasten.compress.gptq import relative_error
 from hasten.compress.plan import targeted
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import collect, groups_of
@@ -37,8 +37,3 @@ def pruned(step: Prune, weight: Tensor, hessian: Tensor) -> Tensor:
     if step.method == "wanda":
         return weight * wanda.wanda(weight, hessian.diagonal().sqrt(), step.sparsity, pattern)
     return weight * wanda.magnitude(weight, step.sparsity, pattern)
-
-
-def relative_error(before: Tensor, after: Tensor, hessian: Tensor) -> float:
-    """Squared error of the outputs over their square, over inputs with this second moment."""
-    return float(output_error(after - before, hessian) / output_error(before, hessian).clamp(min=1e-30))

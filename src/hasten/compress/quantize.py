@@ -13,7 +13,6 @@ from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.grid import Grid, pack
 from hasten.compress.plan import stored_as
-from hasten.compress.prune import relative_error
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import Statistics, collect, groups_of
 from hasten.compress.threshold import wide
@@ -72,7 +71,7 @@ def _round(step: Quantize, block: Block, role: str, found: Statistics, context: 
         scale = (found.largest.max() / LARGEST).clamp(min=_LEAST).bfloat16().float()
         weight = replace(weight, input_scale=scale.reshape(1).cpu().numpy())
     block.store(role, weight)
-    context.lost(block.name(role), relative_error(before, block.linears[role].weight.float(), found.hessian))
+    context.lost(block.name(role), gptq.relative_error(before, block.linears[role].weight.float(), found.hessian))
 
 
 def _fit(step: Quantize, block: Block, roles: Sequence[str], fmt: Format, hessian: Tensor, context: Context) -> None:
@@ -96,7 +95,7 @@ def _store(
     block: Block, role: str, fmt: Format, before: Tensor, found: Found, hessian: Tensor, context: Context
 ) -> None:
     numbers = gptq.numbers(*found)
-    context.lost(block.name(role), relative_error(before, numbers, hessian))
+    context.lost(block.name(role), gptq.relative_error(before, numbers, hessian))
     block.store(role, pack(fmt, *found), numbers)
 
 

@@ -24,8 +24,8 @@ from torch.nn.functional import cosine_similarity
 from hasten.backends.torch.tensors import to_weight
 from hasten.compress import taylor
 from hasten.compress.blocks import Block, Inputs, Skeleton
+from hasten.compress.gptq import relative_error
 from hasten.compress.plan import matrix_shapes, shrunk_hidden, shrunk_layers, targeted
-from hasten.compress.prune import relative_error
 from hasten.compress.sparsegpt import refit
 from hasten.compress.stage import Context, run_step
 from hasten.compress.statistics import collect
