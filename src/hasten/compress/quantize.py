@@ -1,7 +1,7 @@
 """Quantize, block by block: which matrix takes which format by which method. In the order of use, so that each matrix
 sees the inputs that rounding those before it leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -28,6 +28,8 @@ Found = tuple[Tensor, Tensor, Tensor]  # codes [N, K], scales and zeros [N, G]
 @change_block.register
 def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
     wanted = {role for role in block.linears if _format(step, block, role, context) is not None}
+    if step.method == "awq":
+        _scale_channels(step, block, wanted, inputs, context)
     for group in groups_of(block):
         roles = [role for role in group if role in wanted]
         if not roles:
@@ -37,9 +39,6 @@ def _(step: Quantize, block: Block, inputs: Inputs, context: Context) -> None:
             for role in roles:
                 _round(step, block, role, found, context)
             continue
-        if step.method == "awq":
-            _scale_channels(step, block, group, roles, found, context)
-            found = collect(block, inputs, roles, hessian=True)[roles[0]]
         formats = [_format(step, block, role, context) for role in roles]
         for fmt in dict.fromkeys(formats):
             assert fmt is not None
@@ -99,21 +98,23 @@ def _store(
     block.store(role, pack(fmt, *found), numbers)
 
 
-def _scale_channels(
-    step: Quantize, block: Block, group: Sequence[str], roles: Sequence[str], found: Statistics, context: Context
-) -> None:
-    """AWQ's scales, folded into what is in front of the matrices, where there is something that takes them exactly."""
-    front = _in_front(block, group)
-    if front is None or not block.stored.keys().isdisjoint((front, *group)):
-        return  # what has its final form does not take them
-    formats = [fmt for role in roles if (fmt := _format(step, block, role, context)) is not None]
-    weights = [block.linears[role].weight.float() for role in roles]
-    grids, groups = [_grid(step, fmt) for fmt in formats], [fmt.group_size for fmt in formats]
-    scales = awq.channel_scales(weights, found.absolute, found.hessian, grids, groups)
-    if front in block.norms:
-        fold.into_norm(block, group, scales)
-    else:
-        fold.into_matrix(block, front, group[0], scales)
+def _scale_channels(step: Quantize, block: Block, wanted: Set[str], inputs: Inputs, context: Context) -> None:
+    """AWQ's scales, folded into what is in front of the matrices, where there is something that takes them exactly: all
+    of a block before one of its matrices is stored, since what has its final form takes none."""
+    statistics = collect(block, inputs, wanted, hessian=True)
+    for group in groups_of(block):
+        roles, front = [role for role in group if role in wanted], _in_front(block, group)
+        if not roles or front is None or not block.stored.keys().isdisjoint((front, *group)):
+            continue
+        formats = [fmt for role in roles if (fmt := _format(step, block, role, context)) is not None]
+        weights = [block.linears[role].weight.float() for role in roles]
+        grids, groups = [_grid(step, fmt) for fmt in formats], [fmt.group_size for fmt in formats]
+        found = statistics[roles[0]]
+        scales = awq.channel_scales(weights, found.absolute, found.hessian, grids, groups)
+        if front in block.norms:
+            fold.into_norm(block, group, scales)
+        else:
+            fold.into_matrix(block, front, group[0], scales)
 
 
 def _in_front(block: Block, group: Sequence[str]) -> str | None:
