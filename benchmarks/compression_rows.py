@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hasten import Distill, Factorize, Finetune, Prune, Quantize, Rotate, Shrink, Smooth, SplitExperts
+from hasten import Distill, Factorize, Finetune, Prune, Quantize, Recover, Rotate, Shrink, Smooth, SplitExperts
 from hasten.compress.plan import matrix_shapes
 from hasten.model.spec import ModelSpec
 from hasten.steps import Step
@@ -72,8 +72,11 @@ ORDERS = (
     ),
     Order("smoothquant w8a8, outliers", "w8a8, outliers"),
     Order("rotated w8a8, outliers", "w8a8, outliers"),
+    Order("rotated w4a8", "w4a8"),
     Order("svd-llm 60 %", "svd 60 %"),
     Order("spectral experts", "random experts"),
+    *(Order(f"{row}, recovered", row) for row in ("wanda 50 %", "svd-llm 60 %", "spectral experts")),
+    *(Order(f"3/4 of the neurons by {rank}", "3/4 of the neurons by magnitude") for rank in ("activation", "gradient")),
     Order("half the layers, distilled", "half the layers, trained alone"),
     Order("half the width, distilled", "half the width, from scratch"),
 )
@@ -96,6 +99,11 @@ def rows(spec: ModelSpec, training: Training | None) -> Iterator[Row]:
         yield Row(f"{method} 60 %", (Factorize(keep=0.6, method=method),))
     for method in ("random", "kmeans", "spectral"):
         yield Row(f"{method} experts", (SplitExperts(experts, experts // 2, method),))
+    yield Row("wanda 50 %, recovered", (Prune(0.5, method="wanda"), Recover()))
+    yield Row("svd-llm 60 %, recovered", (Factorize(keep=0.6), Recover()))
+    yield Row("spectral experts, recovered", (SplitExperts(experts, experts // 2), Recover()))
+    for rank in ("magnitude", "activation", "gradient"):
+        yield Row(f"3/4 of the neurons by {rank}", (Shrink(neurons=0.25, rank_by=rank),))
     if training is not None:
         yield from _trained(training, len(spec.layers))
 
@@ -113,6 +121,10 @@ def _activations() -> Iterator[Row]:
     yield Row("w8a8, outliers", (w8a8,), planted=True, int8_inputs=True)
     yield Row("smoothquant w8a8, outliers", (Smooth(0.5), w8a8), planted=True, int8_inputs=True)
     yield Row("rotated w8a8, outliers", (Rotate(), w8a8), planted=True, int8_inputs=True)
+    w4a8 = Quantize("int4", 0, method="gptq", activations="int8")
+    yield Row("w4a8", (w4a8,), int8_inputs=True)
+    yield Row("rotated w4a8", (Rotate(), w4a8), int8_inputs=True)
+    yield Row("fp8 weights", (Quantize("fp8"),))
 
 
 def _trained(training: Training, layers: int) -> Iterator[Row]:
