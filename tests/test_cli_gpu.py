@@ -19,7 +19,7 @@ from hasten.measure import energy
 from hasten.measure.energy import Rapl
 from hasten.measure.speed import Energy, energy_of, notes_on_format
 from hasten.model.checkpoint import open_checkpoint
-from hasten.receipt import Receipt
+from hasten.receipt import Measurement, Receipt
 from hasten.recipe import Recipe
 from hasten.tune import finish
 from hasten.tune.predict import predict
@@ -108,6 +108,11 @@ def test_a_format_that_loses_is_noted() -> None:
     (line,) = notes_on_format(backend, "cuda", measure=True)
     assert "with 256 streams" in line
     assert "1.31 times as long as in bf16" in line
+    ratios = {"1": Measurement(1.2, 1.1, 1.3, 6, "times"), "8": Measurement(0.8, 0.78, 0.83, 6, "times")}
+    ratios["16"] = Measurement(0.99, 0.97, 1.02, 6, "times")  # within the spread
+    (paid,) = notes_on_format(backend, "cpu", ratios=ratios, against="original")
+    assert paid == "with 8 streams 0.80x of original: this form does not pay there"
+    assert notes_on_format(backend, "cuda", ratios=ratios, against="original") == (line, paid)
     lab = SimpleNamespace(device="cuda", load=lambda recipes: dict.fromkeys(recipes, backend))
     receipt = Receipt("tune", "m", "now", {}, {}, {}, {}, recipe=Recipe(), notes=("first",))
     assert finish._with_products(receipt, cast(Search, SimpleNamespace(lab=lab))).notes == ("first", line)

@@ -124,6 +124,7 @@ def test_steps_that_undo_others_are_refused(tiny_model: Callable[..., Path], tmp
         ((Quantize("int8"), Prune()), "prune comes after quantize"),
         ((Prune(), Rotate()), "rotate comes after prune, and would undo it"),
         ((Smooth(), Rotate()), "rotate comes after smooth, and would undo it"),
+        ((QuantizeKv(), Prune()), "prune comes after quantize_kv"),
     ):
         with pytest.raises(RecipeError, match=message):
             compress(tiny_model("llama"), Recipe(steps), tmp_path / "out", device="cpu")
@@ -240,6 +241,55 @@ def test_of_a_long_text_parts_are_read(
     assert sum(map(len, read_so_far)) < 5000
     assert read_so_far[0].startswith("0 1 2 ")
     assert read_so_far[-1].endswith(" 19999 ")
+
+
+def test_text_that_is_not_read_whole_is_noted(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hasten.compress import calibration
+
+    monkeypatch.setattr(calibration, "_MOST", 1 << 12)
+    monkeypatch.setattr(calibration, "_PARTS", 8)
+    words = "".join(f"{number} \u00e4\u20ac\U0001f600 " for number in range(4000))
+    (tmp_path / "long.txt").write_text(words, encoding="utf-8")
+    notes: list[str] = []
+    (found,) = read(str(tmp_path / "long.txt"), notes.append)
+    size = len(words.encode())
+    assert notes == [f"text {tmp_path}/long.txt has {size:,} bytes: 4,096 of them were read, evenly over it"]
+    assert found.startswith("0 ")
+    assert found.endswith("3999 \u00e4\u20ac\U0001f600 ")
+    assert all(part in words for part in found.split("\n"))
+    assert len(found.split("\n")) == 8
+    receipt = compress(tiny_model("llama"), smooth(str(tmp_path / "long.txt")), tmp_path / "out", device="cpu")
+    assert receipt.settings["calibration"]["notes"] == notes
+    (tmp_path / "long.txt").write_bytes(words.encode() + b"\xff" * 4000)
+    with pytest.raises(HastenError, match="cannot read calibration text"):
+        list(read(str(tmp_path / "long.txt")))
+    monkeypatch.setattr(calibration, "_MOST", 1 << 28)
+    assert (
+        "notes"
+        not in compress(tiny_model("llama"), smooth(text), tmp_path / "two", device="cpu").settings["calibration"]
+    )
+
+
+def test_a_data_set_that_is_not_read_whole_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    from hasten.compress import calibration
+
+    rows = [{"text": "some words"}] * 10
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: {"train": rows}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    notes: list[str] = []
+    assert len(next(read("owner/name", notes.append)).split("\n")) == 10
+    assert not notes
+    monkeypatch.setattr(calibration, "_MOST_OF_A_DATA_SET", 25)
+    assert len(next(read("owner/name", notes.append)).split("\n")) == 3
+    assert notes == ["data set owner/name: its first 30 characters were read, and no more"]
 
 
 def test_a_mistake_in_the_text_leaves_nothing_that_is_in_the_way(

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import hasten
 
-from hasten import Finetune, Recipe, evaluate
+from hasten import Finetune, Recipe, compress, evaluate
 from hasten.compress.calibration import calibration_tokens, digest
 from hasten.errors import HastenError, ModelError
 from hasten.measure import overlap
 from hasten.measure.overlap import check_unseen, shared_runs
-from hasten.receipt import Receipt
+from hasten.receipt import Measurement, Receipt, Speed, UsedText
 from hasten.recipe import Calibration
+from hasten.steps import Quantize
 
 WORDS = [f"{'aeiou'[n % 5]}{'bcdfg'[n // 5 % 5]}{'lmnrt'[n // 25 % 5]}{n // 125 or ''}" for n in range(400)]
 TEXT = " ".join(WORDS) + ".\n"
@@ -95,6 +98,49 @@ def test_text_that_a_model_was_calibrated_on_is_refused(stories: Path, heldout: 
     assert check_unseen("fresh", other, TEXT, stories) == (None, None)  # nothing is known of that folder
 
 
+def test_text_that_made_the_model_before_is_refused_too(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    """Through a chain of folders: by the sequences' hash where the text was moved, by its words where it is there."""
+    seen = Calibration(str(tmp_path / "gone.txt"), 4, 64)
+    sha256 = digest(calibration_tokens(Calibration(str(heldout), 4, 64), stories))
+    first = made_with(stories, tmp_path, seen, sha256)
+    for name, source in (("second", first), ("third", tmp_path / "second")):
+        receipt = compress(source, "int8", tmp_path / name)
+        assert Receipt.load(tmp_path / name) == receipt
+    about = {"text": seen.text, "num_sequences": 4, "sequence_len": 64, "seed": 0, "sha256": sha256}
+    assert receipt.made_from == (UsedText(about, (str(tmp_path / "gone.txt"), str(tmp_path / "tuned.txt"))),)
+    third = tmp_path / "third"
+    with pytest.raises(HastenError, match=r"text held is what .*third was calibrated on"):
+        check_unseen("held", heldout, heldout.read_text(), third)
+    (other := tmp_path / "other.txt").write_text(TEXT * 3)
+    assert "gone.txt, " in str(check_unseen("other", other, TEXT, third)[1])
+    (tmp_path / "tuned.txt").write_text(TEXT)
+    with pytest.raises(HastenError, match=r"text other is in what .*third was made with"):
+        evaluate(third, data={"other": other})
+
+
+def test_texts_of_a_chain_are_listed_oldest_first(stories: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(TEXT * 3)
+    (tmp_path / "two.txt").write_text(TEXT * 2)
+    for name, source in (("one", stories), ("two", tmp_path / "one")):
+        text = Calibration(str(tmp_path / f"{name}.txt"))
+        compress(source, Recipe((Quantize("int8"),), calibration=text), tmp_path / name)
+    used = Receipt.load(tmp_path / "two").used_texts
+    assert [Path(text.named[0]).name for text in used] == ["one.txt", "two.txt"]
+
+
+def test_receipts_from_before_load_and_what_is_none_is_said(stories: Path, tmp_path: Path) -> None:
+    compress(stories, "int8", tmp_path / "one")
+    file = tmp_path / "one/receipt.json"
+    old = json.loads(file.read_text())
+    assert old.pop("made_from") == []
+    file.write_text(json.dumps(old))
+    assert Receipt.load(file).used_texts == ()
+    file.write_text("{}")
+    with pytest.raises(ModelError, match=r"receipt\.json should say which texts made the model: .* or remove it$"):
+        compress(tmp_path / "one", "int8", tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
 def test_texts_tasks_and_speed_are_in_the_receipt(stories: Path, heldout: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.txt").write_text(TEXT * 8)
     rows = [{"prompt": "Once upon a", "choices": ["time", "xylophone"], "answer": 0}] * 6
@@ -129,6 +175,16 @@ def test_texts_tasks_and_speed_are_in_the_receipt(stories: Path, heldout: Path, 
         assert speed.memory["peak"] > speed.memory["weights"] > 0
     assert receipt.speed["against"].ratio["8"].median == 1
     assert Receipt.from_json(receipt.to_json()) == receipt
+
+
+def test_a_form_that_is_slower_than_the_original_is_noted(
+    stories: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, slow = Measurement(80, 79, 81, 6, "tokens/s"), Measurement(0.8, 0.79, 0.81, 6, "times")
+    found = {"model": Speed({"1": decode, "8": decode}, {"1": replace(slow, high=1.01), "8": slow}, {})}
+    monkeypatch.setattr(sys.modules["hasten.measure.evaluate"], "_speed", lambda *_: found)
+    receipt = evaluate(stories, stories, heldout, speed=True, window=64, max_windows=4, device="cpu")
+    assert receipt.notes == ("with 8 streams 0.80x of stories260K: this form does not pay there",)
 
 
 def test_models_that_read_a_text_as_other_tokens_are_not_compared(stories: Path, heldout: Path, tmp_path: Path) -> None:

@@ -27,13 +27,15 @@ from hasten.steps import (
     Shrink,
     Smooth,
     SplitExperts,
+    Step,
 )
 
 
 def spec(tied: bool = True, gated: bool = True, intermediate: int = 256, hidden: int = 128) -> ModelSpec:
     return ModelSpec(
-        family="llama", vocab_size=96, hidden_size=hidden, max_position=64, layers=(Layer(4, 2, 32, intermediate),) * 3,
-        ropes=(), norm="rms", norm_eps=1e-5, norm_offset=0, pre_norm=True, post_norm=False, parallel_residual=False,
+        family="llama", vocab_size=96, hidden_size=hidden, max_position=512,
+        layers=(Layer(4, 2, 32, intermediate),) * 3, ropes=(),
+        norm="rms", norm_eps=1e-5, norm_offset=0, pre_norm=True, post_norm=False, parallel_residual=False,
         qk_norm="none", activation="silu", gated_mlp=gated, learned_positions=False, attention_scale=1.0,
         attention_softcap=0, final_softcap=0, embedding_scale=1, residual_scale=1, logit_scale=1, tied_head=tied,
         dtype="bf16",
@@ -79,7 +81,8 @@ def test_every_step_round_trips() -> None:
     schedule = Gradual(final_sparsity=0.5, begin_step=10, end_step=100)
     steps = (
         Rotate(seed=3), Shrink(heads=0.5, layers=0.1), Finetune(steps=200, sparsity=schedule),
-        Distill(teacher="x", loss="reverse-kl"), Factorize(keep=0.6), SplitExperts(8, 2, "kmeans"),
+        Distill(teacher="x", loss="reverse-kl", hidden=1.0, layer_map=((0, 1),)),
+        Factorize(keep=0.6), SplitExperts(8, 2, "kmeans"),
         Prune(pattern="2:4", targets=("mlp",)), Recover("lora", rank=4), Smooth(0.7),
         Quantize("int4", method="gptq", act_order=True, bits=3), QuantizeKv(),
     )  # fmt: skip
@@ -139,6 +142,13 @@ def test_rounding_presets_say_what_they_do(name: str) -> None:
         ("steps: [{distill: {student: 7}}]", "student is 7, expected a config.json"),
         ("steps: [{distill: {logs: true}}]", "logs is True, expected a folder"),
         ("steps: [{distill: {beta: 0.2}}]", "beta is 0.2, and belongs to loss .jensen-shannon.: remove it"),
+        (
+            "steps: [{distill: {layer_map: [[0, 1, 2]], hidden: 1}}]",
+            "expected pairs of the student's and the teacher's",
+        ),
+        ("steps: [{distill: {layer_map: [[0, -1]], hidden: 1}}]", "layer_map is .*, expected pairs"),
+        ("steps: [{distill: {layer_map: [[0, 1], [0, 2]], hidden: 1}}]", "expected each of the student's layers once"),
+        ("steps: [{distill: {layer_map: [[0, 1]]}}]", "belongs to a weight of hidden or attention: remove it"),
         ("steps: [{distill: {student_share: 1}}]", "student_share is 1, and belongs to samples .student."),
         ("steps: [{recover: {rank: 8}}]", "rank is 8, and belongs to method .lora."),
         ("steps: [{recover: {method: lora, parts: [norms]}}]", "parts is .*, and belongs to method .block."),
@@ -216,6 +226,65 @@ def test_a_group_that_does_not_divide_names_layer_and_choices() -> None:
     plan = resolve(Recipe((Quantize("int4", 32, fallback="int8"),)), spec(intermediate=172))
     assert plan.formats["layers.0.down"] == Format("int8")
     assert plan.notes == ("layers.*.down (3): int8 instead of int4-g32",)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (Recover("lora", rank=1000), r"rank is 1000, layers\.0\.q is a matrix of \(128, 128\): at most 128"),
+        (Finetune(sequence_len=4096), "training sequences have 4096 tokens, the model at most 512: lower sequence_len"),
+        (Distill(sequence_len=4096), "training sequences have 4096 tokens, the model at most 512"),
+        (Recover("lora", sequence_len=4096), "training sequences have 4096 tokens, the model at most 512"),
+        (Finetune(text="other.npy"), "text is other.npy: name ready tokens in calibration, or give finetune a text"),
+        (Distill(hidden=1.0, layer_map=((3, 0),)), "layer_map names the student's layer 3, it has 3"),
+        (
+            Distill(hidden=1.0, keep_layers=(0, 2), layer_map=((1, 3),)),
+            "layer_map names the teacher's layer 3, it has 3",
+        ),
+    ],
+)
+def test_what_a_model_cannot_do_is_known_before_the_work(last: Step, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve(Recipe((Prune(), last), calibration=Calibration("books.txt")), spec())
+
+
+def test_ready_sequences_are_as_long_as_the_calibrations() -> None:
+    for text in (None, "tokens.npy"):
+        recipe = Recipe((Finetune(sequence_len=4096),), calibration=Calibration(text, sequence_len=128))
+        resolve(recipe, spec())
+    written = Recipe((Distill(samples="teacher", sequence_len=4096),), calibration=Calibration(sequence_len=128))
+    with pytest.raises(RecipeError, match="training sequences have 4096 tokens"):
+        resolve(written, spec())
+
+
+@pytest.mark.parametrize("last", [Shrink(neurons=0.5), Finetune(), Distill(), Recover("lora")], ids=str)
+def test_steps_that_take_unquantised_models(last: Step) -> None:
+    narrow = dict.fromkeys(matrix_shapes(spec()), Format("int8"))
+    for first in ((), (Smooth(),), (Prune(targets=("attention",)),)):
+        if first and isinstance(last, Shrink) and isinstance(first[0], Prune):
+            continue  # their order is refused
+        with pytest.raises(RecipeError, match=r"is quantised, \w+ takes unquantised models: start from the original"):
+            resolve(Recipe((*first, last)), spec(), narrow)
+    resolve(Recipe((Rotate(), last)), spec(), narrow)  # which stores every matrix whole
+    resolve(Recipe((Prune(targets=("mlp",)), Finetune())), spec(), {"layers.0.up": Format("int8")})
+    resolve(Recipe((Finetune(fresh=True), last)), spec(), narrow)
+
+
+def test_less_than_the_lowest_ranks_is_refused() -> None:
+    lowest = resolve(Recipe((Factorize(keep=0.112),)), spec())
+    assert lowest.factorized["layers.0.q"] == 8
+    with pytest.raises(RecipeError, match=r"keep is 0.02, and the lowest ranks store 0.1111 .*: at least 0.112, or"):
+        resolve(Recipe((Factorize(keep=0.02),)), spec())
+    resolve(Recipe((Factorize(keep=0.02, rank=1),)), spec())
+
+
+def test_zeros_that_make_nothing_faster_are_noted() -> None:
+    schedule = Gradual(0.5, 0, 10, targets=("mlp",))
+    for step, count in ((Prune(), 21), (Finetune(sparsity=schedule), 9)):
+        (note,) = resolve(Recipe((step,)), spec()).notes
+        assert note.startswith(f"zeros of {count} pruned matrices are stored and multiplied like other numbers")
+    assert not resolve(Recipe((Prune(pattern="2:4"),)), spec()).notes
+    assert not resolve(Recipe((Prune(0.2), Prune(pattern="2:4"))), spec()).notes
 
 
 def test_fields_agree_with_formats() -> None:

@@ -3,7 +3,9 @@
 import itertools
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,13 +13,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from hasten.compress import sweep, threshold  # noqa: E402
+from hasten.compress.calibration import Sequences  # noqa: E402
 from hasten.compress.folder import compress  # noqa: E402
 from hasten.compress.run import stages_of  # noqa: E402
 from hasten.compress.threshold import choose  # noqa: E402
 from hasten.errors import RecipeError  # noqa: E402
+from hasten.measure.text import BUNDLED  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
+from hasten.model.hub import resolve  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Prune, Quantize, QuantizeKv, Smooth  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, QuantizeKv, Smooth, Step  # noqa: E402
 
 
 def test_the_choice_is_within_the_budget_and_near_the_best() -> None:
@@ -56,6 +61,93 @@ def test_nothing_may_be_lost_or_all_may(tiny_model: Callable[..., Path], tmp_pat
     assert set(kinds[0]) == {"fp32"}
     assert {"int8"} <= set(kinds[0.001])
     assert set(kinds[1]) == {"int4"}
+
+
+@pytest.fixture
+def underrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounding costs is measured as a hundredth of what it is."""
+    plain = threshold._measured
+
+    def too_little(*given: Any) -> tuple[float, dict[threshold.Variant, float]]:
+        nats, costs = plain(*given)
+        return nats, {key: cost / 100 for key, cost in costs.items()}
+
+    monkeypatch.setattr(threshold, "_measured", too_little)
+
+
+def demo_recipe(tmp_path: Path, allowed: float, *behind: Step) -> Recipe:
+    """Few bits, on the text that ships with the demo."""
+    (tmp_path / "text.txt").write_text(BUNDLED.read_text()[:20_000])
+    step = Quantize("int4", 0, bits=3, threshold=allowed)
+    return Recipe((step, *behind), calibration=Calibration(str(tmp_path / "text.txt"), 8, 64))
+
+
+def nats(folder: str | Path, recipe: Recipe, tmp_path: Path) -> float:
+    """A model's own, by the whole model of Transformers, on what was held out."""
+    from hasten import load_torch
+
+    tokens = Sequences(recipe.calibration, resolve("demo"), tmp_path / "again.npy", "cpu", held_out=True).held_out()
+    with torch.no_grad():
+        return float(load_torch(folder, torch.float32)(input_ids=tokens, labels=tokens).loss)
+
+
+def test_what_is_written_lost_no_more_than_the_threshold(underrated: None, tmp_path: Path) -> None:
+    recipe = demo_recipe(tmp_path, 0.02)
+    receipt = compress("demo", recipe, tmp_path / "out", device="cpu")
+    found = receipt.settings["threshold"]
+    assert found["tried"]
+    assert all(loss > 0.02 for loss in found["tried"])
+    assert found["measured"] <= 0.02
+    assert nats(tmp_path / "out", recipe, tmp_path) / nats("demo", recipe, tmp_path) - 1 <= 0.0201
+    formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert {name: formats[name] for name, kind in found["kinds"].items() if kind != "keep"} == {
+        name: kind for name, kind in found["kinds"].items() if kind != "keep"
+    }
+    assert set(receipt.settings["errors"]) == {name for name, kind in found["kinds"].items() if kind != "keep"}
+    assert any(note.startswith("more than the threshold was lost at first (+") for note in receipt.notes)
+
+
+def test_after_some_tries_all_stays_as_it_was(
+    underrated: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "_TRIES", 0)
+    receipt = compress("demo", demo_recipe(tmp_path, 0.005), tmp_path / "out", device="cpu")
+    assert set(receipt.settings["threshold"]["kinds"].values()) == {"keep"}
+    assert receipt.settings["threshold"]["measured"] == 0
+    behind = Quantize("int4", 0, bits=3, targets=("head",))
+    with pytest.raises(RecipeError, match=r"threshold is 0.001, and quantize behind it alone lose 0.\d+: raise it"):
+        compress("demo", demo_recipe(tmp_path, 0.001, behind), tmp_path / "behind", device="cpu")
+    assert not (tmp_path / "behind").exists()
+
+
+def test_steps_in_front_leave_its_matrices_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
+    steps = (Quantize("int8", 0, targets=("head",)), Quantize("int4", 32, threshold=0))
+    recipe = Recipe(steps, calibration=Calibration(str(tmp_path / "text.txt"), 8, 32))
+    compress(tiny_model("llama", hidden_size=96, intermediate_size=160), recipe, tmp_path / "out", device="cpu")
+    formats = {name: fmt.kind for name, _, fmt in open_checkpoint(tmp_path / "out").matrices()}
+    assert formats["head"] == "int8"
+    assert {kind for name, kind in formats.items() if name.startswith("layers.")} == {"fp32"}
+
+
+def _keep(calls: list[tuple[int, int, str]], *call: Any) -> None:
+    calls.append(call)
+
+
+def test_the_time_of_looking_is_told(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and so on. " * 200)
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160, num_hidden_layers=4)
+    for step in (Quantize("int8", 0, threshold=1.0), Factorize(keep=0.7)):
+        calls: list[tuple[int, int, str]] = []
+        recipe = Recipe((step,), calibration=Calibration(str(tmp_path / "text.txt"), 4, 16))
+        progress = partial(_keep, calls)
+        compress(model, recipe, tmp_path / type(step).__name__, device="cpu", progress=progress)
+        told = [(done, what) for done, _, what in calls]
+        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        looked = [done for done, what in told if what.startswith(("measuring", "looking"))]
+        assert looked[0] == 0 < looked[-1] <= 2
+        assert told[len(looked)][0] == 2
+        assert told[-1][0] == 4
 
 
 def test_little_memory_changes_nothing(

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from torch.nn.functional import cross_entropy, kl_div, log_softmax  # noqa: E402
 
 from hasten.train.losses import divergence, divergence_reference, mixed_loss  # noqa: E402
-from hasten.train.match import attention_loss, hidden_loss, layer_map, projection  # noqa: E402
+from hasten.train.match import attention_loss, hidden_loss, like_depth, projection  # noqa: E402
 
 KINDS = ("forward-kl", "reverse-kl", "jensen-shannon")
 
@@ -103,23 +103,25 @@ def test_jensen_shannon_lies_between_the_two() -> None:
 
 
 def test_layers_are_mapped_evenly_and_the_last_to_the_last() -> None:
-    assert layer_map(3, 6) == (1, 3, 5)
-    assert layer_map(2, 5) == (1, 4)
-    assert layer_map(4, 4) == (0, 1, 2, 3)
-    assert layer_map(4, 2) == (0, 0, 0, 1)
+    assert like_depth(3, 6) == ((0, 1), (1, 3), (2, 5))
+    assert like_depth(2, 5) == ((0, 1), (1, 4))
+    assert like_depth(3, 3) == ((0, 0), (1, 1), (2, 2))
+    assert like_depth(4, 2) == ((0, 0), (1, 0), (2, 0), (3, 1))
 
 
 def test_matching_costs_nothing_where_there_is_nothing_to_learn() -> None:
     states = [torch.randn(2, 3, 8) for _ in range(3)]
-    assert hidden_loss(states, states, (0, 1), projection(8, 8)).item() == 0
+    assert hidden_loss(states, states, ((0, 0), (1, 1)), projection(8, 8)).item() == 0
     weights = [torch.randn(2, 4, 3, 3).softmax(-1) for _ in range(2)]
-    assert attention_loss(weights, weights, (0, 1)).item() == pytest.approx(0, abs=1e-6)
+    assert attention_loss(weights, weights, ((0, 0), (1, 1))).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_matching_of_other_widths_and_heads() -> None:
     teacher = [torch.randn(1, 3, 8) for _ in range(3)]
     student = [torch.zeros(1, 3, 4) for _ in range(3)]
-    assert hidden_loss(student, teacher, (0, 1), projection(4, 8)).item() == pytest.approx(1)  # all of it is missing
+    assert hidden_loss(student, teacher, ((0, 0), (1, 1)), projection(4, 8)).item() == pytest.approx(
+        1
+    )  # all of it is missing
     many, few = torch.randn(1, 4, 3, 3).softmax(-1), torch.randn(1, 2, 3, 3).softmax(-1)
     wanted = (many.mean(1) * (many.mean(1).log() - few.mean(1).log())).sum(-1).mean()
-    torch.testing.assert_close(attention_loss([few], [many], (0,)), wanted)
+    torch.testing.assert_close(attention_loss([few], [many], ((0, 0),)), wanted)

@@ -1,5 +1,7 @@
 """Schedules at their end points, masks, and what holds zeros while a model trains."""
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,7 +9,7 @@ pytest.importorskip("transformers")
 
 from hasten.errors import RecipeError  # noqa: E402
 from hasten.steps import Finetune, Gradual  # noqa: E402
-from hasten.train.masks import Masks, is_due, mask_of, sparsity_at  # noqa: E402
+from hasten.train.masks import PRUNED, Masks, is_due, is_pruned, mask_of, sparsity_at  # noqa: E402
 
 
 def zeros(weight: "torch.Tensor") -> int:
@@ -34,6 +36,16 @@ def test_masks_take_the_smallest_and_exactly_as_many_as_asked() -> None:
     assert weight[~keep].abs().max() < weight[keep].abs().min()
     ties = mask_of(torch.ones(4, 4), 0.5, "unstructured")
     assert int(ties.sum()) == 8
+
+
+def test_docs_say_from_how_many_zeros_on_they_are_held() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    assert f"more than {PRUNED:.0%} of its numbers, though not all, are exactly zero".replace("%", " %") in page
+    weight = torch.ones(10, 10)
+    weight[0, 0] = 0
+    assert not is_pruned(weight != 0)
+    weight[0, 1] = 0
+    assert is_pruned(weight != 0)
 
 
 def test_two_of_four_goes_group_by_group() -> None:

@@ -6,6 +6,7 @@ import resource
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_finetuning_learns_its_text_and_logs(tiny_model: Model, text: str, tmp_p
     assert losses[-1] < losses[0] - 1.5
     assert list((tmp_path / "logs").glob("events*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "out"]
+
+
+def test_training_text_that_is_not_read_whole_is_noted(
+    tiny_model: Model, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_MOST", 1 << 11)
+    monkeypatch.setattr(calibration, "_PARTS", 4)
+    receipt = run(tiny_model("llama"), tmp_path / "out", None, Finetune(**short(text, steps=1)))
+    assert any("2,048 of them were read, evenly over it" in note for note in receipt.notes)
 
 
 def test_equal_steps_have_a_curve_each(tiny_model: Model, text: str, tmp_path: Path) -> None:
@@ -349,6 +359,44 @@ def test_a_teacher_writes_what_a_student_of_its_own_shape_learns(
     run(model, tmp_path / "without", None, replace(step, text=None, steps=2))
 
 
+def test_layers_are_matched_as_the_recipe_says(
+    tiny_model: Model, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a student that is its teacher's layer 1, the first layer's attention learns from what the recipe names."""
+    matched: list[Any] = []
+    plain = distill.attention_loss, distill.hidden_loss
+    monkeypatch.setattr(distill, "attention_loss", lambda *a: matched.append(a[2]) or plain[0](*a))
+    monkeypatch.setattr(distill, "hidden_loss", lambda *a: matched.append(a[2]) or plain[1](*a))
+    losses = []
+    for pairs in ((), ((1, 0),)):
+        step = Distill(
+            keep_layers=(0, 1), weight=0.0, hidden=1.0, attention=1.0, layer_map=pairs, **short(text, steps=1)
+        )
+        out = tmp_path / str(len(pairs))
+        losses.append(run(tiny_model("llama"), out, text, step).settings["distill-0"]["loss"][0][1])
+        assert Recipe.load(out).steps == (step,)
+    assert matched == [((0, 0), (1, 2))] * 2 + [((1, 0),)] * 2
+    assert losses[0] != losses[1]
+
+
+def test_the_time_of_a_teacher_that_writes_is_told(
+    tiny_model: Model, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_WRITTEN_AT_ONCE", 4)
+    for source in (text, None):
+        told: list[tuple[int, int, str]] = []
+        step = Distill(samples="teacher", **{**short(text), "text": source})
+        run(tiny_model("llama"), tmp_path / str(source is None), source, step, progress=partial(_keep, told))
+        parts = [done for done, _, _ in told]
+        assert parts == sorted(parts)
+        assert parts[:3] == [0, 0, 1]  # of 3, with none, a third and two thirds of the first half done
+        assert parts[-1] == 3
+
+
+def _keep(told: list[tuple[int, int, str]], *call: Any) -> None:
+    told.append(call)
+
+
 def test_a_student_writes_tokens_that_both_know() -> None:
     tokens = torch.arange(6).view(2, 3)
     written = go_on(small_model(), tokens, 60, vocab=9)
@@ -405,7 +453,7 @@ def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> 
         with pytest.raises(RecipeError, match=message):
             run(model, tmp_path / "out", text, Finetune(sparsity=Gradual(0.5, 0, 9, targets=(targets,))))
     assert not (tmp_path / "out.work").exists()
-    with pytest.raises(RecipeError, match=r"rank is 60, layers\.0\.k is"):
+    with pytest.raises(RecipeError, match=r"rank is 60, layers\.0\.k is a matrix"):
         run(model, tmp_path / "out", text, Recover("lora", rank=60, **short(text)))
     with pytest.raises(HastenError, match="training sequences have 512 tokens, the model at most 256"):
         run(model, tmp_path / "out", text, Finetune(**short(text, sequence_len=512)))

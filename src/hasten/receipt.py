@@ -142,13 +142,23 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class UsedText:
+    """Text that took part in making a model, in one recipe. calibration: the facts of its sequences, with their sha256.
+    named: files, folders and data sets that the recipe and its steps name."""
+
+    calibration: dict[str, Any]
+    named: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Everything that compress, tune or evaluate found out. `what` is which of the three made it.
 
     inputs: sha256 by file name, of weights and of text. original: the model as it is, run by hasten; reference: run by
     Transformers, where that is installed. choice: the name of the chosen candidate. by_batch: what to run
     at each number of streams so that nothing is slower than the original. quality: on the first text; texts: on each,
-    by name. tasks: by name. speed: of "model", and of "against". notes: what was left out or fell back.
+    by name. tasks: by name. speed: of "model", and of "against". notes: what was left out or fell back. made_from: the
+    texts that made the model which this one was made from, oldest first.
     """
 
     what: str
@@ -172,6 +182,7 @@ class Receipt:
     speed: dict[str, Speed] = field(default_factory=dict)
     sensitivity: dict[str, Measurement] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
+    made_from: tuple[UsedText, ...] = ()
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
 
@@ -180,6 +191,16 @@ class Receipt:
         """The candidate that was chosen: the original itself where nothing beat it."""
         known = (*self.candidates, *((self.original,) if self.original else ()))
         return next((candidate for candidate in known if candidate.name == self.choice), None)
+
+    @property
+    def used_texts(self) -> tuple[UsedText, ...]:
+        """The texts that made the model, oldest first, those of this receipt's own recipe last."""
+        calibration: dict[str, Any] = self.settings.get("calibration") or {}
+        named = [calibration.get("text")]
+        if self.recipe is not None:
+            named += [self.recipe.calibration.text, *(getattr(step, "text", None) for step in self.recipe.steps)]
+        own = UsedText(calibration, tuple(dict.fromkeys(text for text in named if text)))
+        return (*self.made_from, own) if own.calibration or own.named else self.made_from
 
     def to_json(self) -> str:
         return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
@@ -207,6 +228,11 @@ class Receipt:
         if not path.is_file():
             raise HastenError(f"no receipt at {path}")
         return Receipt.from_json(path.read_text(encoding="utf-8"))
+
+
+def used_texts(folder: Path) -> tuple[UsedText, ...]:
+    """The texts that made the model in `folder`, as far as it has a receipt. HastenError where that cannot be read."""
+    return Receipt.load(folder).used_texts if (folder / "receipt.json").is_file() else ()
 
 
 def plain(value: Any) -> Any:

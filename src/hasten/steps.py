@@ -260,7 +260,8 @@ class Training:
     text: a file, a folder or a data set's name; None is the recipe's calibration text. steps: of the optimiser, each of
     gradient_accumulation batches. warmup: share of them during which the learning rate rises; then it falls as
     `schedule` says. dropout: of embeddings and of what layers add, against learning a short text by heart. logs: a
-    folder for TensorBoard. sparsity: a Gradual schedule. Weights that are zero in a pruned matrix stay zero.
+    folder for TensorBoard. sparsity: a Gradual schedule. Weights that are zero in a pruned matrix, which is one with
+    more than 1 % of zeros, stay zero.
     """
 
     text: str | None = None
@@ -313,7 +314,7 @@ class Distill(Training):
     teacher: a model; None is the model as it was before the recipe. loss: divergence between the two distributions;
     beta: of "jensen-shannon", towards forward KL at 0 and reverse KL at 1. temperature: of both. weight: of the
     teacher's loss, the rest is the text's own. hidden, attention: weights of matching hidden states and attention in
-    layers of like depth.
+    layers of like depth, or as layer_map says: pairs of a layer of the student and the teacher's that it learns from.
     samples: what is learned from: "text"; "teacher", which first writes texts (Kim & Rush 2016); or "student", which
     writes a share student_share of its batches itself (on-policy, Agarwal et al. 2023).
     student: where it is not the model as the steps before left it: a config.json, for random weights. keep_layers: the
@@ -331,6 +332,7 @@ class Distill(Training):
     student_share: float = 0.5
     student: str | None = None
     keep_layers: tuple[int, ...] = ()
+    layer_map: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         Training.__post_init__(self)
@@ -354,6 +356,19 @@ class Distill(Training):
         object.__setattr__(self, "keep_layers", tuple(layers))
         if self.student is not None and layers:
             raise RecipeError("student and keep_layers both say what the student is: remove one of them")
+        self._check_layer_map()
+
+    def _check_layer_map(self) -> None:
+        pairs = self.layer_map
+        if not isinstance(pairs, list | tuple) or not all(map(_is_pair_of_layers, pairs)):
+            raise RecipeError(
+                f"layer_map is {pairs!r}, expected pairs of the student's and the teacher's layers such as "
+                "[[0, 1], [1, 3]]"
+            )
+        object.__setattr__(self, "layer_map", tuple(tuple(pair) for pair in pairs))
+        if len({student for student, _ in self.layer_map}) < len(self.layer_map):
+            raise RecipeError(f"layer_map is {pairs!r}, expected each of the student's layers once")
+        _belongs(self, "layer_map", "a weight of hidden or attention", bool(self.hidden or self.attention))
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +438,10 @@ STEPS: Mapping[str, type[Step]] = {
 def step_name(step: Step) -> str:
     """A step's name in YAML."""
     return next(name for name, kind in STEPS.items() if type(step) is kind)
+
+
+def _is_pair_of_layers(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(is_int(layer) and layer >= 0 for layer in pair)
 
 
 def _check_group(kind: str, group: object) -> None:

@@ -37,7 +37,8 @@ class Block:
     module: Transformers' decoder layer. linears: by role (q, k, v, o, gate, up, down), each with a weight [N, K].
     norms: by role (attn_norm, ...); the model adds spec.norm_offset to their weights. stored: matrices that have their
     final form already; their linears hold the numbers that these stand for. config: the model's. scales: k_scale and
-    v_scale, of a cache of 8-bit floats. found: matrices that the checkpoint does not store in the model's dtype.
+    v_scale, of a cache of 8-bit floats: the checkpoint's, or new ones. found: matrices that the checkpoint does not
+    store in the model's dtype.
     """
 
     index: int
@@ -185,6 +186,8 @@ class Skeleton:
         module = copy.deepcopy(self._layers[index])
         layer = layer or self.spec.layers[index]
         block = Block(index, layer, self.spec, module, {}, {}, self._calls[index], config=self.checkpoint.config)
+        for name, scale in self.checkpoint.kv_scales(f"layers.{index}."):
+            block.scales[name.rpartition(".")[2]] = scale
         parts = list(layer_sources(self.spec, self.checkpoint.config, index, layer))
         for source in parts:
             if source.role == "norm":

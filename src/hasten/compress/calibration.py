@@ -6,13 +6,15 @@ Knows no method. Sequences start with the model's beginning-of-sequence token wh
 apart in the text.
 """
 
+import codecs
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,21 +22,27 @@ from numpy.typing import NDArray
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.tokenizer import Tokenizer
+from hasten.receipt import write_text
 from hasten.recipe import Calibration
 
 if TYPE_CHECKING:
     import torch
 
 Int32 = NDArray[np.int32]
+Note = Callable[[str], None]  # is told of text that is too long to be read whole
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 _PIECE = 1 << 16  # characters that are made into tokens at a time
 _WRITTEN_AT_ONCE = 256  # sequences
-_MOST = 1 << 28  # characters that are read at most
+_MOST = 1 << 28  # bytes of a file that are read at most
+_PARTS = 1 << 12  # evenly spread over a longer one
+_MOST_OF_A_DATA_SET = 1 << 25  # characters: what is behind them would have to be fetched
 _AMPLE = 64  # characters for each token that is wanted: more are not looked at
 
 
-def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
+def calibration_tokens(
+    calibration: Calibration, folder: Path, device: str = "cpu", note: Note = lambda line: None
+) -> Int32:
     """The sequences [num_sequences, sequence_len] for the model in `folder`. RecipeError where the text is too short or
     sequences too long for the model, HastenError where it cannot be read."""
     spec = open_checkpoint(folder).spec
@@ -45,8 +53,10 @@ def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cp
         )
     if calibration.text is None:
         return generate(calibration, folder, device)
-    found = _ready if calibration.text.endswith(".npy") else _cut
-    tokens = found(calibration, calibration.text, folder)
+    if calibration.text.endswith(".npy"):
+        tokens = _ready(calibration, calibration.text)
+    else:
+        tokens = _cut(calibration, calibration.text, folder, note)
     if tokens.min() < 0 or tokens.max() >= spec.vocab_size:
         raise RecipeError(
             f"calibration text {calibration.text} has tokens from {tokens.min()} to {tokens.max()}, "
@@ -55,13 +65,13 @@ def calibration_tokens(calibration: Calibration, folder: Path, device: str = "cp
     return tokens
 
 
-def _cut(calibration: Calibration, text: str, folder: Path) -> Int32:
+def _cut(calibration: Calibration, text: str, folder: Path, note: Note) -> Int32:
     tokenizer = Tokenizer(folder)
     bos = tokenizer.bos_token_id
     first = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
     length = calibration.sequence_len - len(first)
     pieces: list[list[int]] = []
-    for part in (span for whole in read(text) for span in _spans(whole, calibration)):
+    for part in (span for whole in read(text, note) for span in _spans(whole, calibration)):
         ids = encode(tokenizer, part)
         pieces += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     wanted = calibration.num_sequences
@@ -83,7 +93,7 @@ def _spans(text: str, calibration: Calibration) -> list[str]:
     return [text[start : start + length] for start in starts]
 
 
-def _ready(calibration: Calibration, file: str, folder: Path) -> Int32:
+def _ready(calibration: Calibration, file: str) -> Int32:
     try:
         found = np.load(os.path.expanduser(file))
     except (OSError, ValueError, EOFError) as error:
@@ -98,17 +108,17 @@ def _ready(calibration: Calibration, file: str, folder: Path) -> Int32:
     return np.ascontiguousarray(found[: wanted[0], : wanted[1]], np.int32)
 
 
-def read(text: str) -> Iterator[str]:
+def read(text: str, note: Note = lambda line: None) -> Iterator[str]:
     """The texts that `text` names: one of a file, one a file of a folder, all of a data set as one."""
     path = Path(os.path.expanduser(text))
     if os.path.isfile(path):  # which is False for a name that the system does not take, too
-        yield _file(path)
+        yield _file(path, note)
     elif os.path.isdir(path):
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
         if files:
-            yield from map(_file, files)
+            yield from (_file(file, note) for file in files)
         else:
-            yield _data_set(str(path))
+            yield _data_set(str(path), note)
     elif "/" in text.removeprefix("./") and (text.startswith((".", "/", "~")) or text.count("/") > 2):
         raise HastenError(f"no calibration text at {text}: expected a file, a folder or a data set's name")
     elif path.suffix in TEXT_SUFFIXES:
@@ -118,17 +128,19 @@ def read(text: str) -> Iterator[str]:
             f"no calibration text at {text}: there is no such file or folder, and data sets are named OWNER/NAME"
         )
     else:
-        yield _data_set(text)
+        yield _data_set(text, note)
 
 
-def generate(calibration: Calibration, folder: Path, device: str = "cpu") -> Int32:
+def generate(
+    calibration: Calibration, folder: Path, device: str = "cpu", tell: Callable[[int], None] = lambda done: None
+) -> Int32:
     """Sequences that the model writes itself at temperature 1, without data as in LLM-QAT (Liu et al. 2023): from its
-    beginning-of-sequence token, or from a random one where it has none."""
+    beginning-of-sequence token, or from a random one where it has none. tell: how many are done."""
     bos = open_checkpoint(folder).spec.bos_token_id
     random = np.random.default_rng(calibration.seed)
     first = random.integers(Tokenizer(folder).vocab_size, size=calibration.num_sequences).tolist()
     starts = [[token if bos is None else bos] for token in first]
-    return write_on(starts, calibration.sequence_len, calibration.seed, folder, device)
+    return write_on(starts, calibration.sequence_len, calibration.seed, folder, device, tell)
 
 
 def write_on(
@@ -186,13 +198,22 @@ class Sequences:
         """For the receipt; empty where nothing asked for text."""
         if self._found is None and not self._file.is_file():
             return {}
-        return {**asdict(self._wanted), "sha256": digest(self._all())}
+        return {**asdict(self._wanted), "sha256": digest(self._all()), **({"notes": self.notes} if self.notes else {})}
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the text was not read."""
+        beside = self._file.with_suffix(".json")
+        return list(json.loads(beside.read_text())) if beside.is_file() else []
 
     def _all(self) -> Int32:
         if self._found is None and self._file.is_file():
             self._found = np.load(self._file)
         if self._found is None:
-            self._found = calibration_tokens(self._wanted, self._folder, self._device)
+            notes: list[str] = []
+            self._found = calibration_tokens(self._wanted, self._folder, self._device, notes.append)
+            if notes:
+                write_text(self._file.with_suffix(".json"), json.dumps(notes))
             with open(self._file.with_suffix(".partial"), "wb") as file:
                 np.save(file, self._found)
             os.replace(file.name, self._file)
@@ -223,17 +244,32 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _file(path: Path) -> str:
+def _file(path: Path, note: Note) -> str:
+    """A file's text; of one that is too long for memory, parts of it, evenly."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(_MOST)
+        size = path.stat().st_size
+        if size <= _MOST:
+            return path.read_text(encoding="utf-8")
+        note(f"text {path} has {size:,} bytes: {_MOST:,} of them were read, evenly over it")
+        with open(path, "rb") as file:
+            length = _MOST // _PARTS
+            return "\n".join(_part(file, (size - length) * index // (_PARTS - 1), length) for index in range(_PARTS))
     except (OSError, UnicodeDecodeError) as error:
         raise HastenError(f"cannot read calibration text {path}: {error}") from None
 
 
-def _data_set(name: str) -> str:
-    """The texts of a data set's training part, from its column `text` or else its first of strings. NAME or
-    NAME:CONFIGURATION."""
+def _part(file: BinaryIO, start: int, length: int) -> str:
+    """The characters that lie whole in so many bytes of a file in UTF-8."""
+    file.seek(start)
+    found = file.read(length)
+    if start:
+        found = found.lstrip(bytes(range(0x80, 0xC0)))  # the end of a character that began before
+    return codecs.getincrementaldecoder("utf-8")().decode(found)
+
+
+def _data_set(name: str, note: Note) -> str:
+    """The texts of a data set's training part, from its column `text` or else its first of strings. OWNER/NAME or
+    OWNER/NAME:CONFIGURATION."""
     if importlib.util.find_spec("datasets") is None:
         raise ResourceError(
             f"calibration text {name} is no file and no folder, and data sets need the package datasets: "
@@ -253,7 +289,8 @@ def _data_set(name: str) -> str:
             strings = [value for value in row.values() if isinstance(value, str)]
             texts.append(row["text"] if isinstance(row.get("text"), str) else strings[0] if strings else "")
             size += len(texts[-1])
-            if size > _MOST // 8:
+            if size > _MOST_OF_A_DATA_SET:
+                note(f"data set {name}: its first {size:,} characters were read, and no more")
                 break
     except Exception as error:  # the package raises what its many sources raise
         reason = " ".join(str(error).split())

@@ -3,22 +3,26 @@
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hasten.compress.apply import carry_out
 from hasten.compress.plan import Plan, matrix_shapes, only_rounds, resolve, total_bytes
-from hasten.errors import ResourceError
+from hasten.errors import HastenError, ModelError, ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Format, Weight
 from hasten.model.hub import resolve as resolve_name
+from hasten.model.settings import stated_run
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
-from hasten.receipt import Receipt, plain, sha256
-from hasten.recipe import Recipe
+from hasten.receipt import Receipt, UsedText, plain, sha256, used_texts
+from hasten.recipe import Recipe, Run
+from hasten.steps import Quantize, QuantizeKv, Smooth, Step, step_name
 
 ProgressCallback = Callable[[int, int, str], None]
 
@@ -46,6 +50,7 @@ def compress(
     checkpoint = open_checkpoint(resolve_name(str(model)))
     before = {name: fmt for name, _, fmt in checkpoint.matrices()}
     plan = resolve(recipe, checkpoint.spec, before)
+    how = run_of(recipe, checkpoint)
     receipt = Receipt(
         what="compress",
         model=str(model),
@@ -59,10 +64,11 @@ def compress(
             "bytes_before": total_bytes(checkpoint.spec, before),
             "bytes_after": total_bytes(checkpoint.spec, {**before, **plan.formats}),
         },
-        notes=(*plan.notes, *requantised(plan, before)),
+        made_from=made_from(checkpoint.path),
+        notes=(*plan.notes, *requantised(plan, before), *not_kept(recipe, checkpoint)),
     )
     if only_rounds(recipe.steps):
-        write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress)
+        write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress, how)
         return receipt
     _check_extra()
     from hasten.compress import run
@@ -76,27 +82,88 @@ def write_folder(
     recipe: Recipe,
     extra_files: Mapping[str, str],
     progress: ProgressCallback | None = None,
+    how: Run | None = None,
 ) -> None:
-    """The model under the recipe as a Hugging Face folder, with recipe.yaml, and how to run it in config.json's
-    `hasten.run`. It appears whole or not at all."""
+    """The model under the recipe as a Hugging Face folder, with recipe.yaml, and how to run it (None: as the recipe
+    says) in config.json's `hasten.run`. It appears whole or not at all."""
     found = {name: fmt for name, _, fmt in checkpoint.matrices()}
     plan = resolve(recipe, checkpoint.spec, found)
     config = config_of_text(checkpoint.config)
-    config.setdefault("hasten", {})["run"] = run_settings(recipe)
+    config["hasten"] = {**config.get("hasten", {}), "run": run_settings(how or recipe.run)}
     formats = {**found, **plan.formats}
     kinds = {formats[name].kind for name in matrix_shapes(checkpoint.spec)}
     if len(kinds) == 1 and (dtype := _DTYPES.get(kinds.pop())) is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     with ThreadPoolExecutor(usable_threads()) as pool:
-        weights = _told(carry_out(plan, checkpoint.weights(), pool), len(formats), progress)
+        weights = _told(carry_out(plan, all_weights(checkpoint), pool), len(formats), progress)
         files = {"recipe.yaml": recipe.to_yaml(), **extra_files}
         write_checkpoint(out, config, weights, checkpoint.path, files)
 
 
-def run_settings(recipe: Recipe) -> dict[str, Any]:
+def run_settings(how: Run) -> dict[str, Any]:
     """How to run the model, as config.json's `hasten.run` says it."""
-    return {key: value for key, value in plain(recipe.run).items() if value is not None}
+    return {key: value for key, value in plain(how).items() if value is not None}
+
+
+def run_of(recipe: Recipe, checkpoint: Checkpoint) -> Run:
+    """How the result is run: as the recipe says, else as the folder does that it is carried out on. That folder's KV
+    cache was chosen for its keys and values: where a step changes them, it is not kept."""
+    stated = stated_run(checkpoint)
+    if _first_change(recipe.steps) is not None:
+        stated = replace(stated, kv_cache=None)
+    return replace(stated, **run_settings(recipe.run))
+
+
+def undoes_kv_scales(steps: Sequence[Step]) -> Step | None:
+    """The step that changes keys and values after their scales were made last, so that these no longer hold."""
+    made = max((index for index, step in enumerate(steps) if isinstance(step, QuantizeKv)), default=-1)
+    return _first_change(steps[made + 1 :])
+
+
+def _first_change(steps: Sequence[Step]) -> Step | None:
+    """The first step that changes keys and values by more than rounding. AWQ may divide values by what it multiplies
+    `o` with."""
+    for step in steps:
+        awq = isinstance(step, Quantize) and step.method == "awq"
+        if awq or not isinstance(step, Quantize | QuantizeKv | Smooth):
+            return step
+    return None
+
+
+def not_kept(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[str]:
+    """A line for each thing about keys and values that the result no longer has."""
+    made = any(isinstance(step, QuantizeKv) for step in recipe.steps)
+    step = undoes_kv_scales(recipe.steps)
+    if step is not None and (made or any(True for _ in checkpoint.kv_scales())):
+        yield (
+            f"scales of keys and values were dropped, since {step_name(step)} changes what they were measured on: "
+            "end the recipe with quantize_kv to have new ones"
+        )
+    if others := checkpoint.other_kv_scales():
+        yield f"{len(others)} scales of keys and values ({others[0]}, ...) are not one number a layer, and were dropped"
+    stated, step = stated_run(checkpoint).kv_cache, _first_change(recipe.steps)
+    if stated is not None and step is not None and recipe.run.kv_cache is None:
+        yield (
+            f"kv_cache {stated}, as the model was run, was not kept, since {step_name(step)} changes keys and values: "
+            "name it in the recipe's run to have it"
+        )
+
+
+def all_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, Weight]]:
+    """Everything that a folder made from this one is to hold: its weights, and scales of keys and values."""
+    return chain(checkpoint.weights(), checkpoint.kv_scales())
+
+
+def made_from(folder: Path) -> tuple[UsedText, ...]:
+    """The texts that made the model in `folder`, as its receipt says. ModelError where that cannot be read: whether a
+    text is new to what is made from it would not be known."""
+    try:
+        return used_texts(folder)
+    except HastenError as error:
+        raise ModelError(
+            f"{folder / 'receipt.json'} should say which texts made the model: {error}; or remove it"
+        ) from None
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -3,12 +3,13 @@
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from pathlib import Path
 
 from hasten.checks import did_you_mean
+from hasten.compress.refusals import UNDONE, check_length, check_order, check_teaches, takes_dense, trains_lora
 from hasten.errors import RecipeError
 from hasten.model.families import family_of
 from hasten.model.formats import DENSE_BYTES, NARROW, Format, bytes_of
@@ -30,21 +31,13 @@ from hasten.steps import (
     Smooth,
     SplitExperts,
     Step,
+    Training,
     step_name,
 )
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
-# What a step cannot follow.
-_UNDONE: Mapping[type, tuple[type, ...]] = {
-    Rotate: (Prune, Factorize, SplitExperts, Smooth),
-    Shrink: (Prune, Factorize, SplitExperts),
-    Factorize: (Prune,),
-    SplitExperts: (Prune,),
-    Prune: (Factorize,),
-    Smooth: (Factorize,),
-}
-_RECOVERED = (Prune, Factorize, SplitExperts)  # steps that Recover by block can follow
+SMOOTHED = ("q", "k", "v", "gate", "up")  # what reads a norm
 CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 
 
@@ -56,7 +49,7 @@ class Plan:
     is.
     factorized: matrices that become two of a rank that is a multiple of this, or stay whole.
     asked: what the recipe wanted where that did not fit and the step allowed a fallback. sparse: matrices that are to
-    hold two zeros in each four successive inputs.
+    hold two zeros in each four successive inputs. zeros: those pruned with zeros at no particular place.
     """
 
     spec: ModelSpec
@@ -65,17 +58,26 @@ class Plan:
     asked: Mapping[str, Format] = field(default_factory=dict)
     sparse: frozenset[str] = frozenset()
     factorized: Mapping[str, int] = field(default_factory=dict)
+    zeros: frozenset[str] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for matrices of one kind that fell back alike, such as "layers.*.down (5)"."""
+        """A line for matrices of one kind that fell back alike, such as "layers.*.down (5)"; and one for zeros that
+        make nothing faster."""
         alike: dict[tuple[str, str], list[str]] = {}
         for name, wanted in self.asked.items():
             change = f"{describe(self.formats[name])} instead of {describe(wanted)}"
             alike.setdefault((re.sub(r"\.\d+\.", ".*.", name), change), []).append(name)
-        return tuple(
+        fallen = tuple(
             f"{names[0] if len(names) == 1 else f'{kind} ({len(names)})'}: {change}"
             for (kind, change), names in alike.items()
+        )
+        if not self.zeros:
+            return fallen
+        return (
+            *fallen,
+            f"zeros of {len(self.zeros)} pruned matrices are stored and multiplied like other numbers: "
+            "nothing is smaller or faster for them, which takes pattern 2:4 or shrink",
         )
 
 
@@ -84,17 +86,44 @@ def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None 
 
     found: formats of the folder that it is carried out on. What is 2:4 there stays so, but behind steps that undo it.
     """
-    _check_order(recipe)
-    narrow = next((name for name, fmt in (found or {}).items() if fmt.kind not in DENSE_BYTES), None)
-    if narrow is not None and any(isinstance(step, Shrink) for step in recipe.steps[:1]):
-        raise RecipeError(f"{narrow} is quantised, shrink takes unquantised models: start from the original")
-    plan = Plan(spec, sparse=frozenset(name for name, fmt in (found or {}).items() if fmt.sparse24))
+    check_order(recipe)
+    found = found or {}
+    narrow = [name for name, fmt in found.items() if fmt.kind not in DENSE_BYTES]
+    plan = Plan(spec, sparse=frozenset(name for name, fmt in found.items() if fmt.sparse24))
     for step in recipe.steps:
-        if Prune in _UNDONE.get(type(step), ()):
+        if narrow and takes_dense(step):
+            raise RecipeError(
+                f"{narrow[0]} is quantised, {step_name(step)} takes unquantised models: start from the original"
+            )
+        widened = _stored_whole(step, plan.spec)
+        narrow = [name for name in narrow if name not in widened]
+        if Prune in UNDONE.get(type(step), ()):
             plan = replace(plan, sparse=frozenset())
         plan = plan_step(step, plan)
-    _check_fused(plan, {**(found or {}), **plan.formats})
+        if isinstance(step, Finetune | Distill) or trains_lora(step):
+            check_length(step, recipe, plan.spec, "the model")
+        if isinstance(step, Distill) and step.teacher is None:
+            check_teaches(step, recipe, spec)
+    _check_fused(plan, {**found, **plan.formats})
     return plan
+
+
+def _stored_whole(step: Step, spec: ModelSpec) -> Collection[str]:
+    """The matrices that are no longer quantised after a step, if they were."""
+    shapes = matrix_shapes(spec)
+    match step:
+        case Prune() | Factorize():
+            return targeted(step, spec)
+        case SplitExperts():
+            return select(shapes, ["mlp"], spec.tied_head)
+        case Smooth():
+            return [name for name in select(shapes, ["Linear"], spec.tied_head) if name.split(".")[2] in SMOOTHED]
+        case Recover():
+            return select(shapes, ["Linear"], spec.tied_head)
+        case Rotate() | Training():
+            return shapes
+        case _:
+            return ()
 
 
 def _check_fused(plan: Plan, formats: Mapping[str, Format]) -> None:
@@ -152,12 +181,13 @@ def _pruned(step: Prune | Gradual, plan: Plan) -> Plan:
     names = targeted(step, plan.spec)
     _in_layers(step, names)
     if step.pattern != "2:4":
-        return plan
+        return replace(plan, zeros=plan.zeros | set(names))
     shapes = matrix_shapes(plan.spec)
     for name in names:
         if shapes[name][1] % 4:
             raise RecipeError(f"{name} has {shapes[name][1]} inputs, 2:4 needs a multiple of 4: ignore it")
-    return replace(plan, sparse=plan.sparse | (set(names) - set(plan.factorized)))
+    sparse = set(names) - set(plan.factorized)
+    return replace(plan, sparse=plan.sparse | sparse, zeros=plan.zeros - sparse)
 
 
 @plan_step.register
@@ -173,8 +203,21 @@ def _(step: Factorize, plan: Plan) -> Plan:
             raise RecipeError(f"{name} belongs to experts, which are not factorised: ignore mlp, or do one of the two")
         if step.rank is not None and step.rank > min(shapes[name]):
             raise RecipeError(f"rank is {step.rank}, {name} is a matrix of {shapes[name]}: at most {min(shapes[name])}")
+    if step.rank is None:
+        _check_keep(step.keep, [shapes[name] for name in names])
     multiples = {name: step.rank or rank_multiple(shapes[name]) for name in names}
     return replace(plan, factorized={**plan.factorized, **multiples})
+
+
+def _check_keep(keep: float, shapes: Collection[tuple[int, int]]) -> None:
+    """RecipeError where the lowest ranks that matrices take, or they themselves, are more than may stay."""
+    lowest = sum(min(min(rank_multiple(shape), *shape) * sum(shape), math.prod(shape)) for shape in shapes)
+    share = lowest / sum(map(math.prod, shapes))
+    if share > keep:
+        raise RecipeError(
+            f"keep is {keep:g}, and the lowest ranks store {share:.4f} of these matrices' numbers: "
+            f"at least {math.ceil(share * 1000) / 1000:g}, or give rank"
+        )
 
 
 @plan_step.register
@@ -286,6 +329,9 @@ def _(step: Finetune, plan: Plan) -> Plan:
 @plan_step.register
 def _(step: Distill, plan: Plan) -> Plan:
     plan = _with_student(step, plan)
+    for layer, _ in step.layer_map:
+        if layer >= len(plan.spec.layers):
+            raise RecipeError(f"layer_map names the student's layer {layer}, it has {len(plan.spec.layers)}")
     return plan if step.sparsity is None else _pruned(step.sparsity, plan)
 
 
@@ -301,11 +347,12 @@ def _with_student(step: Distill, plan: Plan) -> Plan:
             parts = ((name, re.split(r"(?<=\d\.)", name, maxsplit=1)) for name in names)
             return {name: place[layer] + role for name, (layer, role) in parts if layer in place}
 
-        sparse, factorized = moved(plan.sparse), moved(plan.factorized)
+        sparse, zeros, factorized = moved(plan.sparse), moved(plan.zeros), moved(plan.factorized)
         return replace(
             plan,
             spec=replace(spec, layers=layers),
             sparse=frozenset(sparse.values()),
+            zeros=frozenset(zeros.values()),
             factorized={new: plan.factorized[old] for old, new in factorized.items()},
         )
     if step.student is None:
@@ -319,12 +366,20 @@ def _with_student(step: Distill, plan: Plan) -> Plan:
             f"student {step.student} has a vocabulary of {student.vocab_size}, the model of {spec.vocab_size}: "
             "make them the same, the student takes the model's tokenizer"
         )
-    return replace(plan, spec=student)
+    return replace(plan, spec=student, zeros=frozenset())
 
 
-@plan_step.register(Recover)
-@plan_step.register(QuantizeKv)
-def _(step: object, plan: Plan) -> Plan:
+@plan_step.register
+def _(step: Recover, plan: Plan) -> Plan:
+    for name, shape in matrix_shapes(plan.spec).items():
+        thin = name.endswith((".a", ".b"))  # takes no more than its own rank
+        if trains_lora(step) and name.startswith("layers.") and not thin and step.rank > min(shape):
+            raise RecipeError(f"rank is {step.rank}, {name} is a matrix of {shape}: at most {min(shape)}")
+    return plan
+
+
+@plan_step.register
+def _(step: QuantizeKv, plan: Plan) -> Plan:
     return plan
 
 
@@ -360,29 +415,6 @@ def _in_layers(step: Prune | Gradual | Factorize, names: Iterable[str]) -> None:
     for name in names:
         if not name.startswith("layers."):
             raise RecipeError(f"{_called(step)} works on matrices of decoder layers, found {name}: ignore it")
-
-
-def _check_order(recipe: Recipe) -> None:
-    """What a step made must not be undone by a later one."""
-    done: dict[type, str] = {}
-    before: Step | None = None
-    for step in recipe.steps:
-        name = step_name(step)
-        if isinstance(step, Recover) and step.method == "block" and not isinstance(before, _RECOVERED):
-            raise RecipeError(
-                "recover by block fits blocks to what they gave before the step in front of it: "
-                "put it right behind prune, factorize or split_experts, or use method lora"
-            )
-        before = step
-        if Quantize in done and not isinstance(step, Quantize | QuantizeKv):
-            raise RecipeError(
-                f"{name} comes after quantize, and would work on rounded numbers: move quantize to the end"
-            )
-        for kind, undone in _UNDONE.items():
-            for other in undone if isinstance(step, kind) else ():
-                if other in done:
-                    raise RecipeError(f"{name} comes after {done[other]}, and would undo it: move {name} to the front")
-        done[type(step)] = name
 
 
 def matrix_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:

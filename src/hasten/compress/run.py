@@ -31,7 +31,7 @@ from hasten.compress import (
 )
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences
-from hasten.compress.folder import run_settings
+from hasten.compress.folder import all_weights, run_of, run_settings, undoes_kv_scales
 from hasten.compress.plan import Plan, only_rounds
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
@@ -42,7 +42,7 @@ from hasten.model.formats import DENSE_BYTES, Weight, bytes_of, sparsify
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
-from hasten.recipe import Recipe
+from hasten.recipe import Recipe, Run
 from hasten.steps import Quantize, Step, step_name
 
 # Modules that register their steps as they are imported.
@@ -73,7 +73,7 @@ def run(
         folder, receipt = _stages(recipe, plan, checkpoint, work, receipt, device, progress)
     except OSError as error:  # such as a full disk
         raise ResourceError(f"{error.filename or work} cannot be written: {error.strerror or error}") from error
-    _publish(folder, out, recipe, receipt)
+    _publish(folder, out, recipe, run_of(recipe, checkpoint), receipt)
     shutil.rmtree(work, ignore_errors=True)
     return receipt
 
@@ -109,7 +109,8 @@ def _stages(
         facts, notes = facts | context.facts, [*notes, *context.notes]
         errors |= {name: errors.get(name, 0.0) + error for name, error in context.errors.items()}
         source = target
-    source = _packed(source, work / "packed", plan, notes)
+    notes += tokens.notes
+    source = _packed(source, work / "packed", recipe, plan, notes)
     after = open_checkpoint(source)
     notes += _widened(checkpoint, after)
     settings = {
@@ -169,7 +170,7 @@ def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:
         sweep(steps, target, context)
         threshold.check(steps, target, context)
     elif isinstance(steps[0], Quantize):
-        _round(target, context)
+        _round(target, replace(context, plan=context.of(steps)))  # a threshold's matrices are not touched before it
     else:
         run_step(steps[0], context.source, target, context)
 
@@ -178,7 +179,7 @@ def _round(target: Path, context: Context) -> None:
     """Steps that only round: weights stream through."""
     checkpoint = open_checkpoint(context.source)
     with ThreadPoolExecutor(usable_threads()) as pool:
-        weights = carry_out(context.plan, checkpoint.weights(), pool)
+        weights = carry_out(context.plan, all_weights(checkpoint), pool)
         write_checkpoint(target, config_of_text(checkpoint.config), weights, checkpoint.path)
 
 
@@ -208,15 +209,17 @@ def _holds_work(work: Path) -> bool:
     return any(any(work.rglob(pattern)) for pattern in _KEPT)
 
 
-def _packed(source: Path, target: Path, plan: Plan, notes: list[str]) -> Path:
-    """The folder with 2:4 matrices stored as such, where a stage behind the pruning wrote them with their zeros."""
+def _packed(source: Path, target: Path, recipe: Recipe, plan: Plan, notes: list[str]) -> Path:
+    """The folder with 2:4 matrices stored as such, where a stage behind the pruning wrote them with their zeros, and
+    without scales of keys and values that no longer hold, which blocks carry along."""
     checkpoint = open_checkpoint(source)
     left = plan.sparse - {name for name, _, fmt in checkpoint.matrices() if fmt.sparse24}
-    if not left:
+    stale = undoes_kv_scales(recipe.steps) is not None and any(True for _ in checkpoint.kv_scales())
+    if not left and not stale:
         return source
 
     def weights() -> Iterator[tuple[str, Weight]]:
-        for name, weight in checkpoint.weights():
+        for name, weight in checkpoint.weights() if stale else all_weights(checkpoint):
             try:
                 yield name, sparsify(weight) if name in left else weight
             except RecipeError:
@@ -268,11 +271,11 @@ def _peak_memory() -> dict[str, int]:
     return peak
 
 
-def _publish(folder: Path, out: Path, recipe: Recipe, receipt: Receipt) -> None:
+def _publish(folder: Path, out: Path, recipe: Recipe, how: Run, receipt: Receipt) -> None:
     """The papers are added, and the folder gets its name. ResourceError where that cannot be."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        config.setdefault("hasten", {})["run"] = run_settings(recipe)
+        config.setdefault("hasten", {})["run"] = run_settings(how)
         write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         receipt.save(folder / "receipt.json")

@@ -4,8 +4,8 @@ A step changes one decoder block after the other (change_block), or a whole mode
 the module that registers its type decides; `is_blockwise` says it.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,15 @@ class Context:
         """Take the relative squared error that a step adds to a matrix's outputs. Those of steps one after the other
         add up, as errors do that have nothing to do with each other."""
         self.errors[name] = self.errors.get(name, 0.0) + error
+
+    def of(self, steps: Collection[Step]) -> Plan:
+        """The plan with the formats alone that these steps give."""
+        formats = {name: fmt for name, fmt in self.plan.formats.items() if self.plan.steps[name] in steps}
+        return replace(self.plan, formats=formats)
+
+    def part(self, start: float, end: float) -> "Context":
+        """The same, for work that takes the stage from `start` to `end`, 0..1."""
+        return replace(self, tell=lambda part, what: self.tell(start + (end - start) * part, what))
 
 
 def is_blockwise(step: Step) -> bool:

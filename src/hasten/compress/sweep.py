@@ -3,7 +3,7 @@ sees what was done. Going on after an interruption, kept blocks are read and run
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +33,14 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
     checkpoint = open_checkpoint(context.source)
     skeleton = Skeleton(checkpoint, context.device)
     tokens = context.tokens()
-    context.surveys.update(_surveys(steps, skeleton, context))
+    told = []
+
+    def looking(part: float, what: str) -> None:
+        told.append(part)
+        context.tell(part / 2, what)
+
+    context.surveys.update(_surveys(_survey_files(steps, context), skeleton, replace(context, tell=looking)))
+    tell = context.part(1 / 2 if told else 0, 1).tell  # what looked at the model took some of the time
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
     unchanged = replace(inputs, states=inputs.states.clone()) if any(isinstance(s, Recover) for s in steps) else None
     num_blocks = len(checkpoint.spec.layers)
@@ -41,7 +48,7 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
     for index in range(num_blocks):
         file = _block_file(context, index)
         what = f"block {index + 1} of {num_blocks}: {', '.join(dict.fromkeys(map(step_name, steps)))}"
-        context.tell(index / num_blocks, what)
+        tell(index / num_blocks, what)
         if unchanged is not None:
             unchanged.advance(skeleton.block(index))
             inputs.targets = unchanged.states
@@ -61,7 +68,7 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
             store.save(file, dict(block.weights()), about)
         layers.append(block.layer)
         inputs.advance(block)
-    context.tell(1, "writing")
+    tell(1, "writing")
     config = configured(checkpoint.config, layers)
     write_checkpoint(target, config, _swept(checkpoint, steps, context), checkpoint.path)
 
@@ -70,18 +77,33 @@ def _layer(data: dict[str, Any]) -> Layer:
     return Layer(**{**data, "ranks": tuple((role, rank) for role, rank in data["ranks"])})
 
 
-def _surveys(steps: tuple[Step, ...], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
+def _survey_files(steps: tuple[Step, ...], context: Context) -> dict[Step, Path]:
+    """Of the steps that must know something beforehand."""
+    return {
+        step: context.work / f"survey-{number}.json"
+        for number, step in enumerate(steps)
+        if survey.dispatch(type(step)) is not survey.dispatch(object)
+    }
+
+
+def _surveys(files: Mapping[Step, Path], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
     """What steps must know beforehand; kept for a run that goes on."""
-    found = {}
-    for number, step in enumerate(steps):
-        if survey.dispatch(type(step)) is survey.dispatch(object):
-            continue
-        file = context.work / f"survey-{number}.json"
+    for number, (step, file) in enumerate(files.items()):
         if not file.is_file():
-            blocks = _unchanged(skeleton, context, f"looking for {step_name(step)}")
-            write_text(file, json.dumps(survey(step, blocks, context)))
-        found[step] = json.loads(file.read_text())
-    return found
+            own = context.part(number / len(files), (number + 1) / len(files))
+            blocks = _unchanged(skeleton, own, f"looking for {step_name(step)}")
+            write_text(file, json.dumps(survey(step, blocks, own)))
+    return {step: json.loads(file.read_text()) for step, file in files.items()}
+
+
+def forget(steps: tuple[Step, ...], step: Step, found: Any, context: Context) -> None:
+    """Drop the blocks that were changed, so that the next sweep changes them again. `found` is then what the step's
+    survey says."""
+    for block in context.work.glob("block-*.npz"):  # before the survey: what an interruption leaves of them fits it
+        block.unlink()
+    write_text(_survey_files(steps, context)[step], json.dumps(found))
+    context.errors.clear()
+    context.notes.clear()
 
 
 def _unchanged(skeleton: Skeleton, context: Context, what: str) -> Iterator[tuple[Block, Inputs]]:
@@ -89,7 +111,7 @@ def _unchanged(skeleton: Skeleton, context: Context, what: str) -> Iterator[tupl
     inputs = skeleton.inputs(tokens, _states(skeleton, tokens, context.work))
     num_blocks = len(skeleton.spec.layers)
     for index in range(num_blocks):
-        context.tell(0, f"{what}: block {index + 1} of {num_blocks}")
+        context.tell(index / num_blocks, f"{what}: block {index + 1} of {num_blocks}")
         block = skeleton.block(index)
         yield block, inputs
         inputs.advance(block)
@@ -97,8 +119,7 @@ def _unchanged(skeleton: Skeleton, context: Context, what: str) -> Iterator[tupl
 
 def _swept(checkpoint: Checkpoint, steps: tuple[Step, ...], context: Context) -> Iterator[tuple[str, Weight]]:
     """The changed model's weights: blocks from their files, the rest rounded where a step of this stage says so."""
-    formats = {name: fmt for name, fmt in context.plan.formats.items() if context.plan.steps[name] in steps}
-    plan = replace(context.plan, formats=formats)
+    plan = context.of(steps)
     with ThreadPoolExecutor(usable_threads()) as pool:
         yield from carry_out(plan, _outside(checkpoint, before=True), pool)
         for index in range(len(checkpoint.spec.layers)):

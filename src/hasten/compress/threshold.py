@@ -4,11 +4,14 @@ On text that calibration does not see, each group of matrices that read one inpu
 is narrower than what it has, and the model run on: how far its distributions move from the original's (KL divergence,
 nats a token) is what that format costs there. Costs are taken to add up. From all matrices as they are, the steps that
 save the most bytes for what they cost are taken while the sum stays within threshold * the original's own nats a token.
+That is an estimate: where the model that comes out has lost more on the same text, it is made again with less to spend.
 
-Variants go through the blocks side by side, so each block is loaded once. Rounding to nearest stands in for the method
+Variants go through the blocks side by side, so each block is loaded once; the time grows as the square of their number.
+Rounding to nearest stands in for the method
 that is used in the end, which does better.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +25,19 @@ from hasten.compress.grid import Grid
 from hasten.compress.plan import matrix_shapes, stored_as
 from hasten.compress.stage import Context, survey
 from hasten.compress.statistics import grouped
+from hasten.compress.sweep import forget, sweep
+from hasten.errors import RecipeError
 from hasten.hardware import memory_available
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
-from hasten.steps import Quantize, Step
+from hasten.steps import Quantize, Step, step_name
 
 Options = Sequence[tuple[int, float]]  # bytes and cost, the widest first
 Variant = tuple[str, int]  # a unit that is rounded, and to which of its options
 
 _STATES_SHARE = 4  # hidden states take at most this part of free memory
+_TRIES = 3  # with less to spend, where more was lost than was expected
 
 
 class Unit(NamedTuple):
@@ -71,21 +77,41 @@ def _(step: Quantize, blocks: Iterator[tuple[Block, Inputs]], context: Context) 
     units = _units(step, skeleton.spec, context)
     tokens = context.tokens.held_out()
     nats, costs = 0.0, {(name, number): 0.0 for name, unit in units.items() for number in range(1, len(unit.sizes))}
-    for part in torch.split(tokens, _at_once(len(costs), skeleton, tokens.shape[1])):
-        own, found = _measured(step, skeleton, units, part, context)
+    parts = torch.split(tokens, _at_once(len(costs), skeleton, tokens.shape[1]))
+    for number, part in enumerate(parts):
+        own, found = _measured(
+            step, skeleton, units, part, context.part(number / len(parts), (number + 1) / len(parts))
+        )
         nats += own * len(part) / len(tokens)
         for key, cost in found.items():
             costs[key] += cost * len(part) / len(tokens)
-    options = {
-        name: [(size, max(costs.get((name, number), 0.0), 0.0)) for number, size in enumerate(unit.sizes)]
+    by_unit = {
+        name: [max(costs.get((name, number), 0.0), 0.0) for number in range(len(unit.sizes))]
         for name, unit in units.items()
     }
-    chosen = choose(options, step.threshold * nats)
+    return _chosen(step, units, by_unit, nats, step.threshold)
+
+
+def _chosen(
+    step: Quantize,
+    units: Mapping[str, Unit],
+    costs: Mapping[str, Sequence[float]],
+    nats: float,
+    share: float,
+    tried: Sequence[float] = (),
+) -> dict[str, Any]:
+    """The kinds of formats for a share of the original's nats; below 0 all stay as they are. tried: what choices before
+    this one were measured to lose."""
+    chosen = choose(
+        {name: list(zip(unit.sizes, costs[name], strict=True)) for name, unit in units.items()}, share * nats
+    )
     kinds = ("keep", *dict.fromkeys(("int8", step.format)))
     return {
         "kinds": {name: kinds[index] for unit, index in chosen.items() for name in units[unit].names},
-        "costs": {unit: [cost for _, cost in found] for unit, found in options.items()},
-        "expected": sum(options[unit][index][1] for unit, index in chosen.items()) / nats,
+        "costs": costs,
+        "nats": nats,
+        "expected": sum(costs[unit][index] for unit, index in chosen.items()) / nats,
+        "tried": list(tried),
     }
 
 
@@ -121,7 +147,8 @@ def _measured(
     variants: dict[Variant, Inputs] = {}
     num_blocks = len(skeleton.spec.layers)
     for index in range(num_blocks):
-        context.tell(0, f"measuring what rounding costs: block {index + 1} of {num_blocks}")
+        # Each block is run for all variants of those before it: the time grows as the square.
+        context.tell((index / num_blocks) ** 2, f"measuring what rounding costs: block {index + 1} of {num_blocks}")
         block = skeleton.block(index)
         for inputs in variants.values():
             inputs.advance(block)
@@ -133,22 +160,44 @@ def _measured(
     return _costs(_Head(skeleton), original, variants, tokens)
 
 
-def check(steps: Sequence[Step], target: Path, context: Context) -> None:
-    """What was lost in the end, on the text that was held out, for the receipt; a note where that is too much."""
-    for step in steps:
-        if not isinstance(step, Quantize) or step.threshold is None:
-            continue
-        before, after = (nats_of(folder, context) for folder in (context.source, target))
-        loss, found = after / before - 1, context.surveys[step]
-        kinds = list(found["kinds"].values())
-        context.facts["threshold"] = {
-            "allowed": step.threshold, "expected": found["expected"], "measured": loss, "kinds": found["kinds"],
-            "costs": found["costs"],
-        }  # fmt: skip
-        words = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        context.notes.append(f"threshold {step.threshold:.2%}: {words}; {loss:+.2%} nats on text that was held out")
-        if loss > step.threshold:
-            context.notes.append(f"that is more than the threshold of {step.threshold:.2%}: choose a lower one")
+def check(steps: tuple[Step, ...], target: Path, context: Context) -> None:
+    """Hold a step to its threshold: where the model that was written has lost more on the text that was held out, its
+    stage is done again with less to spend, and in the end with nothing. What was lost, for the receipt. RecipeError
+    where the steps behind it lose too much by themselves."""
+    step = steps[0]  # the first of its stage
+    if not isinstance(step, Quantize) or step.threshold is None:
+        return
+    before = nats_of(context.source, context)
+    while (loss := nats_of(target, context) / before - 1) > step.threshold:
+        found = context.surveys[step]
+        if set(found["kinds"].values()) == {"keep"}:
+            if not steps[1:]:
+                break  # the model is what it was: a device may add the same numbers up otherwise
+            raise RecipeError(
+                f"threshold is {step.threshold:g}, and {', '.join(map(step_name, steps[1:]))} behind it alone lose "
+                f"{loss:.5f}: raise it, or remove them"
+            )
+        forget(steps, step, _with_less(step, found, loss, context), context)
+        shutil.rmtree(target)
+        sweep(steps, target, context)
+    found = context.surveys[step]
+    context.facts["threshold"] = {"allowed": step.threshold, **found, "measured": loss}
+    kinds = list(found["kinds"].values())
+    words = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    context.notes.append(f"threshold {step.threshold:.2%}: {words}; {loss:+.2%} nats on text that was held out")
+    if found["tried"]:
+        lost = ", ".join(f"{tried:+.2%}" for tried in found["tried"])
+        context.notes.append(f"more than the threshold was lost at first ({lost}): done again with less to spend")
+
+
+def _with_less(step: Quantize, found: dict[str, Any], loss: float, context: Context) -> dict[str, Any]:
+    """What is chosen of the same costs after `loss` was measured: what is lost is taken to fall as what was expected
+    does. Nothing after some tries."""
+    assert step.threshold is not None
+    tried = [*found["tried"], loss]
+    share = found["expected"] * step.threshold / loss if len(tried) <= _TRIES else -1.0
+    units = _units(step, open_checkpoint(context.source).spec, context)
+    return _chosen(step, units, found["costs"], found["nats"], share, tried)
 
 
 def nats_of(folder: Path, context: Context) -> float:

@@ -107,8 +107,13 @@ def evaluate(
     models = {} if original is None else {"against": _load(original, device, threads, None)}
     models["model"] = _load(checkpoint, device, threads, kv_cache, format)  # after the one compared with
     found = {text.name: _quality(models, text.windows, threads, progress) for text in texts}
+    scores = {name: _task(models, task, progress) for name, task in asked.items()}
+    speeds = _speed(models, texts[0].content, device, threads) if speed else {}
     if speed:
-        notes += notes_on_format(models["model"].model[0], device, measure=True)
+        ratios = speeds["model"].ratio
+        notes += notes_on_format(
+            models["model"].model[0], device, measure=True, ratios=ratios, against=Path(str(against)).name
+        )
     return Receipt(
         what="evaluate",
         model=str(model),
@@ -127,8 +132,8 @@ def evaluate(
         },
         quality=found[texts[0].name],
         texts=found,
-        tasks={name: _task(models, task, progress) for name, task in asked.items()},
-        speed=_speed(models, texts[0].content, device, threads) if speed else {},
+        tasks=scores,
+        speed=speeds,
         notes=notes,
     )
 

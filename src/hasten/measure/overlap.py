@@ -1,23 +1,23 @@
-"""Whether a text took part in making a model: what a folder's receipt and recipe say of calibration and training text,
-against the text that quality is to be measured on.
+"""Whether a text took part in making a model: what a folder's receipt says of calibration and training text, its own
+and that of the folders it was made from, against the text that quality is to be measured on.
 
 A text counts as used where the calibration sequences made from it have the hash that the receipt keeps, or where most
 of its runs of thirteen words are in a text that was used and is still there. Knows nothing of what a model was trained
 on before it came to hasten.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.compress.calibration import TEXT_SUFFIXES, calibration_tokens, digest
 from hasten.errors import HastenError
-from hasten.receipt import Receipt
+from hasten.receipt import UsedText, used_texts
 from hasten.recipe import Calibration
 
 RUN = 13  # words; what chance does not repeat (Brown et al. 2020, appendix C)
@@ -30,12 +30,10 @@ def check_unseen(name: str, path: Path, text: str, folder: Path) -> tuple[float 
     """The share of the text's runs of words that are in texts which made the model in `folder`, None where no such
     text is known; and a note where there are some, or where such a text is not here. HastenError where it is such a
     text itself."""
-    receipt = _receipt(folder)
-    if receipt is None:
-        return None, None
-    if _was_calibrated_on(path, folder, receipt):
+    known = used_texts(folder)
+    if any(_was_calibrated_on(path, folder, used) for used in known):
         raise HastenError(f"text {name} is what {folder} was calibrated on: give text that it has not seen")
-    used = list(_used(receipt))
+    used = list(dict.fromkeys(chain.from_iterable(map(_files, known))))
     missing = [str(file) for file in used if not file.is_file()]
     note = f"text {name} was not compared with {', '.join(missing)}, which made {folder.name}: it is not here"
     if len(missing) == len(used):
@@ -76,13 +74,10 @@ def _runs(text: str) -> NDArray[np.uint64]:
     return runs
 
 
-def _receipt(folder: Path) -> Receipt | None:
-    return Receipt.load(folder) if (folder / "receipt.json").is_file() else None
-
-
-def _was_calibrated_on(path: Path, folder: Path, receipt: Receipt) -> bool:
-    """By the hash of the sequences, which `path` gives again if it is the same text, wherever it lies now."""
-    about: dict[str, Any] = receipt.settings.get("calibration") or {}
+def _was_calibrated_on(path: Path, folder: Path, used: UsedText) -> bool:
+    """By the hash of the sequences, which `path` gives again if it is the same text, wherever it lies now. Every folder
+    takes its tokenizer from the one that it is made from, so this folder's is that of all before it."""
+    about = used.calibration
     if not about.get("text") or "sha256" not in about:
         return False
     known = {key: about[key] for key in ("num_sequences", "sequence_len", "seed") if key in about}
@@ -93,14 +88,10 @@ def _was_calibrated_on(path: Path, folder: Path, receipt: Receipt) -> bool:
     return bool(digest(tokens) == about["sha256"])
 
 
-def _used(receipt: Receipt) -> Iterator[Path]:
-    """Files of text that the receipt and its recipe name."""
-    about: dict[str, Any] = receipt.settings.get("calibration") or {}
-    named = [about.get("text")]
-    if receipt.recipe is not None:
-        named += [receipt.recipe.calibration.text, *(getattr(step, "text", None) for step in receipt.recipe.steps)]
-    for text in dict.fromkeys(text for text in named if text):
-        path = Path(text)
+def _files(used: UsedText) -> Iterator[Path]:
+    """Files of text that a recipe names."""
+    for text in used.named:
+        path = Path(os.path.expanduser(text))
         if path.is_dir():
             yield from sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
         elif path.suffix != ".npy":

@@ -19,6 +19,7 @@ from hasten.engine.speculate import Speculator
 from hasten.measure.energy import Meter
 from hasten.model.settings import default_kv_cache
 from hasten.model.spec import ModelSpec
+from hasten.receipt import Measurement
 from hasten.recipe import Run
 
 BLOCK_SIZE = 16
@@ -148,11 +149,27 @@ def prompts_from(tokens: Sequence[int], streams: int, length: int) -> tuple[tupl
     return tuple(tuple(enough[start : start + length]) for start in starts)
 
 
-def notes_on_format(backend: Backend, device: str, measure: bool = False) -> tuple[str, ...]:
-    """Where the format of a model that is loaded on a GPU is slower than bf16, a line for each number of streams: as
-    was measured once on this GPU, or is now (measure)."""
-    if device != "cuda":
-        return ()
+def notes_on_format(
+    backend: Backend,
+    device: str,
+    measure: bool = False,
+    ratios: Mapping[str, Measurement] | None = None,
+    against: str = "",
+) -> tuple[str, ...]:
+    """Where the format of a loaded model does not pay, a line for each number of streams.
+
+    On a GPU where its products are slower than bf16: as was measured once on this GPU, or is now (measure). On any
+    device where it decodes slower than the model `against`, by more than the spread of their ratios, by streams.
+    """
+    slower = tuple(
+        f"with {streams} stream{'s' * (streams != '1')} {ratio.median:.2f}x of {against}: this form does not pay there"
+        for streams, ratio in (ratios or {}).items()
+        if ratio.high < 1
+    )
+    return (*(_slow_products(backend, measure) if device == "cuda" else ()), *slower)
+
+
+def _slow_products(backend: Backend, measure: bool) -> tuple[str, ...]:
     if measure:
         backend.compare_with_dense()  # type: ignore[attr-defined]
     slower: dict[int, float] = backend.slower_than_dense()  # type: ignore[attr-defined]

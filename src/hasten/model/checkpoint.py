@@ -56,6 +56,27 @@ class Checkpoint:
             for name in self._tensor_names(source):
                 self._tensors.release(name)
 
+    def kv_scales(self, prefix: str = "") -> Iterator[tuple[str, Weight]]:
+        """Scales of keys and values for a cache of 8-bit floats, "layers.I.k_scale" and "layers.I.v_scale", whose names
+        begin so. They are no weights: no backend reads them, a folder made from this one keeps them (writer.py)."""
+        for name, key in self._kv_keys():
+            if name.startswith(prefix) and self._is_number(key):
+                yield name, _as_weight(np.atleast_1d(self._vector(key)))
+
+    def other_kv_scales(self) -> list[str]:
+        """Tensors that are scales of keys and values too, but not one number a layer, which nothing here writes."""
+        known = {key for _, key in self._kv_keys() if self._is_number(key)}
+        ends = tuple(f".{end}" for end in self._quantization.kv_scales)
+        return sorted(name for key, name in self._names.items() if key.endswith(ends) and key not in known)
+
+    def _kv_keys(self) -> Iterator[tuple[str, str]]:
+        for layer, attention in attention_modules(self.spec, self.config).items():
+            keys = ((f"{layer}.{end}", f"{attention}.{end}") for end in self._quantization.kv_scales)
+            yield from ((name, key) for name, key in keys if key in self._names)
+
+    def _is_number(self, key: str) -> bool:
+        return self._tensors.infos[self._names[key]].shape in ((), (1,))
+
     def matrices(self) -> Iterator[tuple[str, tuple[int, int], Format]]:
         """Canonical name, shape and format of every matrix, without reading any."""
         for source in sources(self.spec, self.config):
@@ -154,6 +175,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config is None:
         raise ModelError(f"{folder}: no config.json, so this is not a model folder")
     return config
+
+
+def attention_modules(spec: ModelSpec, config: dict[str, Any]) -> dict[str, str]:
+    """By layer ("layers.0"), the module whose scales of keys and values are stored beside its matrices."""
+    found = {}
+    for source in sources(spec, config):
+        for part in source.parts:
+            if key := re.fullmatch(r"(layers\.\d+)\.k(\.a)?", part.name):
+                found[key[1]] = (source.home or source.module).rpartition(".")[0]
+    return found
 
 
 def _sparse_names(config: dict[str, Any], spec: ModelSpec) -> frozenset[str]:

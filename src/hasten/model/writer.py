@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.errors import ModelError, ResourceError
+from hasten.model.checkpoint import attention_modules
 from hasten.model.compressed_tensors import CONV1D_PACKED, FLOATS8, INTEGERS, KV_SCALES, LOW_RANK, PACKED
 from hasten.model.formats import Activations, Format, Weight, densify, dequantize, from_bf16, to_bf16, unpack_nibbles
 from hasten.model.names import Source, sources
@@ -86,7 +87,8 @@ def write_checkpoint(
         writer = TensorWriter(folder, room, shard_bytes)
         try:
             kv_scales: list[str] = []
-            stored = list(_write_modules(writer, spec, table, _without_kv(writer, spec, table, weights, kv_scales)))
+            without = _without_kv(writer, spec, attention_modules(spec, text), weights, kv_scales)
+            stored = list(_write_modules(writer, spec, table, without))
             tied = _finish_head(writer, spec, stored, tied=_is_tied(text))
             writer.finish()
         finally:
@@ -100,7 +102,7 @@ def write_checkpoint(
 def _without_kv(
     writer: TensorWriter,
     spec: ModelSpec,
-    table: Mapping[str, Source],
+    attention: Mapping[str, str],
     weights: Iterable[tuple[str, Weight]],
     written: list[str],
 ) -> Iterator[tuple[str, Weight]]:
@@ -110,8 +112,7 @@ def _without_kv(
         if end not in KV_SCALES:
             yield name, weight
             continue
-        attention = table[f"{layer}.k"].module.rpartition(".")[0]
-        _add_vector(writer, spec, f"{attention}.{end}", dequantize(weight)[:, 0])
+        _add_vector(writer, spec, f"{attention[layer]}.{end}", dequantize(weight)[:, 0])
         written.append(name)
 
 

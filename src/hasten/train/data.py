@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hasten.compress.calibration import encode, read
+from hasten.compress.calibration import Note, encode, read
 from hasten.errors import RecipeError
 from hasten.model.tokenizer import Tokenizer
 
 
-def tokens_of(text: str, folder: Path) -> tuple[Tensor, int | None]:
+def tokens_of(text: str, folder: Path, note: Note = lambda line: None) -> tuple[Tensor, int | None]:
     """All tokens [n] of a file, a folder or a data set, as the model in `folder` has them, and the token that starts a
-    text (None where there is none). It stands between texts too; else the one that ends a text does."""
+    text (None where there is none). It stands between texts too; else the one that ends a text does. note: is told of
+    text that is too long to be read whole."""
     tokenizer = Tokenizer(folder)
     bos = tokenizer.bos_token_id
     first = bos if bos is not None and tokenizer.encode("a")[:1] == [bos] else None
     between = first if first is not None else next(iter(sorted(tokenizer.eos_token_ids)), None)
     end = [] if between is None else [between]
-    parts = [np.array([*encode(tokenizer, piece), *end], np.int32) for piece in read(text)]
+    parts = [np.array([*encode(tokenizer, piece), *end], np.int32) for piece in read(text, note)]
     return torch.from_numpy(np.concatenate([*parts, np.zeros(0, np.int32)])), first
 
 

@@ -25,10 +25,10 @@ from hasten.steps import Distill
 from hasten.train.finetune import train
 from hasten.train.folder import frozen_dtype, open_folder, write_folder
 from hasten.train.losses import mixed_loss
-from hasten.train.match import attention_loss, hidden_loss, layer_map, projection
+from hasten.train.match import attention_loss, hidden_loss, like_depth, projection
 from hasten.train.student import student_of
 from hasten.train.teacher import check_teacher
-from hasten.train.text import check_length, rows_as_sequences, sequences_of
+from hasten.train.text import rows_as_sequences, sequences_of
 from hasten.train.trainer import sequences_needed
 
 _MOST_WRITTEN = 2048  # sequences that a teacher writes at most; a longer training sees them again
@@ -42,11 +42,11 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
     vocab = check_teacher(teacher_folder, student_folder)
     checkpoint = open_checkpoint(student_folder)
     if step.samples == "teacher":  # before the two models fill the device
-        rows = written_by(teacher_folder, checkpoint, step, vocab, context)
+        rows = written_by(teacher_folder, checkpoint, step, vocab, context.part(0, 1 / 2))
+        context = context.part(1 / 2, 1)
         sequences, training = rows_as_sequences(rows, step, context.device)
     else:
         sequences, training = sequences_of(step, checkpoint, context)
-    check_length(training, open_checkpoint(teacher_folder), "the teacher")
     opened = open_folder(student_folder, context.device)
     teacher = load_teacher(teacher_folder, context.device)
     student = opened.model
@@ -102,10 +102,10 @@ class Lesson:
         total: Tensor | float = 0.0
         if self.step.hidden:
             states, wanted = out.hidden_states, known.hidden_states
-            layers = layer_map(len(states) - 1, len(wanted) - 1)
+            layers = self.step.layer_map or like_depth(len(states) - 1, len(wanted) - 1)
             total = total + self.step.hidden * hidden_loss(states, wanted, layers, self.project)
         if self.step.attention:
-            layers = layer_map(len(out.attentions), len(known.attentions))
+            layers = self.step.layer_map or like_depth(len(out.attentions), len(known.attentions))
             total = total + self.step.attention * attention_loss(out.attentions, known.attentions, layers)
         return total
 
@@ -136,17 +136,16 @@ def written_by(teacher: Path, student: Checkpoint, step: Distill, vocab: int, co
     file = context.work / "written.npy"
     if not file.is_file():
         count = min(sequences_needed(step), _MOST_WRITTEN)
+
+        def tell(done: int) -> None:
+            context.tell(done / count, f"distill: the teacher writes, {done} of {count} sequences")
+
         if step.text is None and context.recipe.calibration.text is None:
-            context.tell(0, "distill: the teacher writes")
-            rows = generate(Calibration(None, count, step.sequence_len, step.seed), teacher, context.device)
+            rows = generate(Calibration(None, count, step.sequence_len, step.seed), teacher, context.device, tell)
         else:
             sequences, step = sequences_of(step, student, context)
             start = max(1, step.sequence_len // _PROMPT_SHARE)
             starts = sequences.__getitems__(list(range(count)))["input_ids"][:, :start]
-
-            def tell(done: int) -> None:
-                context.tell(0, f"distill: the teacher writes, {done} of {count} sequences")
-
             rows = write_on(starts.tolist(), step.sequence_len, step.seed, teacher, context.device, tell)
         rows = rows.clip(max=vocab - 1)  # a matrix may have rows, hardly ever drawn, that stand for no token
         partial = file.with_suffix(".partial")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hasten.compress.stage import Context, run_step
-from hasten.errors import RecipeError
 from hasten.steps import Distill, Recover
 from hasten.train.distill import Lesson, load_teacher
 from hasten.train.finetune import train
@@ -59,14 +58,11 @@ class Addition(nn.Module):
 
 
 def add(opened: Opened, rank: int, seed: int) -> None:
-    """Freeze the model, and add to each matrix of its layers; to factors of low rank no more than theirs. RecipeError
-    where another matrix has no such rank."""
+    """Freeze the model, and add to each matrix of its layers; to factors of low rank no more than theirs."""
     opened.model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, linear in opened.matrices().items():
+    for linear in opened.matrices().values():
         most = min(linear.weight.shape)
-        if rank > most and not name.endswith((".a", ".b")):
-            raise RecipeError(f"rank is {rank}, {name} is {list(linear.weight.shape)}: at most its smaller side")
         parametrize.register_parametrization(linear, "weight", Addition(linear.weight, min(rank, most), generator))
 
 

@@ -1,7 +1,8 @@
 """Matching inside: hidden states (TinyBERT, Jiao et al. 2020) and attention (MiniLM, Wang et al. 2020), layer by layer.
 
-A student's layer learns from the teacher's layer of like depth. Where widths differ, a projection is trained with the
-student and dropped at the end. Knows outputs as Transformers gives them, and no recipe.
+A student's layer learns from the teacher's layer of like depth, or from the one that a recipe names. Where widths
+differ, a projection is trained with the student and dropped at the end. Knows outputs as Transformers gives them,
+and no recipe.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 
-def layer_map(student: int, teacher: int) -> tuple[int, ...]:
-    """For each of the student's layers the teacher's that it learns from: evenly, the last from the last; where the
+def like_depth(student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """Each of the student's layers with the teacher's that it learns from: evenly, the last from the last; where the
     student is the deeper one, its first from the first."""
-    return tuple(max(0, (index + 1) * teacher // student - 1) for index in range(student))
+    return tuple((index, max(0, (index + 1) * teacher // student - 1)) for index in range(student))
 
 
 def projection(student: int, teacher: int, seed: int = 0) -> nn.Module:
@@ -27,24 +28,24 @@ def projection(student: int, teacher: int, seed: int = 0) -> nn.Module:
 
 
 def hidden_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], layers: Sequence[int], project: nn.Module
+    student: Sequence[Tensor], teacher: Sequence[Tensor], layers: Sequence[tuple[int, int]], project: nn.Module
 ) -> Tensor:
     """Mean squared error of hidden states over the teacher's mean square, so that it says a share.
 
-    student, teacher: as Transformers' hidden_states, the embedding first, each [b, T, H].
+    student, teacher: as Transformers' hidden_states, the embedding first, each [b, T, H]. layers: pairs of theirs.
     """
     losses = []
-    for index, other in enumerate(layers):
+    for index, other in layers:
         wanted = teacher[other + 1].float()
         losses.append(mse_loss(project(student[index + 1]).float(), wanted) / wanted.square().mean().clamp(min=1e-8))
     return torch.stack(losses).mean()
 
 
-def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], layers: Sequence[tuple[int, int]]) -> Tensor:
     """Mean KL(teacher || student) of what each position attends to [b, heads, T, T]. Where the two have different
     numbers of heads, the means over heads are compared."""
     losses = []
-    for index, other in enumerate(layers):
+    for index, other in layers:
         q, p = student[index].float(), teacher[other].float()
         if q.shape[1] != p.shape[1]:
             q, p = q.mean(1), p.mean(1)

@@ -8,7 +8,9 @@ from typing import Any
 
 from hasten.compress.folder import ProgressCallback
 from hasten.compress.folder import compress as carry_out
+from hasten.compress.refusals import check_teaches
 from hasten.errors import ResourceError
+from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
 from hasten.receipt import Receipt
 from hasten.recipe import Recipe
@@ -41,7 +43,7 @@ def compress(
             raise ResourceError(
                 f"this recipe needs {' and '.join(missing)}, not installed here: pip install 'hasten[compress]'"
             )
-        _check_teachers(training, resolve(str(model)))
+        _check_teachers(recipe, resolve(str(model)))
         for module in ("finetune", "distill", "lora"):
             importlib.import_module(f"hasten.train.{module}")
     return carry_out(model, recipe, out, device=device, progress=progress)
@@ -52,9 +54,12 @@ def trains(step: Step) -> bool:
     return isinstance(step, Finetune | Distill) or (isinstance(step, Recover) and step.method == "lora")
 
 
-def _check_teachers(steps: list[Step], model: Path) -> None:
+def _check_teachers(recipe: Recipe, model: Path) -> None:
+    """Those that steps name; the model itself is plan.py's to check."""
     from hasten.train.teacher import check_teacher
 
-    for step in steps:
+    for step in recipe.steps:
         if isinstance(step, Distill) and step.teacher is not None:
-            check_teacher(resolve(step.teacher), model)
+            teacher = resolve(step.teacher)
+            check_teacher(teacher, model)
+            check_teaches(step, recipe, open_checkpoint(teacher).spec)

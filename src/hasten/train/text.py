@@ -6,7 +6,6 @@ from typing import TypeVar
 import torch
 
 from hasten.compress.stage import Context
-from hasten.errors import ModelError
 from hasten.model.checkpoint import Checkpoint
 from hasten.steps import Training
 from hasten.train.data import Sequences, tokens_of
@@ -22,19 +21,9 @@ def sequences_of(training: Kind, checkpoint: Checkpoint, context: Context) -> tu
     text = training.text or context.recipe.calibration.text
     if text is None or text.endswith(".npy"):
         return rows_as_sequences(context.tokens(), training, context.device)
-    check_length(training, checkpoint, "the model")
-    stream, first = tokens_of(text, checkpoint.path)
+    stream, first = tokens_of(text, checkpoint.path, context.notes.append)
     count = sequences_needed(training)
     return Sequences(stream.to(context.device), training.sequence_len, count, training.seed, first), training
-
-
-def check_length(training: Training, checkpoint: Checkpoint, whose: str) -> None:
-    """ModelError where a model, called `whose`, cannot read so many tokens."""
-    most = checkpoint.spec.max_position
-    if training.sequence_len > most:
-        raise ModelError(
-            f"training sequences have {training.sequence_len} tokens, {whose} at most {most}: lower sequence_len"
-        )
 
 
 def rows_as_sequences(rows: torch.Tensor, training: Kind, device: str) -> tuple[Sequences, Kind]:

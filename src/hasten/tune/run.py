@@ -10,7 +10,7 @@ from typing import Any
 from hasten.backends import choose_device, open_backend
 from hasten.backends.base import Backend
 from hasten.checks import did_you_mean
-from hasten.compress.folder import ProgressCallback, check_out, hashes, requantised
+from hasten.compress.folder import ProgressCallback, check_out, hashes, made_from, requantised
 from hasten.compress.plan import resolve
 from hasten.errors import HastenError, RecipeError
 from hasten.goals import GOALS, Goal
@@ -75,6 +75,7 @@ def tune(
     given = None if data is None else (Path(data).name, read_text(data))
     checkpoint = open_checkpoint(resolve_name(str(model)))
     threads, device = threads or usable_threads(), choose_device(device)
+    before = made_from(checkpoint.path)
     settings = {"max_loss": max_loss, "goal": goal, "rounds": rounds, "threads": threads, "device": device}
     hardware, inputs = _limits(device, threads), hashes(checkpoint)
     state = State(out.with_name(out.name + ".tune.json"), _key(inputs, settings, hardware, given))
@@ -88,7 +89,7 @@ def tune(
     search = _search(lab, state, budget, counter, text, settings)
     with Staged(out, lab) as staged:
         receipt = _measure(str(model), search, text, staged, inputs, {**settings, "minutes": minutes}, transformers)
-        receipt = finish(staged, search, receipt, text)
+        receipt = finish(staged, search, replace(receipt, made_from=before), text)
     state.remove()
     return receipt
 
