@@ -10,6 +10,9 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Models this small gain nothing by more threads of torch, and lose much where others use the cores. Before torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
