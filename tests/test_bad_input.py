@@ -264,7 +264,24 @@ def test_recipe_that_is_neither_preset_nor_file(stories, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_recipe_from_a_folder_that_has_none(stories, tmp_path):
+    complaint = hasten("compress", stories, ".", cwd=tmp_path).complaint
+    assert complaint == "folder . has no recipe.yaml: name a preset, a YAML file or a tuned folder"
+
+
+def test_text_for_a_recipe_that_reads_none(stories, tmp_path):
+    complaint = hasten("compress", stories, "int8", "--text", tmp_path / "books.txt", "-o", tmp_path / "out").complaint
+    assert complaint == "int8 reads no calibration text: remove --text"
+    assert list(tmp_path.iterdir()) == []
+
+
 # Places that cannot be written
+
+
+def test_output_without_a_name(stories, tmp_path):
+    complaint = hasten("compress", stories, "int8", "-o", "", cwd=tmp_path).complaint
+    assert complaint == "the name of the new folder is empty: name one"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_below_a_file(stories, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from command_line import COMMAND, hasten
 
 from hasten.backends import missing_for_cuda
+from hasten.recipe import Recipe
 
 START = "Once upon a time"
 GREEDY = ", there was a little girl named Lily. She loved to play outside in the park."
@@ -358,6 +359,16 @@ def test_compress_writes_a_folder_that_runs_and_says_what_was_done(stories, int8
     again = int8.with_name("again")
     assert hasten("compress", stories, int8 / "recipe.yaml", "-o", again).good.stdout
     assert (again / "model.safetensors").read_bytes() == (int8 / "model.safetensors").read_bytes()
+
+
+def test_a_preset_is_shown_as_a_file_that_can_be_changed(stories, tmp_path):
+    shown = hasten("compress", "--show", "int4-g64").good
+    assert shown.stderr == ""
+    assert Recipe.from_yaml(shown.stdout) == Recipe.load("int4-g64")
+    changed = tmp_path / "mine.yaml"
+    changed.write_text(shown.stdout.replace("format: int4\n", "format: int4\n    fallback: int8\n"))
+    assert "int8" in hasten("compress", stories, changed, cwd=tmp_path).good.stderr
+    assert "did you mean 'int4-g64'?" in hasten("compress", "--show", "int4-g6").complaint
 
 
 def test_the_usual_folder_has_the_resolved_models_name(stories, tmp_path):

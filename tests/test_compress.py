@@ -11,7 +11,7 @@ from hasten.errors import RecipeError, ResourceError
 from hasten.model import formats
 from hasten.model.checkpoint import open_checkpoint
 from hasten.receipt import Receipt, sha256
-from hasten.recipe import Recipe, Run
+from hasten.recipe import Calibration, Recipe, Run
 from hasten.steps import Quantize
 
 
@@ -40,6 +40,39 @@ def test_targets_change_and_the_rest_is_untouched(model: Path, tmp_path: Path) -
     assert receipt.inputs["model.safetensors"] == sha256(model / "model.safetensors")
     assert receipt.settings["bytes_after"] < receipt.settings["bytes_before"]
     assert told[-1][0] == told[-1][1] == len(told)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device is 'tpu', expected auto, cpu or cuda"),
+        ("cpu:0", "device is 'cpu:0', expected auto"),
+        (None, "device is None, expected auto"),
+        ("cuda", "device cuda cannot be used: no NVIDIA driver was found on this machine: use --device cpu"),
+        ("cuda:1", "device cuda:1 cannot be used: no NVIDIA driver"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_though_rounding_needs_none(
+    device: str, message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.backends._DRIVER", ())
+    with pytest.raises(ResourceError, match=message):
+        compress(model, "int8", tmp_path / "out", device=device)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_no_step_reads_is_said_and_does_not_count_as_used(model: Path, tmp_path: Path) -> None:
+    receipt = compress(model, Recipe((Quantize(),), calibration=Calibration("books.txt")), tmp_path / "out")
+    assert receipt.notes == (
+        "calibration text books.txt was not read, as no step looks at it, and is not recorded as used",
+    )
+    assert not receipt.used_texts
+    assert Recipe.load(tmp_path / "out") == Recipe((Quantize(),))
+
+
+def test_a_folder_without_a_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the name of the new folder is empty"):
+        compress(model, "int8", "")
 
 
 def test_fallbacks_are_listed(model: Path, tmp_path: Path) -> None:

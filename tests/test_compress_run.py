@@ -21,7 +21,7 @@ from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.receipt import Receipt  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
-from hasten.steps import Factorize, Prune, Quantize, QuantizeKv, Rotate, Smooth, SplitExperts  # noqa: E402
+from hasten.steps import Factorize, Prune, Quantize, QuantizeKv, Recover, Rotate, Smooth, SplitExperts  # noqa: E402
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune must want a wife.\n"
 
@@ -339,3 +339,166 @@ def test_smoothing_changes_nothing_where_matrices_are_thin_and_a_router_chooses(
     assert not np.array_equal(*weights)
     with pytest.raises(RecipeError, match="rotate is for models without low-rank matrices and experts"):
         compress(tmp_path / "one", Recipe((Rotate(),)), tmp_path / "three", device="cpu")
+
+
+def interrupted(model: Path, recipe: Recipe, out: Path, after: int = 2) -> None:
+    """Work that was stopped where so many blocks were done."""
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, recipe, out, device="cpu", progress=stop)
+
+
+def test_work_does_not_go_on_with_other_text(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    file, folder, model = tmp_path / "text.txt", tmp_path / "texts", tiny_model("llama")
+    file.write_text(TEXT * 40)
+    folder.mkdir()
+    (folder / "one.txt").write_text(TEXT * 40)
+    for text, changed in ((file, file), (folder, folder / "one.txt")):
+        recipe, out = smooth(str(text)), tmp_path / f"out-{text.name}"
+        interrupted(model, recipe, out)
+        before = changed.read_text()
+        changed.write_text(before.replace("wife", "life"))
+        message = rf"{text} has changed since this work began: remove {out}\.work, or put it back"
+        with pytest.raises(ResourceError, match=message):
+            compress(model, recipe, out, device="cpu")
+        changed.write_text(before)
+        compress(model, recipe, out, device="cpu")
+
+
+def test_of_a_long_text_what_is_read_has_a_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.compress import calibration
+
+    monkeypatch.setattr(calibration, "_MOST", 1 << 10)
+    monkeypatch.setattr(calibration, "_PARTS", 4)
+    file = tmp_path / "long.txt"
+    file.write_text(TEXT * 200)
+    first = calibration.fingerprint(str(file))
+    assert calibration.fingerprint(str(file)) == first
+    file.write_text("X" + (TEXT * 200)[1:])
+    assert calibration.fingerprint(str(file)) != first
+    assert calibration.fingerprint("owner/name") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no calibration text at .*text.txt: expected a file"),
+        (b" \n", "calibration text .*text.txt is empty: give text"),
+        (b"\xff\xfe\x00\x01", "cannot read calibration text .*text.txt: .*: expected text in UTF-8"),
+        (b"Too short.", "gives 0 sequences of 24 tokens, 8 are asked for"),
+    ],
+)
+def test_text_is_checked_before_the_first_stage(
+    content: bytes | None, message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    told: list[str] = []
+    recipe = Recipe((Rotate(), Smooth()), calibration=smooth(str(tmp_path / "text.txt")).calibration)
+    with pytest.raises(HastenError, match=message):
+        compress(
+            tiny_model("llama"), recipe, tmp_path / "out", device="cpu", progress=lambda *call: told.append(call[2])
+        )
+    assert not told
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_two_processes_do_not_work_in_one_folder(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hasten.compress.folder import compress\n"
+        "def tell(done, total, what):\n"
+        "    if done == 2: print('there', flush=True); sys.stdin.read()\n"
+        "compress(sys.argv[1], sys.argv[2], sys.argv[3], device='cpu', progress=tell)\n"
+    )
+    model, recipe = tiny_model("llama"), tmp_path / "recipe.yaml"
+    recipe.write_text(smooth(text).to_yaml())
+    command = [sys.executable, "-c", code, str(model), str(recipe), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"there\n"
+        with pytest.raises(ResourceError, match=r"another process is working in .*out\.work: wait for it, or choose"):
+            compress(model, recipe, tmp_path / "out", device="cpu")
+        first.kill()
+    compress(model, recipe, tmp_path / "out", device="cpu")  # a kill lets go of it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut"])
+def test_a_damaged_block_and_those_behind_it_are_made_again(
+    damage: str, tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    compress(model, smooth(text), tmp_path / "whole", device="cpu")
+    interrupted(model, smooth(text), tmp_path / "out")
+    blocks = sorted((tmp_path / "out.work").rglob("block-*.npz"))
+    assert len(blocks) == 2
+    blocks[0].write_bytes(b"" if damage == "empty" else blocks[0].read_bytes()[:-300])
+    gone: list[bool] = []
+    compress(
+        model, smooth(text), tmp_path / "out", device="cpu", progress=lambda *call: gone.append(blocks[1].exists())
+    )
+    assert gone[:3] == [True, False, True]  # before the first block, the second and the third
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_what_else_a_power_cut_leaves_empty_is_made_again(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    recipe = Recipe((Rotate(), *smooth(text).steps), calibration=smooth(text).calibration)
+    interrupted(tiny_model("llama"), recipe, tmp_path / "out", after=5)
+    work = tmp_path / "out.work"
+    for name in ("calibration.npy", "work-0/found.json"):
+        (work / name).write_bytes(b"")
+    compress(tiny_model("llama"), recipe, tmp_path / "out", device="cpu")
+
+
+def test_seconds_are_those_of_all_runs(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    interrupted(tiny_model("llama"), smooth(text), tmp_path / "out")
+    (tmp_path / "out.work/seconds").write_text("1000.5")
+    receipt = compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
+    assert 1000.5 < receipt.settings["seconds"] < 1400
+
+
+def test_something_else_in_the_works_place_stays(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    for make in (lambda: work.write_text("mine"), lambda: (work.unlink(), work.mkdir(), (work / "mine").touch())):
+        make()
+        with pytest.raises(ResourceError, match=r"out\.work is in the way, and is no unfinished work: remove it"):
+            compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
+    assert [path.name for path in work.iterdir()] == ["mine"]
+
+
+def test_parts_that_a_model_has_not_are_not_recovered(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    recipe = Recipe((Prune(), Recover(parts=("biases",), steps=2)), calibration=smooth(text).calibration)
+    with pytest.raises(RecipeError, match="fits the parts biases, of which this model's layers have none: add weights"):
+        compress(tiny_model("llama"), recipe, tmp_path / "out", device="cpu")
+    assert not list(tmp_path.iterdir())
+    compress(tiny_model("llama_bias"), recipe, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_magnitudes_need_no_text(
+    family: str, tiny_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hasten.compress import calibration
+
+    monkeypatch.setattr(calibration, "generate", lambda *_: pytest.fail("the model wrote text"))
+    model, settings = tiny_model(family), smooth(text).calibration
+    for number, steps in enumerate(
+        (
+            (Prune(method="magnitude", targets=("mlp",)),),
+            (Prune(method="magnitude", pattern="2:4"), Quantize("int8", 0, targets=("Linear", "head"))),
+            (Rotate(), Prune(0.3, method="magnitude")),
+        )
+    ):
+        one, two = tmp_path / f"one-{number}", tmp_path / f"two-{number}"
+        assert compress(model, Recipe(steps), one, device="cpu").settings["calibration"] == {}
+        compress(model, Recipe(steps, calibration=settings), two, device="cpu")
+        assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+        assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from hasten import compress, load_torch  # noqa: E402
 from hasten.compress import strip  # noqa: E402
-from hasten.errors import ModelError  # noqa: E402
+from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import Weight, dense_weight, dequantize  # noqa: E402
 from hasten.model.spec import Layer, configured, spec_from_config  # noqa: E402
@@ -150,3 +150,13 @@ def test_what_a_configuration_must_not_say(entries: list, message: str, tiny_mod
     config = {**open_checkpoint(tiny_model("llama")).config, "hasten": {"layers": entries}}
     with pytest.raises(ModelError, match=message):
         spec_from_config(config)
+
+
+def test_a_device_that_is_not_there_is_one_line(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ResourceError, match="device is 'cuda:1', and no such GPU that torch can use is here: use"):
+        load_torch(tiny_model("llama"), device="cuda:1")
+    with pytest.raises(ResourceError, match="device is 'gpu', expected a device of torch, such as cpu or cuda"):
+        load_torch(tiny_model("llama"), device="gpu")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from hasten.compress.calibration import calibration_tokens, digest
 from hasten.errors import HastenError, ModelError
 from hasten.measure import overlap
 from hasten.measure.overlap import check_unseen, shared_runs
+from hasten.measure.rounding import notes_on_rounding
+from hasten.model.checkpoint import open_checkpoint
 from hasten.receipt import Measurement, Receipt, Speed, UsedText
 from hasten.recipe import Calibration
-from hasten.steps import Quantize
+from hasten.steps import Quantize, QuantizeKv
 
 WORDS = [f"{'aeiou'[n % 5]}{'bcdfg'[n // 5 % 5]}{'lmnrt'[n // 25 % 5]}{n // 125 or ''}" for n in range(400)]
 TEXT = " ".join(WORDS) + ".\n"
@@ -123,7 +126,10 @@ def test_texts_of_a_chain_are_listed_oldest_first(stories: Path, tmp_path: Path)
     (tmp_path / "two.txt").write_text(TEXT * 2)
     for name, source in (("one", stories), ("two", tmp_path / "one")):
         text = Calibration(str(tmp_path / f"{name}.txt"))
-        compress(source, Recipe((Quantize("int8"),), calibration=text), tmp_path / name)
+        receipt = compress(source, "int8", tmp_path / name)  # which reads no text: the receipt says that it did
+        replace(receipt, recipe=Recipe((Quantize(method="gptq"),), calibration=text)).save(
+            tmp_path / name / "receipt.json"
+        )
     used = Receipt.load(tmp_path / "two").used_texts
     assert [Path(text.named[0]).name for text in used] == ["one.txt", "two.txt"]
 
@@ -224,3 +230,44 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(stories: Path, tmp_path: Pat
         (["--data", f"a={tmp_path}/short.txt", "--data", f"a={tmp_path}/empty.txt"], "two files named a"),
     ]:
         assert complaint in hasten("evaluate", stories, *flags).complaint
+
+
+def test_a_declared_rounding_that_is_not_done_is_noted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    floats = "inputs are declared fp8 and are not rounded here: other engines will lose more"
+    integers = (
+        "inputs are declared int8 with a scale a token, and are rounded here with one for 128 numbers and in part to "
+        "16 bits: other engines may lose more"
+    )
+    for steps, note in (
+        ((Quantize("fp8", activations="fp8"),), (floats,)),
+        ((Quantize("int8", 0, activations="int8"),), (integers,)),
+        ((Quantize("int8", 0),), ()),
+    ):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        compress(tiny_model("llama"), Recipe(steps), out, device="cpu")
+        found = notes_on_rounding(open_checkpoint(out), "cpu", "fp32")
+        assert found == note
+        assert not any("fp8" in line for line in notes_on_rounding(open_checkpoint(out), "cuda", "bf16"))
+
+
+def test_declared_rounding_is_in_the_receipt_and_shown(stories: Path, heldout: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        (Quantize("fp8", activations="fp8-static"), QuantizeKv()), calibration=Calibration(str(heldout), 4, 32)
+    )
+    compress(stories, recipe, tmp_path / "fp8", device="cpu")
+    (tmp_path / "noise.txt").write_text(TEXT * 8)
+    shown = hasten("evaluate", tmp_path / "fp8", "--data", tmp_path / "noise.txt", "--window", 64).good
+    assert "inputs are declared fp8 and are not rounded here: other engines will lose more" in shown.stderr
+    assert "keys and values are declared fp8 with scales, and are kept in fp32 without them here" in shown.stderr
+    onto_gpu = notes_on_rounding(open_checkpoint(tmp_path / "fp8"), "cuda", "fp8")
+    assert "with a scale known beforehand, and are rounded with one a token here" in onto_gpu[0]
+
+
+def test_one_window_has_no_interval(stories: Path, heldout: Path) -> None:
+    flags = ["--against", stories, "--data", heldout, "--max-windows", 1]
+    shown = hasten("evaluate", stories, *flags).good
+    assert " to " not in shown.stdout.replace("right to wrong", "").replace("wrong to right", "")
+    assert "one window of text gives no intervals: take more windows" in shown.stderr
+    receipt = Receipt.from_json(hasten("evaluate", stories, *flags, "--json").good.stdout)
+    assert receipt.quality is not None
+    assert receipt.quality.bits_per_byte.low == receipt.quality.bits_per_byte.high > 0

@@ -155,3 +155,17 @@ def test_logits_that_are_not_numbers_are_refused(tiny: Any) -> None:
     backend.load(tiny.spec, tiny.weights())
     with pytest.raises(ModelError, match="broken gives logits that are not numbers"):
         score({"broken": (backend, "fp32")}, tiny_windows(), tiny.spec.vocab_size)
+
+
+def test_no_interval_reaches_below_nothing() -> None:
+    ones = np.ones(8)
+    uneven = np.array([0.0, 0, 0, 0, 0, 0, 0, 8])
+    found = quality.summarize(
+        quality.Scores(uneven, uneven, ones, 0 * ones, 0 * ones, ones, ones),
+        quality.Scores(ones, 0 * ones, ones, 0 * ones, 0 * ones, ones, ones),
+    )
+    assert found.loss is not None
+    assert found.divergence is not None
+    assert found.loss.low < 0  # which may be
+    assert found.bits_per_byte.low == found.divergence.low == 0
+    assert found.perplexity.low == 1

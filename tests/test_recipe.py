@@ -1,5 +1,7 @@
 """Recipes: the same in Python and YAML, refused with a useful line, resolved against an architecture."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.compress.plan import describe, matrix_shapes, resolve
+from hasten.compress.plan import describe, matrix_shapes, reads_text, resolve
 from hasten.errors import RecipeError
 from hasten.model.formats import Format
 from hasten.model.spec import Layer, ModelSpec
@@ -92,6 +94,41 @@ def test_every_step_round_trips() -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
+def test_a_pattern_needs_no_quotes_and_other_numbers_stay_numbers() -> None:
+    """YAML 1.1 counts 2:4 in sixties."""
+    assert Recipe.from_yaml("steps: [{prune: {pattern: 2:4}}]").steps == (Prune(pattern="2:4"),)
+    assert Recipe.from_yaml("calibration: {seed: 124, text: 12:30:05}").calibration == Calibration("12:30:05", seed=124)
+
+
+def test_plain_data_is_a_recipe_in_python_too() -> None:
+    parts = {"run": {"kv_cache": "int8"}, "calibration": {"text": "books.txt"}}
+    recipe = Recipe([{"quantize": {"format": "int4"}}, Smooth()], **parts)  # type: ignore[arg-type, list-item]
+    assert recipe == Recipe((Quantize("int4"), Smooth()), Run("int8"), Calibration("books.txt"))
+    assert recipe == Recipe.load({"steps": list(recipe.steps), **parts})
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: Recipe(("int8",)), "a step is 'int8', expected its name and values, such as quantize: {format: int8}"),  # type: ignore[arg-type]
+        (lambda: Recipe((7,)), "a step is int, expected names and values"),  # type: ignore[arg-type]
+        (lambda: Recipe(Quantize()), "steps is Quantize, expected a list of steps"),  # type: ignore[arg-type]
+        (lambda: Recipe(run={"threads": 0}), "threads is 0"),  # type: ignore[arg-type]
+        (lambda: Recipe(run=8), "run is int, expected names and values"),  # type: ignore[arg-type]
+        (lambda: Recipe(calibration={"txt": "a"}), "unknown key 'txt' in calibration: did you mean 'text'?"),  # type: ignore[arg-type]
+        (lambda: Recipe(calibration="a.txt"), "calibration is str, expected names and values"),  # type: ignore[arg-type]
+        (lambda: Recipe.load([Quantize()]), "a recipe is list, expected a Recipe (which takes a list of steps)"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(Quantize()), "a recipe is Quantize, expected a Recipe"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(None), "a recipe is NoneType, expected a Recipe"),  # type: ignore[arg-type]
+        (lambda: Recipe.load(5), "a recipe is int, expected a Recipe"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_recipe_in_python_is_refused_in_a_line(made: Callable[[], Recipe], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        made()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", presets())
 def test_presets_load_by_name_and_round_trip(name: str) -> None:
     recipe = Recipe.load(name)
@@ -156,6 +193,15 @@ def test_rounding_presets_say_what_they_do(name: str) -> None:
         ("calibration: {txt: a}", r"unknown key 'txt' in calibration: did you mean 'text'\?"),
         ("calibration: {num_sequences: 0}", "num_sequences is 0, expected a whole number of at least 1"),
         ("steps: 3", "steps is int"),
+        ("steps: {}", "steps is dict, expected a list of steps"),
+        ("steps: [rotate]", "a step is 'rotate', expected its name and values, such as quantize: {format"),
+        ("steps: [{rotate: 0}]", "rotate is int, expected names and values"),
+        (
+            "steps: [{factorize: {keep: 0.9, rank: 8}}]",
+            "keep is 0.9 and rank is 8, and both say what stays: remove one",
+        ),
+        ("steps: []\nrun: {}\nsteps: [{rotate: {}}]", "key 'steps' stands twice, again on line 3: keep one"),
+        ("steps:\n- quantize:\n    format: int8\n    format: int4", "key 'format' stands twice, again on line 4"),
         ("run: {kv_cache: int4}", "kv_cache is 'int4'"),
         ("run: {thread: 2}", r"did you mean 'threads'\?"),
         ("run: {threads: 0}", "threads is 0"),
@@ -174,6 +220,13 @@ def test_load_takes_files_and_names_what_is_near(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path) == Recipe.load(tmp_path / "recipe.yaml") == Recipe((Quantize("int4"),))
     with pytest.raises(RecipeError, match=r"named 'int4-g33': did you mean 'int4-g3"):
         Recipe.load("int4-g33")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        RecipeError, match=r"^folder \S+empty has no recipe.yaml: name a preset, a YAML file or a tuned"
+    ):
+        Recipe.load(tmp_path / "empty")
+    with pytest.raises(RecipeError, match="no preset and no file is named ''"):
+        Recipe.load("")
 
 
 def test_later_steps_override() -> None:
@@ -217,7 +270,7 @@ def test_a_target_that_matches_nothing_is_refused() -> None:
 
 def test_a_group_that_does_not_divide_names_layer_and_choices() -> None:
     odd = spec(intermediate=160)
-    with pytest.raises(RecipeError, match=r"layers.0.down has 160 inputs, .* 64: use one of 32, 0"):
+    with pytest.raises(RecipeError, match=r"layers.0.down has 160 inputs, .* 64: use group_size 32 or 0 \(0 is one"):
         resolve(Recipe((Quantize("int4", 64),)), odd)
     plan = resolve(Recipe((Quantize("int4", 64, fallback="int8"),)), odd)
     assert plan.formats["layers.0.down"] == Format("int4", 32)
@@ -226,6 +279,55 @@ def test_a_group_that_does_not_divide_names_layer_and_choices() -> None:
     plan = resolve(Recipe((Quantize("int4", 32, fallback="int8"),)), spec(intermediate=172))
     assert plan.formats["layers.0.down"] == Format("int8")
     assert plan.notes == ("layers.*.down (3): int8 instead of int4-g32",)
+
+
+def test_group_sizes_that_are_advised_fit_every_target() -> None:
+    wide = spec(hidden=96, intermediate=176)  # 32 divides 96 and 128, not 176; 64 does not divide 96
+    for group in (32, 64, 128):
+        with pytest.raises(
+            RecipeError, match=r"use group_size 0 \(0 is .*, or set fallback: int8 in a recipe file"
+        ) as caught:
+            resolve(presets()[f"int4-g{group}"], wide)
+        assert "compress --show PRESET" in str(caught.value)
+    resolve(Recipe((Quantize("int4", 0),)), wide)
+    with pytest.raises(RecipeError, match=r"layers.0.q has 96 inputs, not a multiple of group_size 64: set fallback"):
+        resolve(Recipe((Quantize("int4", 64),)), spec(hidden=96, intermediate=175))
+
+
+def test_a_tied_embedding_that_the_heads_step_takes_along_is_noted() -> None:
+    def notes(*steps: Quantize, tied: bool = True) -> tuple[str, ...]:
+        return resolve(Recipe(steps), spec(tied)).notes
+
+    head, embedding = Quantize("int4", targets=("head",)), Quantize("int8", targets=("embedding",))
+    line = "head and embedding are one matrix in this model"
+    assert notes(embedding, head) == (f"{line}: embedding is int4-g32 too, instead of int8-g32",)
+    assert notes(head, embedding) == (f"{line}: head is int8-g32 too, instead of int4-g32",)
+    assert notes(embedding, head, head) == notes(embedding, head)
+    both = replace(head, targets=("head", "embedding"))
+    for steps in (
+        (both,),
+        (embedding, both),
+        (embedding, replace(head, format="int8")),
+        (embedding, head, both),
+        (embedding, head, replace(head, format="int8")),
+    ):
+        assert not notes(*steps)
+    assert not notes(embedding, head, tied=False)
+
+
+def test_what_reads_the_calibration_text() -> None:
+    own = {"text": "own.txt"}
+    deaf = (
+        Quantize(), Quantize("fp8", activations="fp8"), Rotate(), Shrink(neurons=0.5, rank_by="magnitude"),
+        Finetune(**own), Distill(**own), Recover("lora", **own),
+    )  # fmt: skip
+    assert not reads_text(deaf)
+    for step in (
+        Quantize(method="gptq"), Quantize(threshold=0.1), Quantize("fp8", activations="fp8-static"), QuantizeKv(),
+        Shrink(neurons=0.5), Shrink(layers=0.4, rank_by="magnitude"), Smooth(), Prune(), Factorize(), SplitExperts(),
+        Finetune(), Finetune(text="ready.npy"), Distill(), Recover(), Recover("lora"),
+    ):  # fmt: skip
+        assert reads_text((*deaf, step)), step
 
 
 @pytest.mark.parametrize(
@@ -275,7 +377,7 @@ def test_less_than_the_lowest_ranks_is_refused() -> None:
     assert lowest.factorized["layers.0.q"] == 8
     with pytest.raises(RecipeError, match=r"keep is 0.02, and the lowest ranks store 0.1111 .*: at least 0.112, or"):
         resolve(Recipe((Factorize(keep=0.02),)), spec())
-    resolve(Recipe((Factorize(keep=0.02, rank=1),)), spec())
+    resolve(Recipe((Factorize(rank=1),)), spec())
 
 
 def test_zeros_that_make_nothing_faster_are_noted() -> None:

@@ -4,8 +4,9 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from hasten.compress.refusals import check_order
 from hasten.recipe import Calibration, Recipe, presets
-from hasten.steps import STEPS
+from hasten.steps import STEPS, Shrink
 
 PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
@@ -22,6 +23,15 @@ def test_every_step_and_field_is_described() -> None:
             assert f"`{item.name}`" in section(name), f"{name}: {item.name}"
     for item in fields(Calibration):
         assert f"`{item.name}`" in PAGE
+
+
+def test_the_order_of_the_page_is_one_that_is_accepted() -> None:
+    headings = re.findall(r"^### (.*)$", PAGE, re.M)
+    assert [name for heading in headings for name in heading.split(", ")] == list(STEPS)
+    steps = {name: Shrink(neurons=0.5) if name == "shrink" else kind() for name, kind in STEPS.items()}
+    without = {"prune"}, {"factorize", "split_experts"}, {"factorize", "prune"}
+    for left_out in without:
+        check_order(Recipe(tuple(step for name, step in steps.items() if name not in left_out)))
 
 
 def test_every_preset_is_listed() -> None:

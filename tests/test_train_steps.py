@@ -461,3 +461,61 @@ def test_errors_say_what_to_do(tiny_model: Model, text: str, tmp_path: Path) -> 
     with pytest.raises(HastenError, match="training sequences have 24 tokens, the teacher at most 16"):
         run(tiny_model("gpt2"), tmp_path / "out", text, Distill(teacher=str(short_teacher), **short(text)))
     assert not (tmp_path / "out.work").exists()  # a mended recipe takes the same name
+
+
+def test_what_a_later_step_needs_is_known_before_the_first(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "little.txt").write_text("Too little.")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    for name, message in (
+        ("nope.txt", "no calibration text at .*nope.txt"),
+        ("empty.txt", "empty.txt is empty: give text"),
+        ("little.txt", r"little.txt has \d tokens, a sequence has 24: give more text, or lower sequence_len"),
+        ("binary.txt", "cannot read calibration text .*binary.txt"),
+    ):
+        told: list[tuple[int, int, str]] = []
+        steps = (Shrink(neurons=0.5), Distill(**short(str(tmp_path / name))))
+        with pytest.raises(HastenError, match=message):
+            run(tiny_model("llama"), tmp_path / "out", text, *steps, progress=partial(_keep, told))
+        assert not told
+        assert not (tmp_path / "out.work").exists()
+    logs = str(tmp_path / "empty.txt" / "logs")
+    with pytest.raises(ResourceError, match=r"logs is .*, which cannot be made: .*empty.txt is no folder"):
+        run(tiny_model("llama"), tmp_path / "out", text, Shrink(neurons=0.5), Finetune(**short(text, logs=logs)))
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_a_loss_is_compared_with_one_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that a student writes itself lose half: the last is one, the first is not."""
+    monkeypatch.setattr(trainer, "_LOGS", 20)
+
+    def loss(model: Any, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        return trainer.text_loss(model, tokens, step) * 0 + (2.0 if step % 2 == 0 else 1.0)
+
+    found, _ = fit_small(tmp_path, steps=20, loss=loss, kind=lambda number: "given" if number % 2 == 0 else "written")
+    assert (found.curve[0][1], found.curve[-1][1]) == (2, 1)
+    assert found.ends() == (1.5, 1.5)
+    assert not found.rose
+    again, _ = fit_small(tmp_path, steps=20, loss=loss, kind=lambda number: "given")
+    assert again.ends() == (1.5, 1.5)  # of a training that was done, as it was noted then
+
+
+def test_a_student_that_writes_has_ends_of_both_kinds(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    step = Distill(samples="student", **short(text))
+    lesson = distill.Lesson(step, None, torch.nn.Identity(), 1)
+    kinds = [lesson.kind(number) for number in range(step.steps)]
+    assert set(kinds) == {"given", "written"}
+    settings = run(tiny_model("llama"), tmp_path / "out", text, step).settings["distill-0"]
+    losses = {kind: [loss for (_, loss), k in zip(settings["loss"], kinds, strict=True) if k == kind] for kind in kinds}
+    for end, index in zip(settings["ends"], (0, -1), strict=True):
+        assert end == pytest.approx(np.mean([found[index] for found in losses.values()]), abs=1e-3)
+
+
+def test_a_loss_that_rose_is_noted(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    step = Finetune(**short(text, steps=12, learning_rate=0.5, warmup=0.0, schedule="constant"))
+    receipt = run(tiny_model("llama"), tmp_path / "out", text, step)
+    (note,) = [line for line in receipt.notes if "rose" in line]
+    first, last = receipt.settings["finetune-0"]["ends"]
+    assert note == f"finetune: the loss rose from {first:.3f} to {last:.3f}: lower learning_rate, which is 0.5"
+    fine = run(tiny_model("llama"), tmp_path / "fine", text, Finetune(**short(text)))
+    assert not any("rose" in line for line in fine.notes)

@@ -75,11 +75,20 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Steps in order, how to run the result, and the text that methods look at. No steps leave the model as it is."""
+    """Steps in order, how to run the result, and the text that methods look at. No steps leave the model as it is.
+    Each part may be given as plain data too."""
 
     steps: tuple[Step, ...] = ()
     run: Run = field(default_factory=Run)
     calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, list | tuple):
+            raise RecipeError(f"steps is {type(self.steps).__name__}, expected a list of steps")
+        object.__setattr__(self, "steps", tuple(map(_step, self.steps)))
+        for key, kind in (("run", Run), ("calibration", Calibration)):
+            if not isinstance(value := getattr(self, key), kind):
+                object.__setattr__(self, key, build(kind, key, value))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of what differs from the defaults; `from_dict` gives the same recipe back."""
@@ -94,11 +103,7 @@ class Recipe:
         """A recipe from plain data. Raises RecipeError on anything unknown, with the nearest known name."""
         top = mapping("a recipe", data)
         known_keys("recipe", top, ("steps", "run", "calibration"))
-        raw_steps = top.get("steps") or []
-        if not isinstance(raw_steps, list | tuple):
-            raise RecipeError(f"steps is {type(raw_steps).__name__}, expected a list of steps")
-        calibration = build(Calibration, "calibration", top.get("calibration") or {})
-        return Recipe(tuple(_step(item) for item in raw_steps), Run.from_dict(top.get("run") or {}), calibration)
+        return Recipe(**{key: value for key, value in top.items() if value is not None})  # a key without a value
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
@@ -118,12 +123,19 @@ class Recipe:
             return source
         if isinstance(source, Mapping):
             return Recipe.from_dict(source)
+        if not isinstance(source, str | Path):
+            raise RecipeError(
+                f"a recipe is {type(source).__name__}, expected a Recipe (which takes a list of steps), plain data, "
+                "a preset's name or a YAML file"
+            )
         known = presets()
         if str(source) in known:
             return known[str(source)]
         path = Path(source)
-        if path.is_dir():
+        if source and path.is_dir():  # Path("") is the current folder
             path = path / "recipe.yaml"
+            if not path.is_file():
+                raise RecipeError(f"folder {source} has no recipe.yaml: name a preset, a YAML file or a tuned folder")
         if not path.is_file():
             raise RecipeError(f"no preset and no file is named '{source}'{did_you_mean(str(source), known)}")
         try:
@@ -135,12 +147,23 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as users know it: 1e-4 is a number. YAML 1.1 wants 1.0e-4, and takes it for text."""
+    """YAML as users know it: 1e-4 is a number, 2:4 is text, and a key stands once. YAML 1.1 wants 1.0e-4, counts 2:4 in
+    sixties, and lets the last of equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in found:
+                raise RecipeError(f"key '{key.value}' stands twice, again on line {key.start_mark.line + 1}: keep one")
+            found.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+for _first in "-+0123456789":  # in front of YAML's own: the first that matches is taken
+    _Loader.yaml_implicit_resolvers[_first].insert(0, ("tag:yaml.org,2002:str", re.compile(r"[-+]?[\d_]+(:[\d_.]+)+$")))
 
 
 def presets() -> dict[str, Recipe]:
@@ -190,13 +213,15 @@ def rounding_presets() -> dict[str, Recipe]:
 def _step(item: object) -> Step:
     if type(item) in STEPS.values():
         return item  # type: ignore[return-value]
+    if isinstance(item, str):
+        raise RecipeError(f"a step is '{item}', expected its name and values, such as quantize: {{format: int8}}")
     data = mapping("a step", item)
     if len(data) != 1:
         raise RecipeError(f"a step has {len(data)} names, expected one, such as quantize: {{format: int8}}")
     name, body = next(iter(data.items()))
     if name not in STEPS:
         raise RecipeError(f"unknown step '{name}'{did_you_mean(str(name), STEPS)}")
-    return build(STEPS[name], str(name), body or {})
+    return build(STEPS[name], str(name), {} if body is None else body)
 
 
 def _plain(item: Any) -> dict[str, Any]:

@@ -196,6 +196,8 @@ class Factorize:
         number("keep", self.keep, 0, 1, closed=False)
         if self.rank is not None:
             count("rank", self.rank)
+            if self.keep != type(self).__dataclass_fields__["keep"].default:
+                raise RecipeError(f"keep is {self.keep!r} and rank is {self.rank}, and both say what stays: remove one")
         choose("method", self.method, ("svd", "svd-llm"))
         _check_names(self)
 
@@ -419,17 +421,17 @@ class Recover:
 Step = (
     Quantize | QuantizeKv | Smooth | Rotate | Prune | Shrink | Factorize | SplitExperts | Finetune | Distill | Recover
 )
-# A step's name in YAML. Its order here is that of a sensible recipe.
+# A step's name in YAML. Its order here is that of a sensible recipe, of which factorize and prune exclude each other.
 STEPS: Mapping[str, type[Step]] = {
     "rotate": Rotate,
     "shrink": Shrink,
     "finetune": Finetune,
     "distill": Distill,
+    "smooth": Smooth,
     "factorize": Factorize,
     "split_experts": SplitExperts,
     "prune": Prune,
     "recover": Recover,
-    "smooth": Smooth,
     "quantize": Quantize,
     "quantize_kv": QuantizeKv,
 }

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from hasten.recipe import Recipe
 
 
+def _show(name: str | None) -> None:
+    if name is not None:
+        from hasten.recipe import Recipe
+
+        print(Recipe.load(name).to_yaml(), end="")
+        raise typer.Exit
+
+
 def compress(
     model: options.ModelArgument,
     recipe: Annotated[
@@ -24,7 +32,7 @@ def compress(
         ),
     ],
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out", "-o", metavar="FOLDER", help="A new folder; by default MODEL-RECIPE, here.", show_default=False
         ),
@@ -40,6 +48,16 @@ def compress(
         ),
     ] = None,
     json: options.JsonOption = False,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET",
+            help="Print a preset as a YAML file, to be changed, and exit.",
+            callback=_show,
+            is_eager=True,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Quantise, prune, factorise or distil a model as a recipe says.
 
@@ -64,12 +82,13 @@ def compress(
     from hasten.model.hub import folder_beside, name_of
     from hasten.train.run import compress as carry_out
 
-    out = out or folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem)
+    if out is None:
+        out = str(folder_beside(model, name_of(recipe) if Path(recipe).is_dir() else Path(recipe).stem))
     try:
         with progress_bar() as progress:
             receipt = carry_out(model, _with_text(recipe, text), out, device=device, progress=progress)
     except KeyboardInterrupt:
-        if (work := out.with_name(out.name + ".work")).is_dir():
+        if (work := Path(out).with_name(Path(out).name + ".work")).is_dir():
             note(f"Stopped. What is finished is kept in {work}: the same command goes on from there.")
         raise
     for line in receipt.notes:
@@ -80,7 +99,7 @@ def compress(
     before, after = receipt.settings["bytes_before"], receipt.settings["bytes_after"]
     write_facts(
         [
-            ("folder", str(out)),
+            ("folder", str(Path(out))),
             ("matrices", f"{bytes_in_words(before)} -> {bytes_in_words(after)} ({after / before:.0%})"),
             *_facts(receipt.settings),
         ]
@@ -90,9 +109,13 @@ def compress(
 def _with_text(name: str, text: str | None) -> "str | Recipe":
     if text is None:
         return name
+    from hasten.compress.plan import reads_text
+    from hasten.errors import RecipeError
     from hasten.recipe import Recipe
 
     recipe = Recipe.load(name)
+    if not reads_text(recipe.steps):  # else it would count as used
+        raise RecipeError(f"{name} reads no calibration text: remove --text")
     return replace(recipe, calibration=replace(recipe.calibration, text=text))
 
 
@@ -106,7 +129,8 @@ def _facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
     for name, found in settings.items():
         if isinstance(found, dict) and (curve := found.get("loss")):
             speed = f"{found['tokens_per_second']:,} tokens/s"
-            facts.append((name, f"loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}, {speed}"))
+            first, last = found.get("ends") or (curve[0][1], curve[-1][1])
+            facts.append((name, f"loss {first:.3f} -> {last:.3f}, {speed}"))
     if "seconds" in settings:
         peak = ", ".join(f"{kind} {bytes_in_words(size)}" for kind, size in settings["peak_memory"].items())
         facts.append(("time, peak memory", f"{settings['seconds']:.0f} s, {peak}"))

@@ -180,5 +180,8 @@ def write_speed(speeds: "dict[str, Speed]") -> None:
 
 
 def _interval(value: "Measurement | None", form: str) -> str:
+    """The figure and its interval, which one window has not."""
     assert value is not None
+    if value.n == 1:
+        return form.format(value.median)
     return f"{form.format(value.median)} ({form.format(value.low)} to {form.format(value.high)})"

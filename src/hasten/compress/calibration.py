@@ -38,6 +38,7 @@ _MOST = 1 << 28  # bytes of a file that are read at most
 _PARTS = 1 << 12  # evenly spread over a longer one
 _MOST_OF_A_DATA_SET = 1 << 25  # characters: what is behind them would have to be fetched
 _AMPLE = 64  # characters for each token that is wanted: more are not looked at
+_BEGINNING = 1 << 16  # bytes of a file that are looked at before the work
 
 
 def calibration_tokens(
@@ -110,25 +111,69 @@ def _ready(calibration: Calibration, file: str) -> Int32:
 
 def read(text: str, note: Note = lambda line: None) -> Iterator[str]:
     """The texts that `text` names: one of a file, one a file of a folder, all of a data set as one."""
+    if files := _files(text):
+        yield from (_file(file, note) for file in files)
+    else:
+        yield _data_set(os.path.expanduser(text), note)
+
+
+def check_text(text: str, folder: Path, least: int = 0) -> None:
+    """HastenError where it is seen at once that `text` cannot be read, is empty, or has less than `least` tokens for
+    the model in `folder`: that is to be said before the work, not in the middle of it. Of a file, the beginning."""
+    files = _files(text)
+    if not files:
+        _check_data_sets(text)
+    elif text.endswith(".npy"):
+        return  # whether these are tokens is seen where they are read, which is before the work, too
+    elif not sum(_has_text(file) for file in files):  # each is looked at
+        raise HastenError(f"calibration text {text} is empty: give text")
+    elif least and sum(file.stat().st_size for file in files) < least * _AMPLE:
+        tokenizer = Tokenizer(folder)
+        found = sum(len(encode(tokenizer, part)) for part in read(text))
+        if found + len(files) < least - 1:  # a token may be added before and behind each
+            raise RecipeError(
+                f"the training text {text} has {found} tokens, a sequence has {least}: give more text, or lower "
+                "sequence_len"
+            )
+
+
+def fingerprint(text: str) -> str | None:
+    """sha256 of all that would be read of the files that `text` names; None for a data set of the hub."""
+    files = _files(text)
+    if files is None:
+        return None
+    root = Path(os.path.expanduser(text))
+    total = hashlib.sha256()
+    try:
+        for path in files or sorted(file for file in root.rglob("*") if file.is_file()):
+            size = path.stat().st_size
+            total.update(f"{path.relative_to(root)} {size}\n".encode())
+            with open(path, "rb") as file:
+                for start, length in _parts(size):
+                    file.seek(start)
+                    total.update(file.read(length))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return total.hexdigest()
+
+
+def _files(text: str) -> list[Path] | None:
+    """The files that `text` names, sorted: one, or those of a folder that are text. None is a data set of the hub, none
+    a folder that is one. HastenError where it is nothing of these."""
     path = Path(os.path.expanduser(text))
     if os.path.isfile(path):  # which is False for a name that the system does not take, too
-        yield _file(path, note)
-    elif os.path.isdir(path):
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
-        if files:
-            yield from (_file(file, note) for file in files)
-        else:
-            yield _data_set(str(path), note)
-    elif "/" in text.removeprefix("./") and (text.startswith((".", "/", "~")) or text.count("/") > 2):
+        return [path]
+    if os.path.isdir(path):
+        return sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+    if "/" in text.removeprefix("./") and (text.startswith((".", "/", "~")) or text.count("/") > 2):
         raise HastenError(f"no calibration text at {text}: expected a file, a folder or a data set's name")
-    elif path.suffix in TEXT_SUFFIXES:
+    if path.suffix in TEXT_SUFFIXES or path.suffix == ".npy":
         raise HastenError(f"no calibration text at {text}: there is no such file")
-    elif "/" not in text:  # the hub is not asked about every misspelt file
+    if "/" not in text:  # the hub is not asked about every misspelt file
         raise HastenError(
             f"no calibration text at {text}: there is no such file or folder, and data sets are named OWNER/NAME"
         )
-    else:
-        yield _data_set(text, note)
+    return None
 
 
 def generate(
@@ -196,7 +241,7 @@ class Sequences:
 
     def about(self) -> dict[str, object]:
         """For the receipt; empty where nothing asked for text."""
-        if self._found is None and not self._file.is_file():
+        if self._found is None and self._kept() is None:
             return {}
         return {**asdict(self._wanted), "sha256": digest(self._all()), **({"notes": self.notes} if self.notes else {})}
 
@@ -207,8 +252,8 @@ class Sequences:
         return list(json.loads(beside.read_text())) if beside.is_file() else []
 
     def _all(self) -> Int32:
-        if self._found is None and self._file.is_file():
-            self._found = np.load(self._file)
+        if self._found is None:
+            self._found = self._kept()
         if self._found is None:
             notes: list[str] = []
             self._found = calibration_tokens(self._wanted, self._folder, self._device, notes.append)
@@ -218,6 +263,13 @@ class Sequences:
                 np.save(file, self._found)
             os.replace(file.name, self._file)
         return self._found
+
+    def _kept(self) -> Int32 | None:
+        """What an earlier run left, if that is whole: a power cut may leave an empty file."""
+        try:
+            return np.asarray(np.load(self._file), np.int32)
+        except (OSError, ValueError, EOFError):
+            return None
 
 
 def _tensor(tokens: Int32) -> "torch.Tensor":
@@ -252,10 +304,32 @@ def _file(path: Path, note: Note) -> str:
             return path.read_text(encoding="utf-8")
         note(f"text {path} has {size:,} bytes: {_MOST:,} of them were read, evenly over it")
         with open(path, "rb") as file:
-            length = _MOST // _PARTS
-            return "\n".join(_part(file, (size - length) * index // (_PARTS - 1), length) for index in range(_PARTS))
+            return "\n".join(_part(file, start, length) for start, length in _parts(size))
     except (OSError, UnicodeDecodeError) as error:
-        raise HastenError(f"cannot read calibration text {path}: {error}") from None
+        raise _unreadable(path, error) from None
+
+
+def _has_text(path: Path) -> bool:
+    """Whether a file's beginning, which must be UTF-8, is more than white space."""
+    try:
+        with open(path, "rb") as file:
+            found = _part(file, 0, _BEGINNING)
+        return bool(found.strip()) or path.stat().st_size > _BEGINNING
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> HastenError:
+    wanted = ": expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+    return HastenError(f"cannot read calibration text {path}: {error}{wanted}")
+
+
+def _parts(size: int) -> list[tuple[int, int]]:
+    """Where the bytes begin that are read of a file, and how many they are."""
+    if size <= _MOST:
+        return [(0, size)]
+    length = _MOST // _PARTS
+    return [((size - length) * index // (_PARTS - 1), length) for index in range(_PARTS)]
 
 
 def _part(file: BinaryIO, start: int, length: int) -> str:
@@ -267,14 +341,18 @@ def _part(file: BinaryIO, start: int, length: int) -> str:
     return codecs.getincrementaldecoder("utf-8")().decode(found)
 
 
-def _data_set(name: str, note: Note) -> str:
-    """The texts of a data set's training part, from its column `text` or else its first of strings. OWNER/NAME or
-    OWNER/NAME:CONFIGURATION."""
+def _check_data_sets(name: str) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise ResourceError(
             f"calibration text {name} is no file and no folder, and data sets need the package datasets: "
             "pip install datasets, or give a file"
         )
+
+
+def _data_set(name: str, note: Note) -> str:
+    """The texts of a data set's training part, from its column `text` or else its first of strings. OWNER/NAME or
+    OWNER/NAME:CONFIGURATION."""
+    _check_data_sets(name)
     import datasets
     from huggingface_hub import HfApi
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hasten.backends import missing_for_cuda
 from hasten.compress.apply import carry_out
-from hasten.compress.plan import Plan, matrix_shapes, only_rounds, resolve, total_bytes
+from hasten.compress.plan import Plan, matrix_shapes, only_rounds, reads_text, resolve, total_bytes
 from hasten.errors import HastenError, ModelError, ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
@@ -40,16 +42,25 @@ def compress(
     """Carry out `recipe` (a Recipe, plain data, a preset's name or a YAML file) on `model` and write the folder `out`,
     with recipe.yaml and receipt.json in it.
 
-    device: "cpu", "cuda" or "auto", of steps that need more than rounding. progress(done, total, name) is told of each
-    matrix, or of each block. The recipe is checked before any weight is read. Raises RecipeError, ModelError, and
-    ResourceError where `out` exists or cannot be written, or torch is missing; nothing half-written is left under that
-    name, and what takes long goes on where it was interrupted.
+    device: "cpu", "cuda" or "auto", of steps that need more than rounding, which is the CPU's work. progress(done,
+    total, name) is told of each matrix, or of each block. The recipe is checked before any weight is read. Raises
+    RecipeError, ModelError, and ResourceError where `out` exists or cannot be written, the device is not there, or
+    torch is missing; nothing half-written is left under that name, and what takes long goes on where it was
+    interrupted.
     """
-    check_out(Path(out))
+    check_out(out)
     recipe = Recipe.load(recipe)
+    _check_device(device, recipe)
+    recipe, unread = _without_unread(recipe)
     checkpoint = open_checkpoint(resolve_name(str(model)))
     before = {name: fmt for name, _, fmt in checkpoint.matrices()}
     plan = resolve(recipe, checkpoint.spec, before)
+    rounds = only_rounds(recipe.steps)
+    if not rounds:
+        _check_extra()
+        from hasten.compress import run
+
+        device = run.device_of(device)
     how = run_of(recipe, checkpoint)
     receipt = Receipt(
         what="compress",
@@ -65,15 +76,12 @@ def compress(
             "bytes_after": total_bytes(checkpoint.spec, {**before, **plan.formats}),
         },
         made_from=made_from(checkpoint.path),
-        notes=(*plan.notes, *requantised(plan, before), *not_kept(recipe, checkpoint)),
+        notes=(*unread, *plan.notes, *requantised(plan, before), *not_kept(recipe, checkpoint)),
     )
-    if only_rounds(recipe.steps):
+    if rounds:
         write_folder(out, checkpoint, recipe, {"receipt.json": receipt.to_json()}, progress, how)
         return receipt
-    _check_extra()
-    from hasten.compress import run
-
-    return run.run(recipe, plan, checkpoint, Path(out), receipt, run.device_of(device), progress)
+    return run.run(recipe, plan, checkpoint, Path(out), receipt, device, progress)
 
 
 def write_folder(
@@ -186,9 +194,29 @@ def _check_extra() -> None:
         )
 
 
-def check_out(out: Path) -> None:
+def _check_device(device: object, recipe: Recipe) -> None:
+    """Also of a recipe that only rounds, for which torch is not asked: what a caller wants is there, or it is said."""
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ResourceError(f"device is {device!r}, expected auto, cpu or cuda")
+    if device.startswith("cuda") and only_rounds(recipe.steps) and (reason := missing_for_cuda()) is not None:
+        raise ResourceError(f"device {device} cannot be used: {reason}")
+
+
+def _without_unread(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """Without the text that no step looks at, and a line on it: text that a recipe names counts as used."""
+    calibration = recipe.calibration
+    if calibration.text is None or reads_text(recipe.steps):
+        return recipe, ()
+    line = f"calibration text {calibration.text} was not read, as no step looks at it, and is not recorded as used"
+    return replace(recipe, calibration=replace(calibration, text=None)), (line,)
+
+
+def check_out(out: str | Path) -> None:
     """Fail before the work rather than after it: ResourceError where a new folder `out`, and those that it is to lie
     in, cannot be made."""
+    if out == "":
+        raise ResourceError("the name of the new folder is empty: name one")
+    out = Path(out)
     if out.exists() or out.is_symlink():
         raise ResourceError(f"{out} exists already: remove it or choose another folder")
     above = next(parent for parent in out.absolute().parents if parent.exists())

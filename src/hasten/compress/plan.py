@@ -39,6 +39,7 @@ ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
 SMOOTHED = ("q", "k", "v", "gate", "up")  # what reads a norm
 CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
+_OF_A_PRESET = "in a recipe file (hasten compress --show PRESET prints a preset as one)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Plan:
     is.
     factorized: matrices that become two of a rank that is a multiple of this, or stay whole.
     asked: what the recipe wanted where that did not fit and the step allowed a fallback. sparse: matrices that are to
-    hold two zeros in each four successive inputs. zeros: those pruned with zeros at no particular place.
+    hold two zeros in each four successive inputs. zeros: those pruned with zeros at no particular place. overridden:
+    the format that a tied head or embedding was to have, until a step that names the other alone gave it another one.
     """
 
     spec: ModelSpec
@@ -59,11 +61,12 @@ class Plan:
     sparse: frozenset[str] = frozenset()
     factorized: Mapping[str, int] = field(default_factory=dict)
     zeros: frozenset[str] = frozenset()
+    overridden: tuple[str, Format] | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for matrices of one kind that fell back alike, such as "layers.*.down (5)"; and one for zeros that
-        make nothing faster."""
+        """A line for matrices of one kind that fell back alike, such as "layers.*.down (5)"; one for zeros that make
+        nothing faster; and one for a tied head or embedding that the other's step took along."""
         alike: dict[tuple[str, str], list[str]] = {}
         for name, wanted in self.asked.items():
             change = f"{describe(self.formats[name])} instead of {describe(wanted)}"
@@ -72,13 +75,19 @@ class Plan:
             f"{names[0] if len(names) == 1 else f'{kind} ({len(names)})'}: {change}"
             for (kind, change), names in alike.items()
         )
-        if not self.zeros:
-            return fallen
-        return (
-            *fallen,
-            f"zeros of {len(self.zeros)} pruned matrices are stored and multiplied like other numbers: "
-            "nothing is smaller or faster for them, which takes pattern 2:4 or shrink",
-        )
+        more = []
+        part, before = self.overridden or ("", None)
+        if before is not None and before != self.formats["embed"]:
+            more.append(
+                f"head and embedding are one matrix in this model: {part} is {describe(self.formats['embed'])} too, "
+                f"instead of {describe(before)}"
+            )
+        if self.zeros:
+            more.append(
+                f"zeros of {len(self.zeros)} pruned matrices are stored and multiplied like other numbers: "
+                "nothing is smaller or faster for them, which takes pattern 2:4 or shrink"
+            )
+        return (*fallen, *more)
 
 
 def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None = None) -> Plan:
@@ -163,13 +172,30 @@ def _(step: Quantize, plan: Plan) -> Plan:
         asked.pop(name, None)
         wanted = stored_as(step, plan.spec, num_inputs)
         fallback = "int8" if name.endswith(".b") else step.fallback  # its inputs are ranks, which nobody chose
-        formats[name] = _legal_format(name, num_inputs, wanted, fallback)
+        others = [num for other, num in inputs.items() if not other.endswith(".b")]
+        formats[name] = _legal_format(name, num_inputs, wanted, fallback, others)
         if name in plan.sparse:
             formats[name] = replace(formats[name], sparse24=True)
         steps[name] = step
         if replace(formats[name], sparse24=False) != wanted:
             asked[name] = wanted
-    return replace(plan, formats=formats, steps=steps, asked=asked)
+    overridden = _overridden(step, plan, formats) if "embed" in names else plan.overridden
+    return replace(plan, formats=formats, steps=steps, asked=asked, overridden=overridden)
+
+
+def _overridden(step: Quantize, plan: Plan, formats: Mapping[str, Format]) -> tuple[str, Format] | None:
+    """What of a tied head and embedding an earlier step named, this one does not, and is changed by it all the same."""
+    before, named = plan.steps.get("embed"), _named_ends(step)
+    if before is not None and plan.spec.tied_head and formats["embed"] != plan.formats["embed"]:
+        for part in _named_ends(before) - named:
+            return part, plan.formats["embed"]
+    return None if plan.overridden is None or plan.overridden[0] in named else plan.overridden
+
+
+def _named_ends(step: Quantize) -> set[str]:
+    """Which of head and embedding a step's targets name, were they two matrices."""
+    ends = {"head": "head", "embedding": "embed"}
+    return {part for part, name in ends.items() if any(_matches(name, target, False) for target in step.targets)}
 
 
 @plan_step.register
@@ -394,6 +420,27 @@ def only_rounds(steps: Iterable[Step]) -> bool:
     )
 
 
+def reads_text(steps: Iterable[Step]) -> bool:
+    """Whether steps look at the recipe's calibration text."""
+    return any(_reads_text(step) for step in steps)
+
+
+def _reads_text(step: Step) -> bool:
+    match step:
+        case Quantize():
+            return not only_rounds([step])
+        case Rotate():
+            return False
+        case Shrink():
+            return step.rank_by != "magnitude" or step.layers > 0
+        case Training():
+            return step.text is None or step.text.endswith(".npy")  # ready tokens are the calibration's
+        case Recover():
+            return step.method == "block" or step.text is None or step.text.endswith(".npy")
+        case _:
+            return True
+
+
 def targeted(step: Quantize | Prune | Gradual | Shrink | Factorize, spec: ModelSpec) -> list[str]:
     """The matrices that a step names and does not ignore. RecipeError where a name matches none, or none is left."""
     shapes = matrix_shapes(spec)
@@ -483,7 +530,8 @@ def describe(fmt: Format) -> str:
     return f"{fmt.kind}{group}{zeros}{'-2of4' if fmt.sparse24 else ''}"
 
 
-def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | None) -> Format:
+def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | None, others: Collection[int]) -> Format:
+    """What a matrix takes. RecipeError names what all that the step targets can take: they have `others` inputs."""
     odd = wanted.kind == "int4" and num_inputs % 2
     if not odd and (wanted.group_size == 0 or num_inputs % wanted.group_size == 0):
         return wanted
@@ -493,11 +541,16 @@ def _legal_format(name: str, num_inputs: int, wanted: Format, fallback: str | No
             return replace(wanted, group_size=max(smaller))
         return replace(wanted, kind="int8", group_size=0, symmetric=True)
     if odd:
-        raise RecipeError(f"{name} has {num_inputs} inputs, int4 needs an even number: use int8, or fallback: int8")
-    choices = ", ".join(str(group) for group in legal_groups(wanted.kind, num_inputs))
+        raise RecipeError(
+            f"{name} has {num_inputs} inputs, int4 needs an even number: use int8, or set fallback: int8 {_OF_A_PRESET}"
+        )
+    groups = [str(group) for group in legal_groups(wanted.kind, math.gcd(*others))]
+    if wanted.kind == "int4" and any(num % 2 for num in others):
+        groups = []
+    choices = f"use group_size {' or '.join(groups)} (0 is one scale a row), or set" if groups else "set"
     raise RecipeError(
-        f"{name} has {num_inputs} inputs, not a multiple of group_size {wanted.group_size}: use one of {choices} "
-        "(0 is one scale a row), ignore it, or set fallback: int8"
+        f"{name} has {num_inputs} inputs, not a multiple of group_size {wanted.group_size}: "
+        f"{choices} fallback: int8 {_OF_A_PRESET}"
     )
 
 

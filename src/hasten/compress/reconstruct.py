@@ -16,6 +16,9 @@ from torch.func import functional_call
 
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.stage import Context, change_block
+from hasten.errors import RecipeError
+from hasten.model.checkpoint import Checkpoint
+from hasten.model.names import sources
 from hasten.steps import Recover
 
 _HELD_OUT = 8  # one of so many sequences
@@ -36,6 +39,8 @@ class Fit:
 @change_block.register
 def _(step: Recover, block: Block, inputs: Inputs, context: Context) -> None:
     parameters = trained(block.module, step.parts)
+    if not parameters:
+        raise nothing_to_fit(step)
     args, named = block.call
 
     def run(values: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -49,6 +54,25 @@ def _(step: Recover, block: Block, inputs: Inputs, context: Context) -> None:
             parameters[name].data = values.to(parameters[name].dtype)
     else:
         context.notes.append(f"layers.{block.index}: recover did not help on held-out sequences, it stays as it was")
+
+
+def check_parts(step: Recover, checkpoint: Checkpoint) -> None:
+    """RecipeError where no layer of the model has any of the parts that are to be fitted."""
+    every = sources(checkpoint.spec, checkpoint.config)
+    found = [source for source in every if source.parts[0].name.startswith("layers.")]
+    has = {
+        "weights": True,
+        "biases": any(source.bias for source in found),
+        "norms": any(source.role == "norm" for source in found),
+    }
+    if step.method == "block" and not any(has[part] for part in step.parts):
+        raise nothing_to_fit(step)
+
+
+def nothing_to_fit(step: Recover) -> RecipeError:
+    return RecipeError(
+        f"recover fits the parts {', '.join(step.parts) or 'none'}, of which this model's layers have none: add weights"
+    )
 
 
 def trained(module: nn.Module, parts: Collection[str]) -> dict[str, nn.Parameter]:

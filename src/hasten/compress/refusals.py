@@ -58,8 +58,15 @@ def check_order(recipe: Recipe) -> None:
             )
         for kind, undone in UNDONE.items():
             for other in undone if isinstance(step, kind) else ():
-                if other in done:
-                    raise RecipeError(f"{name} comes after {done[other]}, and would undo it: move {name} to the front")
+                if other not in done:
+                    continue
+                if kind in UNDONE.get(other, ()):
+                    raise RecipeError(
+                        f"{done[other]} and {name} do not go together, each would undo the other: remove one of them"
+                    )
+                raise RecipeError(
+                    f"{name} comes after {done[other]}, and would undo it: put {name} in front of {done[other]}"
+                )
         done[type(step)] = name
 
 

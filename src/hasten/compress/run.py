@@ -5,6 +5,7 @@ A stage reads a model folder and writes one. Consecutive steps that change a blo
 over the blocks (sweep.py). Finished stages are kept until the whole is. Knows no method.
 """
 
+import fcntl
 import json
 import re
 import resource
@@ -12,11 +13,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 
+from hasten.backends.torch.tensors import to_tensor, to_weight
 from hasten.compress import (
     factorize,
     kv_scales,
@@ -30,9 +34,10 @@ from hasten.compress import (
     threshold,
 )
 from hasten.compress.apply import carry_out
-from hasten.compress.calibration import Sequences
-from hasten.compress.folder import all_weights, run_of, run_settings, undoes_kv_scales
-from hasten.compress.plan import Plan, only_rounds
+from hasten.compress.calibration import Sequences, check_text, fingerprint
+from hasten.compress.folder import all_weights, check_out, run_of, run_settings, undoes_kv_scales
+from hasten.compress.plan import Plan, only_rounds, targeted
+from hasten.compress.refusals import trains_lora
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
 from hasten.errors import HastenError, RecipeError, ResourceError
@@ -43,13 +48,14 @@ from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
 from hasten.recipe import Recipe, Run
-from hasten.steps import Quantize, Step, step_name
+from hasten.steps import Distill, Finetune, Prune, Quantize, Recover, Shrink, Step, step_name
 
 # Modules that register their steps as they are imported.
 CHANGES = (factorize, kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, split, threshold)
 
 # What interrupted work goes on from: stages that are finished, text, blocks, a training.
 _KEPT = ("found.json", "survey-*.json", "*.npy", "block-*.npz", "checkpoint-*")
+_LOCK = "lock"  # of a work folder; the kernel lets go of it, even where the process is killed
 
 Progress = Callable[[int, int, str], None]
 
@@ -65,17 +71,61 @@ def run(
 ) -> Receipt:
     """Carry out the stages and write the folder `out`; the receipt comes back with what was found out.
 
-    receipt: what is known before the work. Raises ResourceError where the work folder is of other work, or cannot be
-    written.
+    receipt: what is known before the work. Raises ResourceError where the work folder is of other work, has one of a
+    process that is still at it, or cannot be written; HastenError where a text is seen to be unfit before the work.
     """
-    work = _work_folder(out, recipe, receipt)
-    try:
-        folder, receipt = _stages(recipe, plan, checkpoint, work, receipt, device, progress)
-    except OSError as error:  # such as a full disk
-        raise ResourceError(f"{error.filename or work} cannot be written: {error.strerror or error}") from error
-    _publish(folder, out, recipe, run_of(recipe, checkpoint), receipt)
-    shutil.rmtree(work, ignore_errors=True)
+    _check(recipe, checkpoint)
+    check_out(out)  # once more: another process may have made it since
+    with _locked(out.with_name(out.name + ".work")) as work:
+        _claim(work, recipe, receipt)
+        try:
+            folder, receipt = _stages(recipe, plan, checkpoint, work, receipt, device, progress)
+        except OSError as error:  # such as a full disk
+            raise ResourceError(f"{error.filename or work} cannot be written: {error.strerror or error}") from error
+        _publish(folder, out, recipe, run_of(recipe, checkpoint), receipt)
+        shutil.rmtree(work, ignore_errors=True)
     return receipt
+
+
+def _check(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """What can be known of texts, and of what a step needs of the model, before the work."""
+    for step in recipe.steps:
+        if isinstance(step, Recover):
+            reconstruct.check_parts(step, checkpoint)
+    for text in _texts(recipe):
+        check_text(text, checkpoint.path)
+    for step in recipe.steps:
+        if _trains(step) and not _reads_tokens((step,), recipe) and (own := _text_of(step, recipe)) is not None:
+            check_text(own, checkpoint.path, step.sequence_len)
+
+
+def _trains(step: Step) -> TypeGuard[Finetune | Distill | Recover]:
+    return isinstance(step, Finetune | Distill) or trains_lora(step)
+
+
+def _texts(recipe: Recipe) -> list[str]:
+    """All that the recipe and its steps name."""
+    named = [recipe.calibration.text, *(getattr(step, "text", None) for step in recipe.steps)]
+    return list(dict.fromkeys(text for text in named if text is not None))
+
+
+def _text_of(step: Finetune | Distill | Recover, recipe: Recipe) -> str | None:
+    return step.text or recipe.calibration.text
+
+
+def _reads_tokens(steps: tuple[Step, ...], recipe: Recipe) -> bool:
+    """Whether a stage of these steps asks for the calibration sequences."""
+    step = steps[0]
+    if is_blockwise(step):
+        return not only_rounds(steps) and not _streams(steps, recipe)
+    if isinstance(step, Shrink):
+        return step.rank_by != "magnitude" or step.layers > 0
+    if not _trains(step):
+        return False
+    text = _text_of(step, recipe)
+    if text is None:  # where a teacher writes, it writes all of it
+        return not (isinstance(step, Distill) and step.samples == "teacher")
+    return text.endswith(".npy")
 
 
 def _stages(
@@ -88,24 +138,30 @@ def _stages(
     progress: Progress | None,
 ) -> tuple[Path, Receipt]:
     """Stage after stage, each from the folder of the one before: the last one's folder, and the receipt."""
-    started = time.monotonic()
+    clock = _Clock(work / "seconds")
     stages = stages_of(recipe.steps)
     held_out = any(isinstance(step, Quantize) and step.threshold is not None for step in recipe.steps)
     tokens = Sequences(recipe.calibration, checkpoint.path, work / "calibration.npy", device, held_out)
     source, notes = checkpoint.path, list(receipt.notes)
     errors: dict[str, float] = {}
     facts: dict[str, object] = {}
+    if any(_reads_tokens(steps, recipe) for steps in stages):
+        with _tidied(work, "the making of calibration text"):
+            tokens()  # before the first stage: a text may be too short
     for index, steps in enumerate(stages):
         target = work / f"stage-{index}"
         own = work / f"work-{index}"
         own.mkdir(exist_ok=True)
-        tell = _teller(progress, index, len(stages), len(checkpoint.spec.layers))
+        tell = _teller(progress, clock, index, len(stages), len(checkpoint.spec.layers))
         context = Context(recipe, plan, checkpoint.path, source, tokens, device, own, tell)
-        if not (own / "found.json").is_file():  # else it was finished before an interruption
+        if (found := _read(own / "found.json")) is None:  # else it was finished before an interruption
             shutil.rmtree(target, ignore_errors=True)
-            _try_stage(steps, target, context, work)
-            _remember(context)
-        context = _remembered(context)
+            with _tidied(work, ", ".join(map(step_name, steps))):
+                _run_stage(steps, target, context)
+            found = _remember(context)
+        for block in own.glob("block-*.npz"):
+            block.unlink()
+        context = replace(context, **found)
         facts, notes = facts | context.facts, [*notes, *context.notes]
         errors |= {name: errors.get(name, 0.0) + error for name, error in context.errors.items()}
         source = target
@@ -119,7 +175,7 @@ def _stages(
         "device": device,
         "calibration": tokens.about(),
         "errors": errors,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(clock.seconds(), 3),
         "peak_memory": _peak_memory(),
         **facts,
     }
@@ -150,23 +206,33 @@ def stages_of(steps: tuple[Step, ...]) -> list[tuple[Step, ...]]:
     return stages
 
 
-def _try_stage(steps: tuple[Step, ...], target: Path, context: Context, work: Path) -> None:
-    """Where it fails before anything is worth keeping, the work folder goes: it would be in a mended recipe's way."""
+@contextmanager
+def _tidied(work: Path, what: str) -> Iterator[None]:
+    """Where `what` fails before anything is worth keeping, the work folder goes: it would be in a mended recipe's
+    way."""
     try:
-        _run_stage(steps, target, context)
+        yield
     except (HastenError, torch.OutOfMemoryError) as error:
         if not _holds_work(work):
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, HastenError):
             raise
         raise ResourceError(
-            f"the GPU's memory ran out in {', '.join(map(step_name, steps))}: free it of other work, lower batch_size "
+            f"the GPU's memory ran out in {what}: free it of other work, lower batch_size "
             "or sequence_len where the step has them, or use --device cpu"
         ) from None
 
 
+def _streams(steps: tuple[Step, ...], recipe: Recipe) -> bool:
+    """Whether steps look at the weights alone, and no text is named on which their errors could be measured."""
+    by_weights = [step for step in steps if isinstance(step, Prune) and step.method == "magnitude"]
+    return recipe.calibration.text is None and only_rounds(step for step in steps if step not in by_weights)
+
+
 def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:
-    if is_blockwise(steps[0]) and not only_rounds(steps):
+    if is_blockwise(steps[0]) and _streams(steps, context.recipe):
+        _round(target, replace(context, plan=context.of(steps)), steps)
+    elif is_blockwise(steps[0]) and not only_rounds(steps):
         sweep(steps, target, context)
         threshold.check(steps, target, context)
     elif isinstance(steps[0], Quantize):
@@ -175,34 +241,79 @@ def _run_stage(steps: tuple[Step, ...], target: Path, context: Context) -> None:
         run_step(steps[0], context.source, target, context)
 
 
-def _round(target: Path, context: Context) -> None:
-    """Steps that only round: weights stream through."""
+def _round(target: Path, context: Context, steps: tuple[Step, ...] = ()) -> None:
+    """Steps that only round, after those that prune by magnitude: weights stream through."""
     checkpoint = open_checkpoint(context.source)
+    by_step = [(step, set(targeted(step, checkpoint.spec))) for step in steps if isinstance(step, Prune)]
+
+    def pruned() -> Iterator[tuple[str, Weight]]:
+        for name, weight in all_weights(checkpoint):
+            for step in (step for step, names in by_step if name in names):
+                values = prune.pruned(step, to_tensor(weight, context.device, torch.float32), torch.empty(0))
+                weight = to_weight(values, checkpoint.spec.dtype)
+            yield name, weight
+
     with ThreadPoolExecutor(usable_threads()) as pool:
-        weights = carry_out(context.plan, all_weights(checkpoint), pool)
+        weights = carry_out(context.plan, pruned(), pool)
         write_checkpoint(target, config_of_text(checkpoint.config), weights, checkpoint.path)
 
 
-def _work_folder(out: Path, recipe: Recipe, receipt: Receipt) -> Path:
-    """The folder of this work beside `out`, new or found again. ResourceError where it is of other work that has begun
-    to be worth keeping."""
-    work = out.with_name(out.name + ".work")
-    about = json.dumps({"recipe": recipe.to_dict(), "inputs": receipt.inputs})
-    state = work / "state.json"
+@contextmanager
+def _locked(work: Path) -> Iterator[Path]:
+    """The folder of this work, new or found again, which no other process has meanwhile. ResourceError where one has
+    it, or where it is no such folder."""
     try:
-        if state.is_file() and state.read_text() == about:
-            return work
-        if state.is_file() and _holds_work(work):
-            raise ResourceError(
-                f"{work} holds unfinished work of another recipe or model: remove it, or take another -o"
-            )
-        if work.exists() and not state.is_file() and any(work.iterdir()):
+        taken = work.exists() and not (work / "state.json").is_file()
+        if taken and (not work.is_dir() or any(path.name != _LOCK for path in work.iterdir())):
             raise ResourceError(f"{work} is in the way, and is no unfinished work: remove it, or take another -o")
         work.mkdir(parents=True, exist_ok=True)
-        write_text(state, about)
+        file = open(work / _LOCK, "a")  # noqa: SIM115
     except OSError as error:
         raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
-    return work
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"another process is working in {work}: wait for it, or choose another output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield work
+
+
+def _claim(work: Path, recipe: Recipe, receipt: Receipt) -> None:
+    """Write down what work this is. ResourceError where other work lies there that has begun to be worth keeping, or
+    this one has begun with other text."""
+    texts = {text: mark for text in _texts(recipe) if (mark := fingerprint(text)) is not None}
+    about = {"recipe": json.loads(json.dumps(recipe.to_dict())), "inputs": receipt.inputs, "texts": texts}
+    state = work / "state.json"
+    try:
+        found = _read(state)
+        if found == about:
+            return
+        if state.is_file() and _holds_work(work):
+            before = {"texts": {}, **(found or {})}
+            if before != {**about, "texts": before["texts"]}:
+                raise ResourceError(
+                    f"{work} holds unfinished work of another recipe or model: remove it, or take another -o"
+                )
+            for text in texts.keys() & before["texts"].keys():
+                if texts[text] != before["texts"][text]:
+                    raise ResourceError(f"{text} has changed since this work began: remove {work}, or put it back")
+        write_text(state, json.dumps(about))
+    except OSError as error:
+        raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What lies in a file of JSON; None where there is none, or not the whole of it: a power cut may leave an empty
+    one."""
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _holds_work(work: Path) -> bool:
@@ -242,22 +353,40 @@ def _widened(before: Checkpoint, after: Checkpoint) -> list[str]:
     ]
 
 
-def _remember(context: Context) -> None:
+def _remember(context: Context) -> dict[str, Any]:
     """Keep what a stage found out: a run that goes on may find the stage finished."""
     found = {"errors": context.errors, "notes": context.notes, "facts": context.facts}
     write_text(context.work / "found.json", json.dumps(found))
+    return found
 
 
-def _remembered(context: Context) -> Context:
-    for block in context.work.glob("block-*.npz"):
-        block.unlink()
-    return replace(context, **json.loads((context.work / "found.json").read_text()))
+class _Clock:
+    """Seconds of this work: those of runs before that were interrupted, kept in a file, and of this one."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._started, self._kept = file, time.monotonic(), 0.0
+        try:
+            self._before = float(file.read_text())
+        except (FileNotFoundError, ValueError):
+            self._before = 0.0
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def keep(self) -> None:
+        """About once a second: writing is not to take time itself."""
+        if self.seconds() - self._kept > 1:
+            self._kept = self.seconds()
+            write_text(self._file, f"{self._kept:.3f}")
 
 
-def _teller(progress: Progress | None, stage: int, num_stages: int, num_blocks: int) -> Callable[[float, str], None]:
+def _teller(
+    progress: Progress | None, clock: _Clock, stage: int, num_stages: int, num_blocks: int
+) -> Callable[[float, str], None]:
     """A stage's share of the whole work, told in blocks."""
 
     def tell(part: float, what: str) -> None:
+        clock.keep()
         if progress is not None:
             progress(round((stage + part) * num_blocks), num_stages * num_blocks, what)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ def save(path: Path, weights: Mapping[str, Weight], noted: Mapping[str, Any]) ->
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def find(path: Path) -> tuple[dict[str, Weight], dict[str, Any]] | None:
+    """What `save` wrote; None where there is no file, or not the whole of it: a power cut may leave an empty one."""
+    try:
+        return load(path)
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def load(path: Path) -> tuple[dict[str, Weight], dict[str, Any]]:

@@ -52,12 +52,15 @@ def sweep(steps: tuple[Step, ...], target: Path, context: Context) -> None:
         if unchanged is not None:
             unchanged.advance(skeleton.block(index))
             inputs.targets = unchanged.states
-        if file.is_file():
-            weights, noted = store.load(file)
+        if (found := store.find(file)) is not None:
+            weights, noted = found
             block = skeleton.block(index, weights, _layer(noted["layer"]))
             context.errors.update(noted["errors"])
             context.notes += noted["notes"]
         else:
+            if file.is_file():  # damaged: so go those behind it, which were made on what it gave
+                for later in range(index, num_blocks):
+                    _block_file(context, later).unlink(missing_ok=True)
             before, so_far = dict(context.errors), len(context.notes)
             block = skeleton.block(index)
             for step in steps:

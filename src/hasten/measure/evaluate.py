@@ -4,9 +4,10 @@ fast it is beside it."""
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hasten.backends import choose_device, open_backend
 from hasten.compress.folder import ProgressCallback, hashes
@@ -15,6 +16,7 @@ from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.measure.memory import peak_memory
 from hasten.measure.overlap import check_unseen
 from hasten.measure.quality import Model, score, summarize
+from hasten.measure.rounding import notes_on_rounding
 from hasten.measure.speed import (
     Timing,
     Workload,
@@ -33,7 +35,7 @@ from hasten.model.formats import bytes_of
 from hasten.model.hub import resolve
 from hasten.model.settings import default_kv_cache, stated_run
 from hasten.model.tokenizer import Tokenizer
-from hasten.receipt import Quality, Receipt, Speed, TaskScore
+from hasten.receipt import Measurement, Quality, Receipt, Speed, TaskScore
 from hasten.recipe import Run
 
 SPEED_STREAMS = (1, 8)
@@ -108,6 +110,9 @@ def evaluate(
     models["model"] = _load(checkpoint, device, threads, kv_cache, format)  # after the one compared with
     found = {text.name: _quality(models, text.windows, threads, progress) for text in texts}
     scores = {name: _task(models, task, progress) for name, task in asked.items()}
+    notes += notes_on_rounding(checkpoint, device, models["model"].model[1])
+    if any(len(text.windows) == 1 for text in texts):
+        notes += ("one window of text gives no intervals: take more windows",)
     speeds = _speed(models, texts[0].content, device, threads) if speed else {}
     if speed:
         ratios = speeds["model"].ratio
@@ -212,7 +217,7 @@ def _quality(
 ) -> Quality:
     vocab_size = models["model"].checkpoint.spec.vocab_size
     scores = score({name: loaded.model for name, loaded in models.items()}, windows, vocab_size, progress, threads)
-    return summarize(scores["model"], scores.get("against"))
+    return _without_endless(summarize(scores["model"], scores.get("against")))
 
 
 def _task(models: Mapping[str, Loaded], task: Task, progress: ProgressCallback | None) -> TaskScore:
@@ -226,6 +231,18 @@ def _task(models: Mapping[str, Loaded], task: Task, progress: ProgressCallback |
         engine = make_engine(spec, backend, Run(kv_cache=kv_cache), STREAMS, longest)
         found[name] = answer(engine, task, prompts, progress)
     return summarize_task(task, found["model"], found.get("against"))
+
+
+def _without_endless(found: Quality) -> Quality:
+    """Of one window the figures stand for their own ends, as one round's does: no interval is known, and JSON has no
+    infinity."""
+    values = {item.name: getattr(found, item.name) for item in fields(found)}
+    alone: dict[str, Any] = {
+        name: replace(value, low=value.median, high=value.median)
+        for name, value in values.items()
+        if isinstance(value, Measurement) and value.n == 1
+    }
+    return replace(found, **alone)
 
 
 def _speed(models: Mapping[str, Loaded], text: str, device: str, threads: int) -> dict[str, Speed]:

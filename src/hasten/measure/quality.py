@@ -108,8 +108,8 @@ def _compare(original: Float32 | None, other: Float32, targets: NDArray[np.int32
 
 def summarize(scores: Scores, original: Scores | None = None, confidence: float = 0.95) -> Quality:
     """Totals with intervals over blocks; relative to `original`, on the same windows, where it is given."""
-    bits = ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte", confidence)
-    nll = ratio_interval(scores.nll, scores.num_tokens, "nats/token", confidence)
+    bits = _not_below_0(ratio_interval(scores.nll / np.log(2), scores.num_bytes, "bits/byte", confidence))
+    nll = _not_below_0(ratio_interval(scores.nll, scores.num_tokens, "nats/token", confidence))
     middle, low, high = (float(np.exp(min(value, 700))) for value in (nll.median, nll.low, nll.high))
     quality = Quality(
         bits_per_byte=bits,
@@ -124,12 +124,16 @@ def summarize(scores: Scores, original: Scores | None = None, confidence: float 
     return replace(
         quality,
         loss=ratio_interval(scores.nll - original.nll, original.nll, "relative", confidence),
-        divergence=ratio_interval(scores.divergence, scores.num_tokens, "nats/token", confidence),
+        divergence=_not_below_0(ratio_interval(scores.divergence, scores.num_tokens, "nats/token", confidence)),
         top1_agreement=share_interval(scores.agreements, scores.num_tokens, "share", confidence),
         flips=share_interval(scores.broken + scores.mended, scores.num_tokens, "share", confidence),
         broken=share_interval(scores.broken, scores.num_tokens, "share", confidence),
         mended=share_interval(scores.mended, scores.num_tokens, "share", confidence),
     )
+
+
+def _not_below_0(found: Measurement) -> Measurement:
+    return replace(found, low=max(found.low, 0.0))
 
 
 def compare_rows(original: Float32, other: Float32, targets: NDArray[np.int32]) -> Float64:

@@ -56,7 +56,8 @@ def _(step: Distill, source: Path, target: Path, context: Context) -> None:
     project = projection(student.config.hidden_size, teacher.config.hidden_size, step.seed).to(context.device)
     if step.hidden:
         student.projection_to_teacher = project  # a part of the student while it learns: trained and saved with it
-    train(step, training, opened, sequences, context, Lesson(step, teacher, project, vocab))
+    lesson = Lesson(step, teacher, project, vocab)
+    train(step, training, opened, sequences, context, lesson, lesson.kind if step.samples == "student" else None)
     write_folder(opened, target)
 
 
@@ -83,7 +84,7 @@ class Lesson:
 
     def __call__(self, student: nn.Module, tokens: Tensor, number: int) -> Tensor:
         step, start = self.step, 0
-        if step.samples == "student" and self._writes(number):
+        if step.samples == "student" and self.kind(number) == "written":
             start = max(1, tokens.shape[1] // _PROMPT_SHARE)
             tokens = go_on(student, tokens[:, :start], tokens.shape[1] - start, self.vocab)
         wanted = {"output_hidden_states": step.hidden > 0, "output_attentions": step.attention > 0, "use_cache": False}
@@ -109,10 +110,11 @@ class Lesson:
             total = total + self.step.attention * attention_loss(out.attentions, known.attentions, layers)
         return total
 
-    def _writes(self, number: int) -> bool:
-        """Whether the student writes the batch of this step: by the seed and the step's number alone."""
+    def kind(self, number: int) -> str:
+        """Whether the batch of this step is "given" or "written" by the student: by the seed and the step's number
+        alone."""
         draw = np.random.default_rng((self.step.seed, number)).random()
-        return bool(draw < self.step.student_share)
+        return "written" if draw < self.step.student_share else "given"
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from hasten.train.folder import Opened, open_folder, write_folder
 from hasten.train.masks import Masks
 from hasten.train.student import from_config
 from hasten.train.text import sequences_of
-from hasten.train.trainer import Around, Loss, fit
+from hasten.train.trainer import Around, Kind, Loss, fit
 
 
 @run_step.register
@@ -29,17 +29,30 @@ def _(step: Finetune, source: Path, target: Path, context: Context) -> None:
 
 
 def train(
-    step: Step, training: Training, opened: Opened, sequences: Sequences, context: Context, loss: Loss | None = None
+    step: Step,
+    training: Training,
+    opened: Opened,
+    sequences: Sequences,
+    context: Context,
+    loss: Loss | None = None,
+    kind: Kind | None = None,
 ) -> None:
     """Train what is opened in place, zeros of pruned matrices held, with checkpoints in the stage's work folder; the
-    curve goes into the receipt. HastenError where the loss is lost."""
+    curve goes into the receipt, and a note where it rose. HastenError where the loss is lost."""
     name = step_name(step)
     masks = Masks(opened.weights(), training.sparsity)
-    around = Around(context.work, loss, masks, lambda part, what: context.tell(part, f"{name}: {what}"))
+    around = Around(context.work, loss, masks, lambda part, what: context.tell(part, f"{name}: {what}"), kind=kind)
     with dropped(opened.additions(), training.dropout):
         trained = fit(opened.model, sequences, training, around)
     last = trained.curve[-1][1] if trained.curve else 0.0
     if not last < float("inf"):
         raise HastenError(f"{name} ended at a loss of {last}: lower learning_rate, which is {training.learning_rate}")
+    if trained.rose:
+        first, end = trained.ends() or (0.0, 0.0)
+        slower = "" if training.sparsity is None else ", or prune over more steps"
+        context.notes.append(
+            f"{name}: the loss rose from {first:.3f} to {end:.3f}: lower learning_rate, which is "
+            f"{training.learning_rate}{slower}"
+        )
     number = next(index for index, other in enumerate(context.recipe.steps) if other is step)  # equal ones are others
     context.facts[f"{name}-{number}"] = trained.facts()

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def compress(
             raise ResourceError(
                 f"this recipe needs {' and '.join(missing)}, not installed here: pip install 'hasten[compress]'"
             )
+        _check_logs(recipe)
         _check_teachers(recipe, resolve(str(model)))
         for module in ("finetune", "distill", "lora"):
             importlib.import_module(f"hasten.train.{module}")
@@ -52,6 +54,19 @@ def compress(
 def trains(step: Step) -> bool:
     """Whether a step is one of this package."""
     return isinstance(step, Finetune | Distill) or (isinstance(step, Recover) and step.method == "lora")
+
+
+def _check_logs(recipe: Recipe) -> None:
+    """ResourceError where a step's logs cannot be made: that is not to be found out after the steps before it."""
+    for logs in filter(None, (getattr(step, "logs", None) for step in recipe.steps)):
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ResourceError("logs needs the package tensorboard: pip install 'hasten[compress]', or remove logs")
+        folder = Path(logs).absolute()
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ResourceError(
+                f"logs is {logs}, which cannot be made: {above} is no folder that may be written to: choose another"
+            )
 
 
 def _check_teachers(recipe: Recipe, model: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,24 +28,47 @@ from hasten.train.data import Sequences
 Loss = Callable[[nn.Module, Tensor, int], Tensor]  # model, tokens [b, T], number of the step -> mean loss
 After = Callable[[int], None]  # the number of steps that are done; called before the first one too
 Tell = Callable[[float, str], None]
+Kind = Callable[[int], str]  # number of the step -> the kind of text that it learns from
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _LOGS = 50  # entries of the curve
+_OF_KIND = "loss of "  # before the kind, in the history
+_END = 10  # either end of it is one part in so many
+_ROSE, _ROSE_NATS = 1.1, 0.05  # by more than this times and nats the end is clearly above the beginning
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training. curve: (step, mean loss since the entry before). seconds: of this run, which may have
+    """What came of a training. curve: (step, mean loss since the entry before). kinds: the same of each kind of text,
+    where there are several. seconds: of this run, which may have
     gone on from a checkpoint, without its first step, which sets everything up; tokens: of these seconds."""
 
     curve: tuple[tuple[int, float], ...]
     seconds: float
     tokens: int
+    kinds: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+    def ends(self) -> tuple[float, float] | None:
+        """The mean loss of the first tenth and of the last, each the mean over the kinds of text; None of no training.
+        One entry alone may be of another kind than the one that it is compared with."""
+        curves = [[loss for _, loss in curve] for curve in self.kinds or (self.curve,) if curve]
+        if not curves:
+            return None
+        parts = [(curve[: max(1, len(curve) // _END)], curve[-max(1, len(curve) // _END) :]) for curve in curves]
+        first, last = zip(*parts, strict=True)
+        return fmean(map(fmean, first)), fmean(map(fmean, last))
+
+    @property
+    def rose(self) -> bool:
+        """Whether the loss is clearly higher at the end."""
+        first, last = self.ends() or (0.0, 0.0)
+        return last > max(_ROSE * first, first + _ROSE_NATS)
 
     def facts(self) -> dict[str, Any]:
         """For the receipt."""
         return {
             "loss": [[step, round(loss, 5)] for step, loss in self.curve],
+            "ends": [round(loss, 5) for loss in self.ends() or ()],
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9)),
         }
@@ -53,7 +77,9 @@ class Trained:
 @dataclass(frozen=True)
 class Around:
     """What a training has beside the model. work: where checkpoints lie; a training finds them again there. loss: None
-    is the text's own. after: holds weights in their place. saves: how often a checkpoint is written."""
+    is the text's own. after: holds weights in their place. saves: how often a checkpoint is written. kind: where steps
+    learn from texts of several kinds.
+    """
 
     work: Path
     loss: Loss | None = None
@@ -61,6 +87,7 @@ class Around:
     tell: Tell | None = None
     compile: bool = False
     saves: int = 5
+    kind: Kind | None = None
 
 
 def text_loss(model: nn.Module, tokens: Tensor, step: int) -> Tensor:
@@ -89,6 +116,7 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
     )
     trainer.remove_callback(PrinterCallback)
     trainer.loss = around.loss or text_loss
+    trainer.kind, trainer.since_log = around.kind, {}
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean over a batch: Trainer divides by the number of them
     before = _last_checkpoint(around.work)
     verbosity = logging.get_verbosity()
@@ -104,9 +132,16 @@ def fit(model: Any, sequences: Sequences, training: Training, around: Around) ->
         for name in ("forward", "_original_forward"):  # Trainer's autocast: through it the model would hold itself
             vars(model).pop(name, None)
     model.eval()
-    curve = tuple((int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    history = trainer.state.log_history
+    curve = _curve(history, "loss")
+    kinds = sorted({key for entry in history for key in entry if key.startswith(_OF_KIND)})
     batch = training.batch_size * training.gradient_accumulation * training.sequence_len
-    return Trained(curve, watcher.seconds(), max(watcher.ran - 1, 0) * batch)
+    seen = max(watcher.ran - 1, 0) * batch
+    return Trained(curve, watcher.seconds(), seen, tuple(_curve(history, key) for key in kinds))
+
+
+def _curve(history: list[dict[str, float]], key: str) -> tuple[tuple[int, float], ...]:
+    return tuple((int(entry["step"]), entry[key]) for entry in history if key in entry)
 
 
 def sequences_needed(training: Training) -> int:
@@ -201,10 +236,22 @@ def _as_it_is(batch: Any) -> Any:
 
 class _Trainer(transformers.Trainer):
     loss: Loss = staticmethod(text_loss)
+    kind: Kind | None = None
+    since_log: dict[str, list[Tensor]]  # losses by kind
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
-        loss = self.loss(model, inputs["input_ids"], self.state.global_step)
+        number = self.state.global_step
+        loss = self.loss(model, inputs["input_ids"], number)
+        if self.kind is not None:
+            self.since_log.setdefault(self.kind(number), []).append(loss.detach())
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        """Into the history, which checkpoints keep, go the losses of each kind of text, too."""
+        if "loss" in logs:
+            logs |= {_OF_KIND + kind: float(torch.stack(losses).mean()) for kind, losses in self.since_log.items()}
+            self.since_log.clear()
+        super().log(logs, *arguments, **named)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The bare numbers of what trains: Transformers' own way knows its own modules only."""

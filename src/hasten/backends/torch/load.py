@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from hasten.backends.torch.modules import install
 from hasten.backends.torch.tensors import TORCH_DTYPES, to_tensor
+from hasten.errors import ResourceError
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight
 from hasten.model.hub import resolve
@@ -25,10 +26,12 @@ from hasten.model.spec import ModelSpec, config_of_text
 def load_torch(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
     """The Transformers model of a folder, a name on the hub, or `demo`, in evaluation mode.
 
-    dtype: of its numbers; None is the model's own. Raises as open_checkpoint does.
+    dtype: of its numbers; None is the model's own. Raises as open_checkpoint does, and ResourceError where the device
+    is not there.
     """
+    device = _device(device)
     checkpoint = open_checkpoint(resolve(str(folder)))
-    spec, device = checkpoint.spec, torch.device(device)
+    spec = checkpoint.spec
     dtype = dtype or TORCH_DTYPES[spec.dtype]
     model = empty_model(checkpoint, device)
     waiting: dict[str, list[Source]] = {}
@@ -50,6 +53,16 @@ def load_torch(folder: str | Path, dtype: torch.dtype | None = None, device: str
     if spec.tied_head:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model  # buffers, such as rotary frequencies, stay in float32, as Transformers keeps them
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ResourceError(f"device is {name!r}, expected a device of torch, such as cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"device is {str(device)!r}, and no such GPU that torch can use is here: use device cpu")
+    return device
 
 
 def empty_model(checkpoint: Checkpoint, device: torch.device) -> Any:
