@@ -10,7 +10,7 @@ from hasten.compress.plan import resolve
 from hasten.errors import RecipeError, ResourceError
 from hasten.model import formats
 from hasten.model.checkpoint import open_checkpoint
-from hasten.receipt import Receipt, sha256
+from hasten.receipt import Receipt, sha256, used_texts
 from hasten.recipe import Calibration, Recipe, Run
 from hasten.steps import Quantize
 
@@ -66,7 +66,7 @@ def test_text_that_no_step_reads_is_said_and_does_not_count_as_used(model: Path,
     assert receipt.notes == (
         "calibration text books.txt was not read, as no step looks at it, and is not recorded as used",
     )
-    assert not receipt.used_texts
+    assert not used_texts(tmp_path / "out")
     assert Recipe.load(tmp_path / "out") == Recipe((Quantize(),))
 
 

@@ -1,5 +1,6 @@
 """Recipes that look at text: stages, interruptions, what the receipt says, and errors before any weight is read."""
 
+import importlib
 import os
 import resource
 import signal
@@ -454,6 +455,35 @@ def test_what_else_a_power_cut_leaves_empty_is_made_again(
     for name in ("calibration.npy", "work-0/found.json"):
         (work / name).write_bytes(b"")
     compress(tiny_model("llama"), recipe, tmp_path / "out", device="cpu")
+
+
+def test_what_a_step_looked_up_is_looked_up_again_where_a_power_cut_left_it_empty(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path
+) -> None:
+    recipe, model = Recipe((Factorize(keep=0.8),), calibration=smooth(text).calibration), tiny_model("llama")
+    interrupted(model, recipe, tmp_path / "out", after=3)
+    (survey,) = (tmp_path / "out.work").rglob("survey-*.json")
+    survey.write_bytes(b"")
+    compress(model, recipe, tmp_path / "out", device="cpu")
+    compress(model, recipe, tmp_path / "whole", device="cpu")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_text_alone_is_not_in_a_mended_recipes_way(
+    tiny_model: Callable[..., Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("hasten.compress.run"), "_run_stage", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(tiny_model("llama"), smooth(text), tmp_path / "out", device="cpu")
+    assert (tmp_path / "out.work/calibration.npy").is_file()
+    longer = Recipe(smooth(text).steps, calibration=Calibration(text, num_sequences=10, sequence_len=32))
+    receipt = compress(tiny_model("llama"), longer, tmp_path / "out", device="cpu")
+    whole = compress(tiny_model("llama"), longer, tmp_path / "whole", device="cpu")
+    assert receipt.settings["calibration"] == whole.settings["calibration"]
 
 
 def test_seconds_are_those_of_all_runs(tiny_model: Callable[..., Path], text: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hasten.measure import overlap
 from hasten.measure.overlap import check_unseen, shared_runs
 from hasten.measure.rounding import notes_on_rounding
 from hasten.model.checkpoint import open_checkpoint
-from hasten.receipt import Measurement, Receipt, Speed, UsedText
+from hasten.receipt import Measurement, Receipt, Speed, UsedText, used_texts
 from hasten.recipe import Calibration
 from hasten.steps import Quantize, QuantizeKv
 
@@ -130,7 +130,7 @@ def test_texts_of_a_chain_are_listed_oldest_first(stories: Path, tmp_path: Path)
         replace(receipt, recipe=Recipe((Quantize(method="gptq"),), calibration=text)).save(
             tmp_path / name / "receipt.json"
         )
-    used = Receipt.load(tmp_path / "two").used_texts
+    used = used_texts(tmp_path / "two")
     assert [Path(text.named[0]).name for text in used] == ["one.txt", "two.txt"]
 
 
@@ -140,7 +140,10 @@ def test_receipts_from_before_load_and_what_is_none_is_said(stories: Path, tmp_p
     old = json.loads(file.read_text())
     assert old.pop("made_from") == []
     file.write_text(json.dumps(old))
-    assert Receipt.load(file).used_texts == ()
+    assert used_texts(file.parent) == ()
+    old["recipe"] = {"steps": [{"factorize": {"keep": 0.5, "rank": 8, "text": "was.txt"}}]}  # once taken, now refused
+    file.write_text(json.dumps(old))
+    assert used_texts(file.parent) == (UsedText({}, ("was.txt",)),)
     file.write_text("{}")
     with pytest.raises(ModelError, match=r"receipt\.json should say which texts made the model: .* or remove it$"):
         compress(tmp_path / "one", "int8", tmp_path / "two")

@@ -22,6 +22,7 @@ from hasten.compress import calibration  # noqa: E402
 from hasten.errors import HastenError, RecipeError, ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
 from hasten.model.formats import dequantize  # noqa: E402
+from hasten.receipt import used_texts  # noqa: E402
 from hasten.recipe import Calibration, Recipe  # noqa: E402
 from hasten.steps import Distill, Factorize, Finetune, Gradual, Prune, Quantize, Recover, Shrink, Smooth, Step, Training  # noqa: E402
 from hasten.train import distill, finetune, lora, trainer  # noqa: E402
@@ -107,6 +108,14 @@ def test_training_nothing_changes_nothing(family: str, tiny_model: Model, text: 
     assert before.keys() == after.keys()
     for name, values in before.items():
         np.testing.assert_allclose(after[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_what_a_teacher_has_seen_counts_as_used(tiny_model: Model, text: str, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("Of arms and the man, long ago and far away, sing softly to us now. " * 60)
+    model, other = tiny_model("llama"), str(tmp_path / "other.txt")
+    run(model, tmp_path / "teacher", other, Finetune(**short(other, steps=1)))
+    run(model, tmp_path / "out", text, Distill(teacher=str(tmp_path / "teacher"), **short(text, steps=1)))
+    assert [used.named for used in used_texts(tmp_path / "out")] == [(other,), (text,)]
 
 
 def test_a_killed_training_goes_on_to_the_same_end(tiny_model: Model, text: str, tmp_path: Path) -> None:

@@ -192,30 +192,13 @@ class Receipt:
         known = (*self.candidates, *((self.original,) if self.original else ()))
         return next((candidate for candidate in known if candidate.name == self.choice), None)
 
-    @property
-    def used_texts(self) -> tuple[UsedText, ...]:
-        """The texts that made the model, oldest first, those of this receipt's own recipe last."""
-        calibration: dict[str, Any] = self.settings.get("calibration") or {}
-        named = [calibration.get("text")]
-        if self.recipe is not None:
-            named += [self.recipe.calibration.text, *(getattr(step, "text", None) for step in self.recipe.steps)]
-        own = UsedText(calibration, tuple(dict.fromkeys(text for text in named if text)))
-        return (*self.made_from, own) if own.calibration or own.named else self.made_from
-
     def to_json(self) -> str:
         return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Receipt":
         """Raises HastenError where the text is not a receipt of this version."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise HastenError(f"receipt is not JSON: {error}") from None
-        found = data.get("schema") if isinstance(data, dict) else None
-        if found != SCHEMA:
-            raise HastenError(f"receipt has schema {found!r}, expected {SCHEMA}: read it with the hasten that wrote it")
-        return build(Receipt, data)
+        return build(Receipt, _checked(text))
 
     def save(self, path: str | Path) -> None:
         """Write receipt.json; a reader sees the old file or the new one, never half."""
@@ -231,8 +214,31 @@ class Receipt:
 
 
 def used_texts(folder: Path) -> tuple[UsedText, ...]:
-    """The texts that made the model in `folder`, as far as it has a receipt. HastenError where that cannot be read."""
-    return Receipt.load(folder).used_texts if (folder / "receipt.json").is_file() else ()
+    """The texts that made the model in `folder`, oldest first, as far as it has a receipt. HastenError where that
+    cannot be read. Its recipe need not be one that would be taken now."""
+    file = folder / "receipt.json"
+    if not file.is_file():
+        return ()
+    data = _checked(file.read_text(encoding="utf-8"))
+    before = build(tuple[UsedText, ...], data.get("made_from") or [])
+    calibration: dict[str, Any] = (data.get("settings") or {}).get("calibration") or {}
+    recipe = data.get("recipe") or {}
+    named = [calibration.get("text"), (recipe.get("calibration") or {}).get("text")]
+    for step in recipe.get("steps") or []:
+        named += [(fields or {}).get("text") for fields in step.values()]
+    own = UsedText(calibration, tuple(dict.fromkeys(text for text in named if text)))
+    return (*before, own) if own.calibration or own.named else before
+
+
+def _checked(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HastenError(f"receipt is not JSON: {error}") from None
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise HastenError(f"receipt has schema {found!r}, expected {SCHEMA}: read it with the hasten that wrote it")
+    return dict(data)
 
 
 def plain(value: Any) -> Any:

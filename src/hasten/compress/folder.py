@@ -24,7 +24,7 @@ from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, UsedText, plain, sha256, used_texts
 from hasten.recipe import Recipe, Run
-from hasten.steps import Quantize, QuantizeKv, Smooth, Step, step_name
+from hasten.steps import Distill, Quantize, QuantizeKv, Smooth, Step, step_name
 
 ProgressCallback = Callable[[int, int, str], None]
 
@@ -75,7 +75,7 @@ def compress(
             "bytes_before": total_bytes(checkpoint.spec, before),
             "bytes_after": total_bytes(checkpoint.spec, {**before, **plan.formats}),
         },
-        made_from=made_from(checkpoint.path),
+        made_from=tuple(chain.from_iterable(map(made_from, (checkpoint.path, *_teachers(recipe))))),
         notes=(*unread, *plan.notes, *requantised(plan, before), *not_kept(recipe, checkpoint)),
     )
     if rounds:
@@ -172,6 +172,11 @@ def made_from(folder: Path) -> tuple[UsedText, ...]:
         raise ModelError(
             f"{folder / 'receipt.json'} should say which texts made the model: {error}; or remove it"
         ) from None
+
+
+def _teachers(recipe: Recipe) -> list[Path]:
+    """What they have seen, the student learns from."""
+    return [resolve_name(step.teacher) for step in recipe.steps if isinstance(step, Distill) and step.teacher]
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -7,6 +7,7 @@ over the blocks (sweep.py). Finished stages are kept until the whole is. Knows n
 
 import fcntl
 import json
+import os
 import re
 import resource
 import shutil
@@ -75,8 +76,9 @@ def run(
     process that is still at it, or cannot be written; HastenError where a text is seen to be unfit before the work.
     """
     _check(recipe, checkpoint)
-    check_out(out)  # once more: another process may have made it since
     with _locked(out.with_name(out.name + ".work")) as work:
+        with _tidied(work, "looking"):
+            check_out(out)  # once more: another process may have made it since
         _claim(work, recipe, receipt)
         try:
             folder, receipt = _stages(recipe, plan, checkpoint, work, receipt, device, progress)
@@ -273,12 +275,13 @@ def _locked(work: Path) -> Iterator[Path]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = (work / _LOCK).exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(work / _LOCK))
         except BlockingIOError:
-            raise ResourceError(
-                f"another process is working in {work}: wait for it, or choose another output"
-            ) from None
+            alone = False
         except OSError:
-            pass  # a file system without locks
+            alone = True  # a file system without locks
+        if not alone:
+            raise ResourceError(f"another process is working in {work}: wait for it, or choose another output")
         yield work
 
 
@@ -292,12 +295,15 @@ def _claim(work: Path, recipe: Recipe, receipt: Receipt) -> None:
         found = _read(state)
         if found == about:
             return
-        if state.is_file() and _holds_work(work):
-            before = {"texts": {}, **(found or {})}
-            if before != {**about, "texts": before["texts"]}:
+        before = {"texts": {}, **(found or {})}
+        if before != {**about, "texts": before["texts"]}:
+            if state.is_file() and _holds_work(work):
                 raise ResourceError(
                     f"{work} holds unfinished work of another recipe or model: remove it, or take another -o"
                 )
+            for beside in (".npy", ".json"):
+                (work / f"calibration{beside}").unlink(missing_ok=True)
+        elif _holds_work(work):
             for text in texts.keys() & before["texts"].keys():
                 if texts[text] != before["texts"][text]:
                     raise ResourceError(f"{text} has changed since this work began: remove {work}, or put it back")
@@ -317,7 +323,10 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _holds_work(work: Path) -> bool:
-    return any(any(work.rglob(pattern)) for pattern in _KEPT)
+    """Whether there is what took long to make. Sequences cut from a text did not, those that the model wrote did."""
+    cut = ((_read(work / "state.json") or {}).get("recipe", {}).get("calibration") or {}).get("text") is not None
+    kept = (file for pattern in _KEPT for file in work.rglob(pattern))
+    return any(not cut or file != work / "calibration.npy" for file in kept)
 
 
 def _packed(source: Path, target: Path, recipe: Recipe, plan: Plan, notes: list[str]) -> Path:

@@ -92,11 +92,20 @@ def _survey_files(steps: tuple[Step, ...], context: Context) -> dict[Step, Path]
 def _surveys(files: Mapping[Step, Path], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
     """What steps must know beforehand; kept for a run that goes on."""
     for number, (step, file) in enumerate(files.items()):
-        if not file.is_file():
+        if not _is_whole(file):
             own = context.part(number / len(files), (number + 1) / len(files))
             blocks = _unchanged(skeleton, own, f"looking for {step_name(step)}")
             write_text(file, json.dumps(survey(step, blocks, own)))
     return {step: json.loads(file.read_text()) for step, file in files.items()}
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of JSON is there, and not what a power cut left of it."""
+    try:
+        json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def forget(steps: tuple[Step, ...], step: Step, found: Any, context: Context) -> None:

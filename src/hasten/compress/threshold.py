@@ -192,12 +192,15 @@ def check(steps: tuple[Step, ...], target: Path, context: Context) -> None:
 
 def _with_less(step: Quantize, found: dict[str, Any], loss: float, context: Context) -> dict[str, Any]:
     """What is chosen of the same costs after `loss` was measured: what is lost is taken to fall as what was expected
-    does. Nothing after some tries."""
+    does, and half of that is to be lost at most. Nothing after some tries, or where the same would be chosen again."""
     assert step.threshold is not None
     tried = [*found["tried"], loss]
-    share = found["expected"] * step.threshold / loss if len(tried) <= _TRIES else -1.0
     units = _units(step, open_checkpoint(context.source).spec, context)
-    return _chosen(step, units, found["costs"], found["nats"], share, tried)
+    for share in (found["expected"] * min(step.threshold / loss, 0.5), -1.0)[len(tried) > _TRIES :]:
+        chosen = _chosen(step, units, found["costs"], found["nats"], share, tried)
+        if chosen["kinds"] != found["kinds"]:
+            break
+    return chosen
 
 
 def nats_of(folder: Path, context: Context) -> float:

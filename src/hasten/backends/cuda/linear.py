@@ -120,7 +120,7 @@ class Linear:
 
     def _has_int8_product(self, matrix: Matrix, rows: int) -> bool:
         plain = matrix.kind == INT8 and matrix.group == 0 and matrix.zeros is None and matrix.mask is None
-        return matrix.int8_inputs and plain and not self.fixed and rows >= INT8_ROWS
+        return matrix.int8_inputs and plain and not self.fixed and rows >= INT8_ROWS and self.experts(rows) is None
 
     def __call__(
         self,
