@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.model.checkpoint import open_checkpoint
+from hasten.model.jsonfile import read_kept
 from hasten.model.tokenizer import Tokenizer
 from hasten.receipt import write_text
 from hasten.recipe import Calibration
@@ -248,8 +249,7 @@ class Sequences:
     @property
     def notes(self) -> list[str]:
         """What of the text was not read."""
-        beside = self._file.with_suffix(".json")
-        return list(json.loads(beside.read_text())) if beside.is_file() else []
+        return read_kept(self._file.with_suffix(".json"), list) or []
 
     def _all(self) -> Int32:
         if self._found is None:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.compress.blocks import Block
-
-_NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
+from hasten.compress.plan import NORM_OF
 
 
 def norm_of(role: str) -> str | None:
     """The norm whose outputs a matrix reads, or the first of the two that it was split into; None where it is none."""
-    return _NORM_OF.get(role.removesuffix(".a"))
+    return NORM_OF.get(role.removesuffix(".a"))
 
 
 @torch.no_grad()

@@ -224,9 +224,16 @@ def check_out(out: str | Path) -> None:
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise ResourceError(f"{out} exists already: remove it or choose another folder")
-    above = next(parent for parent in out.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    if (above := in_the_way(out)) is not None:
         raise ResourceError(f"{out} cannot be made: {above} is no folder that may be written to: choose another")
+
+
+def in_the_way(folder: Path) -> Path | None:
+    """What keeps `folder` from being made or written to: of it and those above the first that exists, where that is no
+    folder that may be written to."""
+    folder = folder.absolute()
+    first = next(path for path in (folder, *folder.parents) if path.exists())
+    return None if first.is_dir() and os.access(first, os.W_OK) else first
 
 
 def requantised(plan: Plan, before: Mapping[str, Format]) -> tuple[str, ...]:

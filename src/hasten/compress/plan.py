@@ -9,7 +9,7 @@ from functools import singledispatch
 from pathlib import Path
 
 from hasten.checks import did_you_mean
-from hasten.compress.refusals import UNDONE, check_length, check_order, check_teaches, takes_dense, trains_lora
+from hasten.compress.refusals import UNDONE, check_length, check_order, check_teaches, takes_dense, trains, trains_lora
 from hasten.errors import RecipeError
 from hasten.model.families import family_of
 from hasten.model.formats import DENSE_BYTES, NARROW, Format, bytes_of
@@ -37,7 +37,8 @@ from hasten.steps import (
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
-SMOOTHED = ("q", "k", "v", "gate", "up")  # what reads a norm
+# The norm whose outputs a matrix reads.
+NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
 CLASS_WORDS = ("Linear", "attention", "mlp", "head", "embedding")
 _OF_A_PRESET = "in a recipe file (hasten compress --show PRESET prints a preset as one)"
 
@@ -109,7 +110,7 @@ def resolve(recipe: Recipe, spec: ModelSpec, found: Mapping[str, Format] | None 
         if Prune in UNDONE.get(type(step), ()):
             plan = replace(plan, sparse=frozenset())
         plan = plan_step(step, plan)
-        if isinstance(step, Finetune | Distill) or trains_lora(step):
+        if trains(step):
             check_length(step, recipe, plan.spec, "the model")
         if isinstance(step, Distill) and step.teacher is None:
             check_teaches(step, recipe, spec)
@@ -126,7 +127,7 @@ def _stored_whole(step: Step, spec: ModelSpec) -> Collection[str]:
         case SplitExperts():
             return select(shapes, ["mlp"], spec.tied_head)
         case Smooth():
-            return [name for name in select(shapes, ["Linear"], spec.tied_head) if name.split(".")[2] in SMOOTHED]
+            return [name for name in select(shapes, ["Linear"], spec.tied_head) if name.split(".")[2] in NORM_OF]
         case Recover():
             return select(shapes, ["Linear"], spec.tied_head)
         case Rotate() | Training():

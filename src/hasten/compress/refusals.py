@@ -81,7 +81,7 @@ def check_teaches(step: Distill, recipe: Recipe, teacher: ModelSpec) -> None:
 def check_length(step: Finetune | Distill | Recover, recipe: Recipe, spec: ModelSpec, whose: str) -> None:
     """RecipeError where a model, called `whose`, cannot read the sequences that a step trains on. Ready ones are no
     longer than those of the calibration, which they are."""
-    text = step.text or recipe.calibration.text
+    text = text_of(step, recipe)
     if step.text is not None and step.text.endswith(".npy") and step.text != recipe.calibration.text:
         raise RecipeError(f"text is {step.text}: name ready tokens in calibration, or give {step_name(step)} a text")
     length = step.sequence_len
@@ -96,6 +96,16 @@ def check_length(step: Finetune | Distill | Recover, recipe: Recipe, spec: Model
 
 def trains_lora(step: Step) -> TypeGuard[Recover]:
     return isinstance(step, Recover) and step.method == "lora"
+
+
+def trains(step: Step) -> TypeGuard[Finetune | Distill | Recover]:
+    """Whether a step is one of hasten.train."""
+    return isinstance(step, Finetune | Distill) or trains_lora(step)
+
+
+def text_of(step: Training | Recover, recipe: Recipe) -> str | None:
+    """The text that a step trains on: its own, or the calibration's."""
+    return step.text or recipe.calibration.text
 
 
 def takes_dense(step: Step) -> bool:

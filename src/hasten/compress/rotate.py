@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hasten.backends.torch.tensors import to_tensor, to_weight
+from hasten.compress.plan import NORM_OF
 from hasten.compress.stage import Context, run_step
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight
@@ -21,7 +22,6 @@ from hasten.model.spec import Layer, config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.steps import Rotate
 
-_NORM_OF = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
 _WRITES = ("o", "down")
 
 
@@ -81,10 +81,10 @@ def rotated(checkpoint: Checkpoint, seed: int, device: str = "cpu") -> Iterator[
 def turn_layer(found: Mapping[str, Tensor], layer: Layer, stream: Tensor, heads: Tensor) -> dict[str, Tensor]:
     """A layer's matrices [N, K] and vectors [N] by role, turned by `stream` [H, H] and `heads` [head_dim, head_dim]."""
     out = dict(found)
-    for role, norm in _NORM_OF.items():
+    for role, norm in NORM_OF.items():
         if role in out:
             out[role] = found[role] * found[norm] @ stream
-    out |= {norm: torch.ones_like(found[norm]) for norm in _NORM_OF.values()}
+    out |= {norm: torch.ones_like(found[norm]) for norm in NORM_OF.values()}
     out["v"] = _by_head(out["v"].T, layer.num_kv_heads, heads).T
     out["o"] = _by_head(out["o"], layer.num_heads, heads)
     if "v.bias" in out:

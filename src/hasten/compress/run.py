@@ -8,7 +8,6 @@ over the blocks (sweep.py). Finished stages are kept until the whole is. Knows n
 import fcntl
 import json
 import os
-import re
 import resource
 import shutil
 import time
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -37,19 +36,20 @@ from hasten.compress import (
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences, check_text, fingerprint
 from hasten.compress.folder import all_weights, check_out, run_of, run_settings, undoes_kv_scales
-from hasten.compress.plan import Plan, only_rounds, targeted
-from hasten.compress.refusals import trains_lora
+from hasten.compress.plan import Plan, only_rounds, reads_text, targeted
+from hasten.compress.refusals import text_of, trains
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import DENSE_BYTES, Weight, bytes_of, sparsify
+from hasten.model.jsonfile import read_kept
 from hasten.model.spec import config_of_text
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import Receipt, write_text
 from hasten.recipe import Recipe, Run
-from hasten.steps import Distill, Finetune, Prune, Quantize, Recover, Shrink, Step, step_name
+from hasten.steps import Distill, Prune, Quantize, Recover, Step, step_name
 
 # Modules that register their steps as they are imported.
 CHANGES = (factorize, kv_scales, prune, quantize, reconstruct, rotate, shrink, smooth, split, threshold)
@@ -97,12 +97,8 @@ def _check(recipe: Recipe, checkpoint: Checkpoint) -> None:
     for text in _texts(recipe):
         check_text(text, checkpoint.path)
     for step in recipe.steps:
-        if _trains(step) and not _reads_tokens((step,), recipe) and (own := _text_of(step, recipe)) is not None:
+        if trains(step) and not _reads_tokens((step,), recipe) and (own := text_of(step, recipe)) is not None:
             check_text(own, checkpoint.path, step.sequence_len)
-
-
-def _trains(step: Step) -> TypeGuard[Finetune | Distill | Recover]:
-    return isinstance(step, Finetune | Distill) or trains_lora(step)
 
 
 def _texts(recipe: Recipe) -> list[str]:
@@ -111,20 +107,14 @@ def _texts(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(text for text in named if text is not None))
 
 
-def _text_of(step: Finetune | Distill | Recover, recipe: Recipe) -> str | None:
-    return step.text or recipe.calibration.text
-
-
 def _reads_tokens(steps: tuple[Step, ...], recipe: Recipe) -> bool:
     """Whether a stage of these steps asks for the calibration sequences."""
     step = steps[0]
     if is_blockwise(step):
         return not only_rounds(steps) and not _streams(steps, recipe)
-    if isinstance(step, Shrink):
-        return step.rank_by != "magnitude" or step.layers > 0
-    if not _trains(step):
-        return False
-    text = _text_of(step, recipe)
+    if not trains(step):
+        return reads_text(steps)
+    text = text_of(step, recipe)
     if text is None:  # where a teacher writes, it writes all of it
         return not (isinstance(step, Distill) and step.samples == "teacher")
     return text.endswith(".npy")
@@ -156,7 +146,7 @@ def _stages(
         own.mkdir(exist_ok=True)
         tell = _teller(progress, clock, index, len(stages), len(checkpoint.spec.layers))
         context = Context(recipe, plan, checkpoint.path, source, tokens, device, own, tell)
-        if (found := _read(own / "found.json")) is None:  # else it was finished before an interruption
+        if (found := read_kept(own / "found.json", dict)) is None:  # else it was finished before an interruption
             shutil.rmtree(target, ignore_errors=True)
             with _tidied(work, ", ".join(map(step_name, steps))):
                 _run_stage(steps, target, context)
@@ -185,12 +175,11 @@ def _stages(
 
 
 def device_of(name: str) -> str:
-    """ "auto" is a GPU where there is one. ResourceError where the device is not there."""
+    """What a device's name, which folder.py has checked, stands for: "auto" is a GPU where there is one. ResourceError
+    where the device is not there."""
     cuda = torch.cuda.is_available()
     if name == "auto":
         return "cuda" if cuda else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ResourceError(f"device is {name!r}, expected auto, cpu or cuda")
     if name.startswith("cuda") and not cuda:
         raise ResourceError("no GPU that torch can use is here: use --device cpu")
     return name
@@ -292,7 +281,7 @@ def _claim(work: Path, recipe: Recipe, receipt: Receipt) -> None:
     about = {"recipe": json.loads(json.dumps(recipe.to_dict())), "inputs": receipt.inputs, "texts": texts}
     state = work / "state.json"
     try:
-        found = _read(state)
+        found = read_kept(state, dict)
         if found == about:
             return
         before = {"texts": {}, **(found or {})}
@@ -312,19 +301,10 @@ def _claim(work: Path, recipe: Recipe, receipt: Receipt) -> None:
         raise ResourceError(f"{work} cannot be written: {error.strerror or error}") from None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """What lies in a file of JSON; None where there is none, or not the whole of it: a power cut may leave an empty
-    one."""
-    try:
-        found = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _holds_work(work: Path) -> bool:
     """Whether there is what took long to make. Sequences cut from a text did not, those that the model wrote did."""
-    cut = ((_read(work / "state.json") or {}).get("recipe", {}).get("calibration") or {}).get("text") is not None
+    recipe = (read_kept(work / "state.json", dict) or {}).get("recipe", {})
+    cut = (recipe.get("calibration") or {}).get("text") is not None
     kept = (file for pattern in _KEPT for file in work.rglob(pattern))
     return any(not cut or file != work / "calibration.npy" for file in kept)
 

@@ -20,6 +20,7 @@ from hasten.errors import RecipeError
 from hasten.hardware import memory_available, usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, sparsify
+from hasten.model.jsonfile import read_kept
 from hasten.model.spec import Layer, configured
 from hasten.model.writer import write_checkpoint
 from hasten.receipt import write_text
@@ -91,21 +92,15 @@ def _survey_files(steps: tuple[Step, ...], context: Context) -> dict[Step, Path]
 
 def _surveys(files: Mapping[Step, Path], skeleton: Skeleton, context: Context) -> dict[Step, Any]:
     """What steps must know beforehand; kept for a run that goes on."""
+    found: dict[Step, Any] = {}
     for number, (step, file) in enumerate(files.items()):
-        if not _is_whole(file):
+        if (kept := read_kept(file, dict)) is None:
             own = context.part(number / len(files), (number + 1) / len(files))
             blocks = _unchanged(skeleton, own, f"looking for {step_name(step)}")
             write_text(file, json.dumps(survey(step, blocks, own)))
-    return {step: json.loads(file.read_text()) for step, file in files.items()}
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file of JSON is there, and not what a power cut left of it."""
-    try:
-        json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+            kept = read_kept(file, dict)
+        found[step] = kept
+    return found
 
 
 def forget(steps: tuple[Step, ...], step: Step, found: Any, context: Context) -> None:

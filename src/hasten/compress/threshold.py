@@ -7,8 +7,7 @@ save the most bytes for what they cost are taken while the sum stays within thre
 That is an estimate: where the model that comes out has lost more on the same text, it is made again with less to spend.
 
 Variants go through the blocks side by side, so each block is loaded once; the time grows as the square of their number.
-Rounding to nearest stands in for the method
-that is used in the end, which does better.
+Rounding to nearest stands in for the method that is used in the end, which does better.
 """
 
 import shutil

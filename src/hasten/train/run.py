@@ -2,20 +2,19 @@
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hasten.compress.folder import ProgressCallback
+from hasten.compress.folder import ProgressCallback, in_the_way
 from hasten.compress.folder import compress as carry_out
-from hasten.compress.refusals import check_teaches
+from hasten.compress.refusals import check_teaches, trains
 from hasten.errors import ResourceError
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.hub import resolve
 from hasten.receipt import Receipt
 from hasten.recipe import Recipe
-from hasten.steps import Distill, Finetune, Recover, Step
+from hasten.steps import Distill
 
 _PACKAGES = ("torch", "transformers", "accelerate")
 
@@ -37,8 +36,7 @@ def compress(
     name, and what takes long goes on where it was interrupted.
     """
     recipe = Recipe.load(recipe)
-    training = [step for step in recipe.steps if trains(step)]
-    if training:
+    if any(map(trains, recipe.steps)):
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise ResourceError(
@@ -51,19 +49,12 @@ def compress(
     return carry_out(model, recipe, out, device=device, progress=progress)
 
 
-def trains(step: Step) -> bool:
-    """Whether a step is one of this package."""
-    return isinstance(step, Finetune | Distill) or (isinstance(step, Recover) and step.method == "lora")
-
-
 def _check_logs(recipe: Recipe) -> None:
     """ResourceError where a step's logs cannot be made: that is not to be found out after the steps before it."""
     for logs in filter(None, (getattr(step, "logs", None) for step in recipe.steps)):
         if importlib.util.find_spec("tensorboard") is None:
             raise ResourceError("logs needs the package tensorboard: pip install 'hasten[compress]', or remove logs")
-        folder = Path(logs).absolute()
-        above = next(path for path in (folder, *folder.parents) if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
+        if (above := in_the_way(Path(logs))) is not None:
             raise ResourceError(
                 f"logs is {logs}, which cannot be made: {above} is no folder that may be written to: choose another"
             )

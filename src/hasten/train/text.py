@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 
+from hasten.compress.refusals import text_of
 from hasten.compress.stage import Context
 from hasten.model.checkpoint import Checkpoint
 from hasten.steps import Training
@@ -18,7 +19,7 @@ def sequences_of(training: Kind, checkpoint: Checkpoint, context: Context) -> tu
     """On the context's device; and the step, whose sequences may be shorter where it has only the recipe's. Those are
     the calibration sequences, which the model itself wrote where the recipe names no text.
     """
-    text = training.text or context.recipe.calibration.text
+    text = text_of(training, context.recipe)
     if text is None or text.endswith(".npy"):
         return rows_as_sequences(context.tokens(), training, context.device)
     stream, first = tokens_of(text, checkpoint.path, context.notes.append)

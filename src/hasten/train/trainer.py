@@ -40,8 +40,8 @@ _ROSE, _ROSE_NATS = 1.1, 0.05  # by more than this times and nats the end is cle
 @dataclass(frozen=True)
 class Trained:
     """What came of a training. curve: (step, mean loss since the entry before). kinds: the same of each kind of text,
-    where there are several. seconds: of this run, which may have
-    gone on from a checkpoint, without its first step, which sets everything up; tokens: of these seconds."""
+    where there are several. seconds: of this run, which may have gone on from a checkpoint, without its first step,
+    which sets everything up; tokens: of these seconds."""
 
     curve: tuple[tuple[int, float], ...]
     seconds: float

@@ -192,8 +192,10 @@ class Linear:
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
         """Whether a kernel of ours unpacks, multiplies and adds a residual at once."""
-        if self.fixed or matrix.mask is not None:
-            return self.fixed or rows <= SPARSE_ROWS
+        if self.fixed:
+            return True
+        if matrix.mask is not None:
+            return rows <= SPARSE_ROWS
         return rows <= FEW_ROWS[matrix.kind] and not self._has_int8_product(matrix, rows)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
