@@ -126,6 +126,7 @@ CASES: dict[str, dict[str, Any]] = {
     "alone": {"runs": [(700, 1)], "kind": "decodes"},
     "few": {"runs": [(1, 1), (16, 1), (17, 1), (300, 1)], "kind": "decodes"},
     "many": {"runs": [(7 * i + 1, 1) for i in range(40)], "kind": "decodes"},
+    "crowd": {"runs": [(13 * i % 400 + 1, 1) for i in range(80)], "kind": "decodes"},
     "drafts": {"runs": [(100, 5), (16, 3), (33, 1), (12, 12)], "kind": "runs"},
     "prompts": {"runs": [(150, 150), (64, 1), (65, 65), (300, 40), (18, 1)]},
 }

@@ -42,7 +42,7 @@ class Played(Graphs):
 
 @pytest.fixture
 def graphs(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(module, "_STAND_INS", 2)
+    monkeypatch.setattr(module, "_STAND_INS", dict.fromkeys(("decodes", "runs", "any"), 2))
     backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
     made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16)  # type: ignore[arg-type]
     made.backend = backend  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.linear import Linear  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
-from hasten.backends.cuda.tuning import decode_tile, prefill_tile  # noqa: E402
+from hasten.backends.cuda.tuning import decode_tile, prefill_tile, share_quantum  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
 from hasten.errors import ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
@@ -130,19 +130,16 @@ def test_padded_steps_equal_exact_ones(tiny_model: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [5000], [7, 300, 2000, 64], [900] * 300, [1] * 700])
 def test_keys_are_shared_evenly(lengths: list[int]) -> None:
-    owners, firsts = share_keys(np.array(lengths, np.int32), 66)
-    assert firsts[0] == 0
-    assert firsts[-1] == len(owners)
-    counts = np.diff(firsts)
+    counts = share_keys(np.array(lengths, np.int32), 66)
     assert (counts >= 1).all()
-    assert np.array_equal(owners, np.repeat(np.arange(len(lengths)), counts))
     if len(lengths) + max(66, len(lengths)) > MAX_PROGRAMS:
         assert (counts == 1).all()
         return
-    assert len(owners) <= len(lengths) + max(66, len(lengths))
+    assert counts.sum() <= len(lengths) + max(66, len(lengths))
     assert counts.max() <= MAX_SPLITS
-    share = -(-np.array(lengths) // counts)
-    assert share.max() <= max(64, 64 * -(-sum(lengths) // (66 * 64)), 64 * -(-max(lengths) // (64 * MAX_SPLITS)))
+    share, keys = -(-np.array(lengths) // counts), share_quantum(len(lengths))
+    tiles = max(-(-sum(lengths) // (66 * keys)), -(-max(lengths) // (keys * MAX_SPLITS)))
+    assert share.max() <= max(1, tiles) * keys
 
 
 def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path]) -> None:
@@ -208,11 +205,21 @@ def test_attention(
     )
 
 
+@pytest.mark.parametrize("heads", [2, 6, 8])
+@pytest.mark.parametrize(("head_dim", "window", "softcap"), [(24, 0, 0.0), (16, 70, 4.0)])
+def test_attention_of_few(heads: int, head_dim: int, window: int, softcap: float) -> None:
+    """Without tensor cores: sequences of one key, of several tiles, cut into parts."""
+    check_attention(
+        "cpu", [(1, 1), (300, 1), (64, 1)], heads=heads, head_dim=head_dim, window=window, softcap=softcap,
+        kind="decodes",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("key_bytes", [64, 128, 256, 512, 1024])
 def test_tiles_of_attention_fit_any_gpu(key_bytes: int) -> None:
     """Keys and values of a tile in 64 KB: with what is beside them, less than the 99 KB of the smallest."""
     for sequences in (1, 64):
-        keys = decode_tile(sequences, key_bytes).keys
+        keys = decode_tile(sequences, key_bytes // 2, 2).keys
         assert keys & (keys - 1) == 0
         assert 2 * keys * key_bytes <= 64 << 10
     rows, keys = prefill_tile(key_bytes, key_bytes)

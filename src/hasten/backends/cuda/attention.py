@@ -1,14 +1,17 @@
 """The paged KV cache of every layer, and launches of the attention kernels over it."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 
 from hasten.backends.cuda.device import Device
-from hasten.backends.cuda.inputs import MAX_PROGRAMS, Inputs
+from hasten.backends.cuda.inputs import MAX_PROGRAMS, WORK, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
-from hasten.backends.cuda.tuning import decode_tile, prefill_tile
+from hasten.backends.cuda.kernels.decode import decode
+from hasten.backends.cuda.kernels.decode_few import decode_few
+from hasten.backends.cuda.tuning import FEW_KEYS, FEW_SEQUENCES, FEW_WARPS, decode_tile, prefill_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
@@ -81,11 +84,10 @@ class Attention:
         may overwrite qkv."""
         layer = self._spec.layers[index]
         out = torch.empty((len(qkv), layer.num_heads * layer.head_dim), dtype=qkv.dtype, device=qkv.device)
-        fused = inputs.decode_rows is None and not inputs.runs
-        if not fused:
+        if not inputs.alone:
             self._store(layer, index, qkv, inputs, norms)
         if inputs.num_decodes:
-            self._decode(layer, index, qkv, out, inputs, norms, fused)
+            self._decode(layer, index, qkv, out, inputs, norms)
         if inputs.tile_tokens is not None and len(inputs.tile_tokens):
             self._prefill(layer, index, qkv, out, inputs)
         return out
@@ -96,14 +98,15 @@ class Attention:
     def _store(self, layer: Layer, index: int, qkv: torch.Tensor, inputs: Inputs, norms: HeadNorms | None) -> None:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing = self._device.workspace
-        kernels.rope_and_store[(len(qkv), layer.num_kv_heads)](
+        heads: int = triton.next_power_of_2(layer.num_heads)
+        kernels.rope_and_store[(len(qkv),)](
             qkv, cache[0], cache[1], rope.table if rope else nothing, norms.q if norms else nothing,
             norms.k if norms else nothing, inputs.positions, inputs.slots, inputs.lengths, qkv.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.norm_eps,
-            HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp,
-            GP=shape.gq, ROT=rope.rotary_dim if rope else 0,
+            HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, HP=heads,
+            KP=triton.next_power_of_2(layer.num_kv_heads), ROT=rope.rotary_dim if rope else 0,
             LONG=bool(rope and rope.is_long), NORM=norms is not None, BLOCK=self._block_size, PDL=self._device.pdl,
-            num_warps=2, **self._device.launch,
+            num_warps=max(1, min(8, heads * shape.dp // 1024)), **self._device.launch,
         )  # fmt: skip
 
     def _decode(
@@ -114,24 +117,33 @@ class Attention:
         out: torch.Tensor,
         inputs: Inputs,
         norms: HeadNorms | None,
-        fused: bool,
     ) -> None:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
-        nothing = self._device.workspace
-        tile = decode_tile(inputs.num_decodes, shape.dp * cache.itemsize)
-        kernels.decode[(len(inputs.owners), layer.num_kv_heads)](
-            qkv, cache[0], cache[1], out, rope.table if rope else nothing, norms.q if norms else nothing,
-            norms.k if norms else nothing, self._parts, self._device.counters, inputs.owners, inputs.firsts,
-            inputs.positions if inputs.decode_rows is None else inputs.decode_rows,
-            inputs.positions if inputs.decode_sequences is None else inputs.decode_sequences, inputs.positions,
-            inputs.slots, inputs.lengths, inputs.tables, inputs.width, qkv.stride(0),
+        nothing, device = self._device.workspace, self._device
+        keys, values, sent, received = cache[0], cache[1], qkv, out
+        few = inputs.alone and inputs.num_decodes <= FEW_SEQUENCES and _takes_few(layer, rope, qkv, cache)
+        if few:  # words of two numbers
+            keys, values, sent, received = (tensor.view(torch.int32) for tensor in (keys, values, qkv, out))
+        part = 1 if layer.num_heads // layer.num_kv_heads % 2 else 2  # query heads of a program
+        heads = layer.num_heads // part if few else layer.num_kv_heads
+        run = partial(
+            (decode_few if few else decode)[(heads, len(inputs.work) // WORK)],
+            sent, keys, values, received, rope.table if rope else nothing, norms.q if norms else nothing,
+            norms.k if norms else nothing, self._parts, device.counters, inputs.work, inputs.tables, sent.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, self._spec.norm_eps, HEADS=layer.num_heads,
-            KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, GP=shape.gp, GQ=shape.gq,
-            ROT=rope.rotary_dim if rope else 0, LONG=bool(rope and rope.is_long), NORM=norms is not None,
-            CAPPED=self._spec.attention_softcap > 0, BLOCK=self._block_size, BN=tile.keys,
-            FUSED=fused, EARLY=fused and tile.early, AT_ONCE=tile.at_once, INDIRECT=inputs.decode_rows is not None,
-            STAGES=tile.stages, PDL=self._device.pdl, num_warps=tile.warps, **self._device.launch,
+            KV_HEADS=layer.num_kv_heads, D=layer.head_dim, ROT=rope.rotary_dim if rope else 0,
+            LONG=bool(rope and rope.is_long), NORM=norms is not None, CAPPED=self._spec.attention_softcap > 0,
+            BLOCK=self._block_size, PDL=device.pdl, **device.launch,
+        )  # fmt: skip
+        if few:
+            words: int = triton.next_power_of_2(layer.head_dim // 2)
+            run(PART=part, WP=words, BN=FEW_KEYS, AT_ONCE=8, ASM=device.asm, num_warps=FEW_WARPS)
+            return
+        tile = decode_tile(inputs.num_decodes, shape.dp, cache.itemsize)
+        run(
+            DP=shape.dp, GP=shape.gp, GQ=shape.gq, BN=tile.keys, FUSED=inputs.alone, EARLY=inputs.alone and tile.early,
+            AT_ONCE=tile.at_once, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
 
     def _prefill(self, layer: Layer, index: int, qkv: torch.Tensor, out: torch.Tensor, inputs: Inputs) -> None:
@@ -148,6 +160,12 @@ class Attention:
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
             BN=keys, STAGES=_PREFILL_STAGES, PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
         )  # fmt: skip
+
+
+def _takes_few(layer: Layer, rope: RopeTable | None, qkv: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether decode_few knows such heads."""
+    turned = rope.rotary_dim if rope else 0
+    return layer.head_dim % 4 == turned % 4 == 0 and qkv.dtype == cache.dtype == torch.bfloat16
 
 
 class _Shape:

@@ -10,7 +10,7 @@ from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingB
 from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, decode_programs, tile_tokens
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import CAPTURING, Device, check_fp8, open_device
-from hasten.backends.cuda.graphs import Graphs
+from hasten.backends.cuda.graphs import Graphs, most_tokens
 from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
 from hasten.backends.cuda.measured import write_measured
@@ -100,7 +100,9 @@ class CudaBackend:
             (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim + 3 * layer.intermediate_size
             for layer in spec.layers
         )
-        activations = limits.max_tokens * (widest + 6 * spec.hidden_size) * size
+        assert self._decoder is not None
+        tokens = limits.max_tokens + min(limits.max_tokens, most_tokens(self._decoder))  # graphs have their own
+        activations = tokens * (widest + 6 * spec.hidden_size) * size
         logits = limits.max_rows * spec.vocab_size * 4 * 2
         if not self._device.is_cuda:
             return DeviceMemory(1 << 30, 1 << 30, activations + logits)

@@ -26,8 +26,9 @@ from hasten.backends.cuda.sampling import Sampler
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _LAUNCH_FLOPS = 24e12  # what a device does in the time that slow hosts take to launch a step's kernels
-_MOST_TOKENS = 4096
-_STAND_INS = 24  # steps that a larger bucket's graph runs before a bucket gets its own
+_MOST_TOKENS = 8192
+# Steps that a larger bucket's graph runs before a bucket gets its own, by kind: padding costs steps with prompts most.
+_STAND_INS = {"decodes": 24, "runs": 24, "any": 1}
 _MOST_PROMPTS = 64  # in a step with other than single tokens
 
 
@@ -59,7 +60,7 @@ class Graphs:
         self._max_blocks = max_blocks
         self._max_rows = max_rows
         self._tile_tokens = tile_tokens
-        self._max_tokens = _most_tokens(decoder)
+        self._max_tokens = most_tokens(decoder)
         self._buckets: dict[tuple[str, int], _Bucket] = {}
         largest = [self._sizes("runs", BUCKETS[-1]), self._sizes("any", self._max_tokens)]
         room = max(stager.room(sizes, max_blocks) for sizes in largest)
@@ -138,7 +139,7 @@ class Graphs:
             return bucket
         alike = {at[1]: other for at, other in self._buckets.items() if at[0] == kind}
         larger = [at for at, other in alike.items() if size < at <= 2 * size and other.graph is not None]
-        if larger and bucket.uses > _STAND_INS and not bucket.asked:
+        if larger and bucket.uses > _STAND_INS[kind] and not bucket.asked:
             if bucket.must_run or not any(other.ran for at, other in alike.items() if _way(at) == _way(size)):
                 return bucket
             self._ask(bucket)
@@ -255,7 +256,7 @@ def _decode_bucket(count: int) -> int | None:
     return next((bucket for bucket in BUCKETS if bucket >= count), None)
 
 
-def _most_tokens(decoder: Decoder) -> int:
+def most_tokens(decoder: Decoder) -> int:
     """Tokens of the largest step that the host would launch more slowly than the device runs it; a power of two."""
     tokens = int(_LAUNCH_FLOPS / (2 * max(1, decoder.num_weights)))
     return min(_MOST_TOKENS, max(64, 1 << (tokens.bit_length() - 1)))

@@ -1,6 +1,7 @@
 """A Batch -> one int32 buffer on the device, by a single copy, and views of its parts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,11 +9,14 @@ from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, Int32
 from hasten.backends.cuda.device import Device
+from hasten.backends.cuda.tuning import share_quantum
 
 _ALIGN = 4  # numbers: every part begins at a multiple of 16 bytes, which kernels are compiled for
 MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
-_KEYS = 64  # shares of keys are multiples of this, a tile of decode attention
 MAX_SPLITS = 32
+WORK = 8  # numbers that a program of decode attention is told, see decode_work; 32 bytes are fetched at once
+
+Ints = NDArray[np.integer[Any]]
 MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds the partial results' memory
 
 
@@ -20,11 +24,10 @@ MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds
 class Inputs:
     """What kernels read of a step, int32 on the device. T tokens, of which padding has slot -1.
 
-    lengths [T]: of each token's sequence, this step included. tables [B, width], width [1]. num_decodes single tokens:
-    decode_rows, decode_sequences [D], or None where that is every token, in order; owners, firsts: who does them, see
-    share_keys. The rest in tiles [I], see kernels.attention.prefill. rows [R]: whose logits are wanted, None for all
-    tokens'. runs: tokens of one sequence may follow each other though each is a decode with a row of `tables` of its
-    own; so all keys are stored before any is read.
+    lengths [T]: of each token's sequence, this step included. tables [B, width], width [1]. work [P, WORK]: programs of
+    decode attention, see decode_work, for num_decodes single tokens. The rest in tiles [I], see
+    kernels.attention.prefill. rows [R]: whose logits are wanted, None for all tokens'. alone: all tokens are decodes of
+    sequences of their own, so that no key is read that another token of the step has.
     """
 
     tokens: torch.Tensor
@@ -35,11 +38,8 @@ class Inputs:
     tables: torch.Tensor
     width: torch.Tensor
     num_decodes: int
-    owners: torch.Tensor
-    firsts: torch.Tensor
-    runs: bool = False
-    decode_rows: torch.Tensor | None = None
-    decode_sequences: torch.Tensor | None = None
+    work: torch.Tensor
+    alone: bool = False
     tile_tokens: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
     tile_sequences: torch.Tensor | None = None
@@ -70,25 +70,38 @@ def is_short(batch: Batch) -> bool:
     return len(batch.rows) > 0 and int(batch.query_lens.max()) <= MAX_RUN
 
 
-def share_keys(lengths: Int32, programs: int) -> tuple[Int32, Int32]:
-    """Which programs of decode attention do which entry: owners [P], the entry of each, and firsts [D + 1], the first
-    of each entry.
+def share_keys(lengths: Int32, programs: int) -> Int32:
+    """How many programs of decode attention each entry gets [D].
 
     Every program gets about as many keys, however much the lengths differ, and there are at least `programs` of them
     where tiles suffice: long sequences are cut, and nobody waits for one.
     """
     count = len(lengths)
-    firsts = np.zeros(count + 1, np.int32)
     if not count:
-        return firsts[:0], firsts
+        return np.zeros(0, np.int32)
+    keys = share_quantum(count)
     longest, wanted = int(lengths.max()), _wanted(count, programs)
-    tiles = max(1, -(-int(lengths.sum()) // (wanted * _KEYS)), -(-longest // (MAX_SPLITS * _KEYS)))
+    tiles = max(1, -(-int(lengths.sum()) // (wanted * keys)), -(-longest // (MAX_SPLITS * keys)))
     if wanted + count > MAX_PROGRAMS:
-        tiles = -(-longest // _KEYS)
-    share = tiles * _KEYS
-    each = (lengths + (share - 1)) // share
-    np.cumsum(each, out=firsts[1:])
-    return np.repeat(np.arange(count, dtype=np.int32), each), firsts
+        tiles = -(-longest // keys)
+    share = tiles * keys
+    return (lengths + (share - 1)) // share
+
+
+def decode_work(rows: Ints, sequences: Ints, batch: Batch, width: int, programs: int) -> Int32:
+    """[P, WORK]: all that a program of decode attention must know, in one place, since each look-up that needs another
+    one's result delays it by half a microsecond: its token (-1: nothing to do), where its sequence's block table
+    begins, position, slot, length of the sequence, how many programs share its keys, the first of them. rows, sequences
+    [D]: the token and the sequence of each entry."""
+    lengths = batch.context_lens[sequences]
+    each = share_keys(lengths, programs)
+    columns = (
+        rows, sequences * width, batch.positions[rows], batch.slots[rows], lengths, each, np.cumsum(each) - each,
+    )  # fmt: skip
+    work = np.zeros((len(rows), WORK), np.int32)
+    for column, numbers in enumerate(columns):
+        work[:, column] = numbers
+    return work.repeat(each, axis=0)
 
 
 def _wanted(count: int, programs: int) -> int:
@@ -120,12 +133,11 @@ class Stager:
         lens = batch.query_lens
         starts = np.cumsum(lens, dtype=np.int32) - lens
         single = np.zeros(len(lens), np.bool_) if self._all_tiles else lens == 1
-        decodes = np.flatnonzero(single).astype(np.int32)
+        decodes = np.flatnonzero(single)
         tables, width = self._tables(batch)
         parts = [
-            width, batch.tokens, _sources(batch), batch.positions, batch.slots,
-            np.repeat(batch.context_lens, lens), starts[decodes], decodes,
-            *share_keys(batch.context_lens[decodes], self._programs),
+            width, batch.tokens, _sources(batch), batch.positions, batch.slots, np.repeat(batch.context_lens, lens),
+            decode_work(starts[decodes], decodes, batch, int(width[0]), self._programs),
             *_tiles(starts, lens, np.flatnonzero(~single), self._tile_tokens), batch.rows, tables,
         ]  # fmt: skip
         return parts, len(decodes)
@@ -141,7 +153,7 @@ class Stager:
             return _general_inputs(views, sizes.decodes)
         return Inputs(
             width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
-            num_decodes=sizes.decodes, owners=views[6], firsts=views[7], tables=views[8], runs=sizes.runs,
+            num_decodes=sizes.decodes, work=views[6], tables=views[7], alone=not sizes.runs,
         )  # fmt: skip
 
     def refill(self, batch: Batch, sizes: Sizes, max_blocks: int, buffer: torch.Tensor) -> bool:
@@ -150,12 +162,10 @@ class Stager:
             parts, _ = self._general_parts(batch)
         else:
             tables, width = self._tables(batch)
-            lengths = batch.context_lens
-            if len(lengths) < len(batch.tokens):
-                tables, lengths = (np.repeat(array, batch.query_lens, axis=0) for array in (tables, lengths))
+            sequences = np.repeat(np.arange(len(batch.query_lens)), batch.query_lens)
             parts = [
-                width, batch.tokens, _sources(batch), batch.positions, batch.slots, lengths,
-                *share_keys(lengths, self._programs), tables,
+                width, batch.tokens, _sources(batch), batch.positions, batch.slots, batch.context_lens[sequences],
+                decode_work(np.arange(len(sequences)), sequences, batch, int(width[0]), self._programs), tables,
             ]  # fmt: skip
         if (sizes, max_blocks) not in self._layouts:
             room = self._sizes(sizes, max_blocks)
@@ -168,14 +178,11 @@ class Stager:
         return True
 
     def _sizes(self, sizes: Sizes, max_blocks: int) -> list[int]:
-        programs = _wanted(sizes.decodes, self._programs) + sizes.decodes
+        work = WORK * (_wanted(sizes.decodes, self._programs) + sizes.decodes)
         tables = sizes.sequences * max_blocks
         if not sizes.tiles:
-            return [1, *[sizes.tokens] * 5, programs, sizes.decodes + 1, tables]
-        return [
-            1, *[sizes.tokens] * 5, sizes.decodes, sizes.decodes, programs, sizes.decodes + 1, *[sizes.tiles] * 3,
-            sizes.rows, tables,
-        ]  # fmt: skip
+            return [1, *[sizes.tokens] * 5, work, tables]
+        return [1, *[sizes.tokens] * 5, work, *[sizes.tiles] * 3, sizes.rows, tables]
 
     def _tables(self, batch: Batch) -> tuple[Int32, Int32]:
         """Block tables as wide as the longest sequence needs, and that width."""
@@ -200,19 +207,19 @@ class Stager:
         buffer[:total].copy_(staged, non_blocking=True)
 
 
-# Of tokens, entries and tiles that are not there, by the number of parts: token 0, not sampled, at position 0, without
-# a slot, of length 1; decodes that no program owns; tiles of no token.
+# Of tokens, programs and tiles that are not there, by the number of parts: token 0, not sampled, at position 0, without
+# a slot, of length 1; programs without a token; tiles of no token.
 _FILLS: dict[int, list[int | None]] = {
-    9: [0, 0, -1, 0, -1, 1, -1, 0, None],
-    15: [0, 0, -1, 0, -1, 1, 0, 0, -1, 0, 0, 0, 0, 0, None],
+    8: [0, 0, -1, 0, -1, 1, -1, None],
+    12: [0, 0, -1, 0, -1, 1, -1, 0, 0, 0, 0, None],
 }
 
 
 def _general_inputs(views: list[torch.Tensor], num_decodes: int) -> Inputs:
     return Inputs(
         width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
-        decode_rows=views[6], decode_sequences=views[7], owners=views[8], firsts=views[9], tile_tokens=views[10],
-        tile_counts=views[11], tile_sequences=views[12], rows=views[13], tables=views[14], num_decodes=num_decodes,
+        work=views[6], tile_tokens=views[7], tile_counts=views[8], tile_sequences=views[9], rows=views[10],
+        tables=views[11], num_decodes=num_decodes,
     )  # fmt: skip
 
 

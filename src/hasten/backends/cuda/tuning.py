@@ -19,7 +19,7 @@ class Tile:
 
 # Up to how many rows of x weights are unpacked by the kernel that multiplies them, by how they are stored; for more of
 # them once, for cuBLAS.
-FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 256, INT4.value: 256}
+FEW_ROWS = {DENSE.value: 64, FP8.value: 64, INT8.value: 256, INT4.value: 128}
 SPARSE_ROWS = 64  # of 2:4
 # Up to how many rows experts that none of them has taken are neither computed nor read; 0: all always are. At most 64.
 EXPERT_ROWS = 64
@@ -82,7 +82,7 @@ def divisor(size: int, columns: int) -> int:
 def int4_tile(n: int, k: int, gated: bool) -> Tile:
     """One row of int4. splits: programs a processor, which share the rows."""
     if k > 8192:
-        return Tile(2, k, 4, min(16, _power_of_two(k) // 4096), 1)
+        return Tile(2, k, 2, min(16, _power_of_two(k) // 2048), 1)
     warps = max(1, _power_of_two(k) // 1024)
     return Tile(4 if gated else 8, k, 3 if warps >= 4 else 6, min(4, warps), 1)
 
@@ -146,14 +146,27 @@ class DecodeTile:
     stages: int = 2
 
 
+# Decode attention without tensor cores: of up to so many sequences, keys of a tile, warps.
+FEW_SEQUENCES, FEW_KEYS, FEW_WARPS = 8, 32, 2
+
+
+def share_quantum(sequences: int) -> int:
+    """Keys that one program of decode attention gets are multiples of this, its tile."""
+    return FEW_KEYS if sequences <= FEW_SEQUENCES else 64
+
+
 _TILE = 64 << 10  # bytes of a tile's keys and values in shared memory; small GPUs have 99 KB of it
 
 
-def decode_tile(sequences: int, key_bytes: int) -> DecodeTile:
-    """key_bytes: of one key, padded. Early keys pay where latency is all; they take the registers of a second
-    program."""
-    most = _TILE // (2 * key_bytes)
-    return DecodeTile(min(64, most), True, 8) if sequences <= 8 else DecodeTile(min(128, most), False, 8)
+def decode_tile(sequences: int, dims: int, itemsize: int) -> DecodeTile:
+    """dims: of a key, padded; itemsize: bytes of one of its numbers. Early keys pay where latency is all; they take the
+    registers of a second program."""
+    keys = min(64, _TILE // (2 * dims * itemsize))
+    if sequences <= FEW_SEQUENCES:
+        return DecodeTile(keys, True, 8)
+    if dims > 128:
+        return DecodeTile(keys, False, 8)
+    return DecodeTile(keys, False, 8, 2, 3) if sequences <= 64 else DecodeTile(min(keys, 32), False, 8, 1, 4)
 
 
 def prefill_tile(query_bytes: int, key_bytes: int) -> tuple[int, int]:
