@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from cpu_tools import BLOCK, batch
 
-from hasten.backends.cuda.attention import KV_DTYPES, Attention, decode_programs, tile_tokens
+from hasten.backends.cuda.attention import KV_DTYPES, Attention, HeadNorms, decode_programs, tile_tokens
 from hasten.backends.cuda.device import open_device
 from hasten.backends.cuda.inputs import Sizes, Stager
 from hasten.model.spec import ModelSpec, spec_from_config
@@ -42,9 +42,11 @@ def check_attention(
     softcap: float = 0.0,
     kind: str = "general",
     first_block: int = 0,
+    normed: bool = False,
 ) -> None:
     """Sequences of a filled cache, each of so many tokens of which the last few run now: runs (length, now). kind: how
-    the step goes, "general", "decodes" or "runs", see inputs.py. first_block: what lies before is not touched."""
+    the step goes, "general", "decodes" or "runs", see inputs.py. normed: queries and keys are, by the head.
+    first_block: what lies before is not touched."""
     handle = open_device(device)
     spec = make_spec(heads, kv_heads, head_dim, dtype, window, softcap)
     rng, generator = np.random.default_rng(1), torch.Generator(handle.handle).manual_seed(1)
@@ -72,8 +74,15 @@ def check_attention(
     given = torch.full((len(inputs.tokens), columns), float("nan"), dtype=qkv.dtype, device=handle.handle)
     given[:num_tokens] = qkv
     torch.empty_like(given[:, : heads * head_dim]).fill_(float("nan"))  # poisons what the next allocation gets
-    got = attention(0, given, inputs, None)[:num_tokens].double()
-    want = _expected(spec, cache, qkv.double(), runs, torch.from_numpy(tables).to(handle.handle), KEY_TOLERANCE[kv])
+    norms = None
+    rows = qkv.double().view(num_tokens, heads + 2 * kv_heads, head_dim)
+    if normed:
+        weights = torch.rand((2, head_dim), generator=generator, device=handle.handle) + 0.5
+        norms = HeadNorms(weights[0], weights[1])
+        rows[:, :heads] = _normed(rows[:, :heads], weights[0], spec.norm_eps)
+        rows[:, heads : heads + kv_heads] = _normed(rows[:, heads : heads + kv_heads], weights[1], spec.norm_eps)
+    got = attention(0, given, inputs, norms)[:num_tokens].double()
+    want = _expected(spec, cache, rows, runs, torch.from_numpy(tables).to(handle.handle), KEY_TOLERANCE[kv])
     error = float((got - want).norm() / want.norm())
     assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
 
@@ -94,7 +103,7 @@ def _expected(
         # As bytes: not every torch indexes 8-bit floats.
         held = (cache[i].view(torch.uint8)[table.long()].view(cache.dtype) for i in (0, 1))
         keys, values = (part.transpose(1, 2).reshape(-1, kv_heads, dim)[:length].double() for part in held)
-        rows = qkv[first : first + now].view(now, heads + 2 * kv_heads, dim)
+        rows = qkv[first : first + now]
         positions = torch.arange(length - now, length, device=qkv.device)
         q, k, v = (
             _rotated(rows[:, :heads], positions, spec),
@@ -112,6 +121,11 @@ def _expected(
         outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values))
         first += now
     return torch.cat(outs).reshape(first, heads * dim)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, heads, dim], RMS-normed over each head."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 def _rotated(x: torch.Tensor, positions: torch.Tensor, spec: ModelSpec) -> torch.Tensor:

@@ -206,13 +206,20 @@ def test_attention(
 
 
 @pytest.mark.parametrize("heads", [2, 6, 8])
-@pytest.mark.parametrize(("head_dim", "window", "softcap"), [(24, 0, 0.0), (16, 70, 4.0)])
-def test_attention_of_few(heads: int, head_dim: int, window: int, softcap: float) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "window", "softcap", "normed"), [(24, 0, 0.0, False), (16, 70, 4.0, False), (32, 0, 0.0, True)]
+)
+def test_attention_of_few(heads: int, head_dim: int, window: int, softcap: float, normed: bool) -> None:
     """Without tensor cores: sequences of one key, of several tiles, cut into parts."""
     check_attention(
         "cpu", [(1, 1), (300, 1), (64, 1)], heads=heads, head_dim=head_dim, window=window, softcap=softcap,
-        kind="decodes",
+        kind="decodes", normed=normed,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["decodes", "runs", "general"])
+def test_attention_with_normed_heads(kind: str) -> None:
+    check_attention("cpu", [(9, 1), (70, 1)], head_dim=16, dtype="fp32", kv="fp32", kind=kind, normed=True)
 
 
 @pytest.mark.parametrize("key_bytes", [64, 128, 256, 512, 1024])

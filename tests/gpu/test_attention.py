@@ -35,6 +35,12 @@ def test_groups_of_heads(heads: int, kv_heads: int) -> None:
         check_attention("cuda", heads=heads, kv_heads=kv_heads, head_dim=64, **case)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("heads", [8, 16, 24])
+def test_normed_heads(heads: int, name: str) -> None:
+    check_attention("cuda", heads=heads, kv_heads=8, head_dim=128, normed=True, **CASES[name])
+
+
 @pytest.mark.parametrize("kv", ["bf16", "fp8"])
 def test_long_contexts(kv: str) -> None:
     shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "kv": kv}
