@@ -19,9 +19,17 @@ from cuda_tools import composed, load, make_linear  # noqa: E402
 
 from hasten.backends.cuda import CudaBackend, measured, tuner  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
-from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8  # noqa: E402
+from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
-from hasten.backends.cuda.tuner import Steps, _worth_a_try, all_dense, compare_with_dense, signature, tune_tiles  # noqa: E402
+from hasten.backends.cuda.tuner import (  # noqa: E402
+    Steps,
+    _worth_a_try,
+    all_dense,
+    compare_with_dense,
+    measure_few_rows,
+    signature,
+    tune_tiles,
+)
 from hasten.backends.cuda.tuning import Tile, skinny_tile  # noqa: E402
 from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.formats import Format, quantize  # noqa: E402
@@ -52,6 +60,8 @@ def test_what_is_written_is_read(cache: Path) -> None:
     assert read_measured(GPU) == Measured()
     found = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
     assert write_measured(GPU, found) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
+    found.few_rows["int4-g128"] = 128
+    write_measured(GPU, found)
     assert read_measured(GPU) == found
     assert list((cache / "hasten").iterdir()) == [measured_path(GPU)]
 
@@ -102,6 +112,26 @@ def test_tuning_walks_a_model(tiny_model: Callable[..., Path], monkeypatch: pyte
     assert signature(backend._decoder).startswith("dense ")
     (pair,) = compare_with_dense(backend._decoder, (1,)).values()
     assert pair[0] > pair[1]
+
+
+@pytest.mark.parametrize(("slower_from", "few"), [(0, 8), (100, 96), (1000, 256)])
+def test_our_own_kernels_run_up_to_where_they_lose(
+    slower_from: int, few: int, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that charges our kernels more from so many rows on; the products themselves follow what is found."""
+    backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
+    decoder = backend._decoder
+    assert decoder is not None
+
+    def clock(linears: list[Linear], rows: int) -> float:
+        ours = all(linear.fuses_residual(rows) for linear in linears)
+        return 2.0 if ours and rows >= slower_from else 1.0
+
+    monkeypatch.setattr(tuner, "_products_ms", clock)
+    assert measure_few_rows(decoder) == backend._device.measured.few_rows == {"dense": few}
+    qkv = decoder.products()[0]
+    assert qkv.fuses_residual(few)
+    assert not qkv.fuses_residual(few + 1)
 
 
 def test_what_is_compared_is_named(tiny_model: Callable[..., Path]) -> None:

@@ -22,6 +22,7 @@ from hasten.backends.cuda.tuner import (
     Steps,
     all_dense,
     compare_with_dense,
+    measure_few_rows,
     signature,
     tune_tiles,
 )
@@ -187,9 +188,9 @@ class CudaBackend:
             self._graphs.finish()
 
     def tune_kernels(self, tell: Callable[[str], None], batches: tuple[int, ...] = TUNED_BATCHES) -> dict[str, object]:
-        """Measure which tiles suit this GPU and the loaded model, in decode steps of these batch sizes, and how its
-        products compare with bf16's; keep it in the user's cache, for later loads too. What the KV cache holds is lost.
-        A summary as plain data."""
+        """Measure which tiles suit this GPU and the loaded model, in decode steps of these batch sizes, up to how many
+        rows our own kernels multiply, and how its products compare with bf16's; keep it in the user's cache, for later
+        loads too. What the KV cache holds is lost. A summary as plain data."""
         if self._decoder is None or self._stager is None or self._graphs is None:
             raise ModelError(
                 "kernels are tuned on a GPU, for a loaded model with a cache, in other than deterministic mode"
@@ -200,10 +201,17 @@ class CudaBackend:
         steps = Steps(decoder, self._sampler, self._stager, *self._cache_size)
         with torch.inference_mode():
             milliseconds = tune_tiles(steps, batches, tell)
+            few_rows = measure_few_rows(decoder)
+            tell(", ".join(f"{stored} by our own kernels up to {rows} rows" for stored, rows in few_rows.items()))
             measured.products[signature(decoder)] = compare_with_dense(decoder, COMPARED_BATCHES)
         self._graphs.forget()
         path = write_measured(torch.cuda.get_device_name(self._device.handle), measured)
-        return {"step_ms": milliseconds, "products_ms": measured.products[signature(decoder)], "file": str(path)}
+        return {
+            "step_ms": milliseconds,
+            "few_rows": few_rows,
+            "products_ms": measured.products[signature(decoder)],
+            "file": str(path),
+        }
 
     @torch.inference_mode()
     def compare_with_dense(self) -> None:

@@ -194,9 +194,9 @@ class Linear:
         """Whether a kernel of ours unpacks, multiplies and adds a residual at once."""
         if self.fixed:
             return True
-        if matrix.mask is not None:
-            return rows <= SPARSE_ROWS
-        return rows <= FEW_ROWS[matrix.kind] and not self._has_int8_product(matrix, rows)
+        usual = FEW_ROWS[matrix.kind] if matrix.mask is None else SPARSE_ROWS
+        few = self.device.measured.few_rows.get(matrix.stored, usual)
+        return rows <= few and not self._has_int8_product(matrix, rows)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:

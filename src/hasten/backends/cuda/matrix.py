@@ -1,12 +1,14 @@
 """What products are given: a matrix as it lies on the device, a norm to do on the way, which experts run."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from hasten.backends.cuda.kernels import linear as kernels
 
 DENSE, FP8, INT8, INT4 = (kind.value for kind in (kernels.DENSE, kernels.FP8, kernels.INT8, kernels.INT4))
+KINDS = {DENSE: "dense", FP8: "fp8", INT8: "int8", INT4: "int4"}
 ROWS, COLUMNS = kernels.EXPERT_ROWS.value, kernels.EXPERT_COLUMNS.value
 
 
@@ -31,6 +33,11 @@ class Matrix:
     def layout(self) -> tuple[int, int, int, int, bool]:
         """What its kernels are compiled and tuned for."""
         return self.kind, self.group, self.n, self.k, self.mask is not None
+
+    @cached_property
+    def stored(self) -> str:
+        """How its numbers are stored, for people and for what is measured."""
+        return KINDS[self.kind] + (f"-g{self.group}" if self.group else "") + ("" if self.mask is None else "-2:4")
 
     @property
     def num_bytes(self) -> int:

@@ -1,5 +1,6 @@
-"""What was measured about one GPU's kernels, kept in the user's cache: tiles, and where a format loses to bf16. Where a
-user has measured nothing, what comes with the package for GPUs of that name. Knows files; tuner.py measures."""
+"""What was measured about one GPU's kernels, kept in the user's cache: tiles, up to how many rows our own kernels
+multiply, and where a format loses to bf16. Where a user has measured nothing, what comes with the package for GPUs of
+that name. Knows files; tuner.py measures."""
 
 import json
 import os
@@ -17,10 +18,11 @@ from hasten.errors import ResourceError
 @dataclass(frozen=True)
 class Measured:
     """tiles: by tuning.tile_key. products: of each kind of layer (tuner.signature), by batch size, milliseconds of a
-    layer's products as stored and of the same in bf16."""
+    layer's products as stored and of the same in bf16. few_rows: by Matrix.stored, see tuning.FEW_ROWS."""
 
     tiles: dict[str, Tile] = field(default_factory=dict)
     products: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    few_rows: dict[str, int] = field(default_factory=dict)
 
 
 _SHIPPED = Path(__file__).with_name("tables")
@@ -51,6 +53,7 @@ def read_measured(gpu: str) -> Measured:
                 kind: {int(batch): (float(ours), float(dense)) for batch, (ours, dense) in times.items()}
                 for kind, times in data["products"].items()
             },
+            {stored: int(rows) for stored, rows in data.get("few_rows", {}).items()},
         )
     except FileNotFoundError:
         return Measured()
@@ -70,6 +73,7 @@ def write_measured(gpu: str, measured: Measured) -> Path:
             key: [tile.rows, tile.columns, tile.splits, tile.warps, tile.stages]
             for key, tile in sorted(measured.tiles.items())
         },
+        "few_rows": measured.few_rows,
         "products": measured.products,
     }
     try:

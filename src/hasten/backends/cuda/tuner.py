@@ -18,7 +18,7 @@ from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import CAPTURING
 from hasten.backends.cuda.inputs import Sizes, Stager
 from hasten.backends.cuda.linear import Linear
-from hasten.backends.cuda.matrix import DENSE, FP8, INT4, INT8, Matrix
+from hasten.backends.cuda.matrix import DENSE, INT4, KINDS, Matrix
 from hasten.backends.cuda.sampling import Sampler
 from hasten.backends.cuda.tuning import Tile
 
@@ -26,7 +26,8 @@ TUNED_BATCHES = (1, 8, 64)
 COMPARED_BATCHES = (1, 8, 32, 64, 128, 256)
 _LENGTH = 256  # tokens of each sequence in the steps that are timed
 _GAIN = 0.997  # a tile must be faster by more than what a step's time wavers
-KINDS = {DENSE: "dense", FP8: "fp8", INT8: "int8", INT4: "int4"}
+_LIMITS = (16, 32, 48, 64, 96, 128, 192, 256)  # rows at which our products are compared with the libraries'
+_MARGIN = 1.03  # times as long as theirs before ours are left: theirs add no residual and norm nothing on the way
 
 Tell = Callable[[str], None]
 
@@ -101,6 +102,27 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
     return found
 
 
+def measure_few_rows(decoder: Decoder) -> dict[str, int]:
+    """Of each way in which the layers' matrices are stored, up to how many rows the kernels that unpack and multiply at
+    once are faster than cuBLAS, which may need the numbers expanded first. Left in Measured.few_rows, too."""
+    limits = decoder.device.measured.few_rows
+    ways: dict[str, list[Linear]] = {}
+    for linear in decoder.products():
+        if len(linear.matrices) == 1 and linear.running is None:
+            ways.setdefault(linear.matrices[0].stored, []).append(linear)
+    for stored, linears in ways.items():
+        few = _LIMITS[0] // 2
+        for rows in _LIMITS:
+            limits[stored] = rows
+            ours = _products_ms(linears, rows)
+            limits[stored] = 1
+            if ours > _MARGIN * _products_ms(linears, rows):
+                break
+            few = rows
+        limits[stored] = few
+    return {stored: limits[stored] for stored in ways}
+
+
 def _tried(steps: Steps, batch: int) -> float:
     """Infinite for a tile that does not fit the GPU."""
     try:
@@ -144,21 +166,17 @@ def signature(decoder: Decoder) -> str:
     """The kind of layer: formats and shapes of its products."""
     parts = []
     for linear in decoder.products():
-        kinds = " and ".join(dict.fromkeys(_stored(matrix) for matrix in linear.matrices))
+        kinds = " and ".join(dict.fromkeys(matrix.stored for matrix in linear.matrices))
         pieces = f" in {len(linear.matrices)}" if len(linear.matrices) > 1 else ""
         experts = f" {linear.running.active} of {linear.running.taken.shape[1]}" if linear.running else ""
         parts.append(f"{kinds}{pieces} {linear.n}x{linear.k}{experts}")
     return ", ".join(parts)
 
 
-def _stored(matrix: Matrix) -> str:
-    return KINDS[matrix.kind] + (f"-g{matrix.group}" if matrix.group else "") + ("" if matrix.mask is None else "-2:4")
-
-
 def all_dense(decoder: Decoder) -> bool:
     """Whether products are of dense matrices alone, all of them."""
     return all(
-        len(linear.matrices) == 1 and linear.running is None and _stored(linear.matrices[0]) == KINDS[DENSE]
+        len(linear.matrices) == 1 and linear.running is None and linear.matrices[0].stored == KINDS[DENSE]
         for linear in decoder.products()
     )
 
