@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hasten import Distill, Factorize, Finetune, Prune, Quantize, Recover, Rotate, Shrink, Smooth, SplitExperts
-from hasten.compress.plan import matrix_shapes
+from hasten.compress.targets import matrix_shapes
 from hasten.model.spec import ModelSpec
 from hasten.steps import Step
 

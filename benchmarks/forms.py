@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from hasten.backends.base import Backend, Batch
-from hasten.compress.plan import matrix_shapes
+from hasten.compress.targets import matrix_shapes
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.formats import Format, Kind, Weight, bytes_of, dense_weight, to_bf16
 from hasten.model.spec import Layer, ModelSpec, spec_from_config

@@ -16,7 +16,7 @@ from forms import TWO_OF_FOUR, forms, summary
 from gpu import CONFIGS, Sequences, copy_bandwidth
 
 from hasten.backends.cuda import CudaBackend
-from hasten.compress.plan import matrix_shapes
+from hasten.compress.targets import matrix_shapes
 from hasten.hardware import conditions, versions
 from hasten.model.formats import Format, Weight, dense_weight
 from hasten.model.spec import ModelSpec, spec_from_config

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from hasten.compress.folder import compress
-from hasten.compress.plan import matrix_shapes
+from hasten.compress.targets import matrix_shapes
 from hasten.hardware import cpu_model, versions
 from hasten.model.formats import Format, Weight
 from hasten.model.spec import spec_from_config

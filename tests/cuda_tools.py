@@ -19,7 +19,7 @@ from hasten.backends.cuda.matrix import Norm
 from hasten.backends.cuda.ops import Ops
 from hasten.backends.reference import ReferenceBackend
 from hasten.backends.reference_math import activate, choose_experts
-from hasten.compress.plan import matrix_shapes
+from hasten.compress.targets import matrix_shapes
 from hasten.model.checkpoint import open_checkpoint
 from hasten.model.formats import Format, Weight, dense_weight, dequantize, quantize
 from hasten.model.spec import ModelSpec, spec_from_config

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.compress.plan import describe, matrix_shapes, reads_text, resolve
+from hasten.compress.plan import reads_text, resolve
+from hasten.compress.targets import describe, matrix_shapes
 from hasten.errors import RecipeError
 from hasten.model.formats import Format
 from hasten.model.spec import Layer, ModelSpec

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hasten.compress.plan import describe, matrix_shapes, resolve
+from hasten.compress.plan import resolve
+from hasten.compress.targets import describe, matrix_shapes
 from hasten.hardware import Gpu, Hardware
 from hasten.measure.statistics import ratio_of_rounds
 from hasten.model.formats import Format, bytes_of

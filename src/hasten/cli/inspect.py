@@ -196,7 +196,7 @@ def num_parameters(checkpoint: "Checkpoint") -> int:
 
 def format_counts(checkpoint: "Checkpoint") -> dict[str, int]:
     """How many matrices are stored in each format."""
-    from hasten.compress.plan import describe
+    from hasten.compress.targets import describe
 
     return dict(Counter(describe(fmt) for _, _, fmt in checkpoint.matrices()))
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from hasten.compress import lowrank
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.gptq import relative_error
-from hasten.compress.plan import matrix_shapes, rank_multiple, targeted
+from hasten.compress.plan import rank_multiple
 from hasten.compress.stage import Context, change_block, survey
 from hasten.compress.statistics import collect, groups_of
+from hasten.compress.targets import matrix_shapes, targeted
 from hasten.model.spec import ModelSpec
 from hasten.steps import Factorize
 

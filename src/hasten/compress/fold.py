@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.backends.torch.tensors import TORCH_DTYPES
 from hasten.compress.blocks import Block
-from hasten.compress.plan import NORM_OF
+from hasten.compress.targets import NORM_OF
 
 
 def norm_of(role: str) -> str | None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from hasten.backends import missing_for_cuda
 from hasten.compress.apply import carry_out
-from hasten.compress.plan import Plan, matrix_shapes, only_rounds, reads_text, resolve, total_bytes
+from hasten.compress.plan import Plan, only_rounds, reads_text, resolve
+from hasten.compress.targets import matrix_shapes, total_bytes
 from hasten.errors import HastenError, ModelError, ResourceError
 from hasten.hardware import conditions, cpu_model, usable_threads, versions
 from hasten.model.checkpoint import Checkpoint, open_checkpoint

@@ -6,9 +6,9 @@ from torch import Tensor
 from hasten.compress import sparsegpt, wanda
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.gptq import relative_error
-from hasten.compress.plan import targeted
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import collect, groups_of
+from hasten.compress.targets import targeted
 from hasten.steps import Prune
 
 PATTERNS = {"unstructured": None, "2:4": (2, 4)}

@@ -12,9 +12,9 @@ from hasten.backends.torch.tensors import to_weight
 from hasten.compress import awq, fold, gptq, rtn
 from hasten.compress.blocks import Block, Inputs
 from hasten.compress.grid import Grid, pack
-from hasten.compress.plan import stored_as
 from hasten.compress.stage import Context, change_block
 from hasten.compress.statistics import Statistics, collect, groups_of
+from hasten.compress.targets import stored_as
 from hasten.compress.threshold import wide
 from hasten.hardware import usable_threads
 from hasten.model.formats import Format

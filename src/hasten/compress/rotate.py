@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hasten.backends.torch.tensors import to_tensor, to_weight
-from hasten.compress.plan import NORM_OF
 from hasten.compress.stage import Context, run_step
+from hasten.compress.targets import NORM_OF
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight
 from hasten.model.spec import Layer, config_of_text

@@ -36,10 +36,11 @@ from hasten.compress import (
 from hasten.compress.apply import carry_out
 from hasten.compress.calibration import Sequences, check_text, fingerprint
 from hasten.compress.folder import all_weights, check_out, run_of, run_settings, undoes_kv_scales
-from hasten.compress.plan import Plan, only_rounds, reads_text, targeted
+from hasten.compress.plan import Plan, only_rounds, reads_text
 from hasten.compress.refusals import text_of, trains
 from hasten.compress.stage import Context, is_blockwise, run_step
 from hasten.compress.sweep import sweep
+from hasten.compress.targets import targeted
 from hasten.errors import HastenError, RecipeError, ResourceError
 from hasten.hardware import usable_threads
 from hasten.model.checkpoint import Checkpoint, open_checkpoint

@@ -25,11 +25,12 @@ from hasten.backends.torch.tensors import to_weight
 from hasten.compress import taylor
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.gptq import relative_error
-from hasten.compress.plan import matrix_shapes, shrunk_hidden, shrunk_layers, targeted
+from hasten.compress.plan import shrunk_hidden, shrunk_layers
 from hasten.compress.sparsegpt import refit
 from hasten.compress.stage import Context, run_step
 from hasten.compress.statistics import collect
 from hasten.compress.strip import Kept, spread, strip, stripped_config
+from hasten.compress.targets import matrix_shapes, targeted
 from hasten.model.checkpoint import Checkpoint, open_checkpoint
 from hasten.model.formats import Weight, dequantize
 from hasten.model.spec import ModelSpec

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from hasten.compress.blocks import Block, Inputs, Skeleton
 from hasten.compress.grid import Grid
-from hasten.compress.plan import matrix_shapes, stored_as
 from hasten.compress.stage import Context, survey
 from hasten.compress.statistics import grouped
 from hasten.compress.sweep import forget, sweep
+from hasten.compress.targets import matrix_shapes, stored_as
 from hasten.errors import RecipeError
 from hasten.hardware import memory_available
 from hasten.model.checkpoint import open_checkpoint

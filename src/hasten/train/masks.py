@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hasten.compress.plan import select
+from hasten.compress.targets import select
 from hasten.errors import RecipeError
 from hasten.steps import Gradual
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from hasten.compress.plan import matrix_shapes, resolve, total_bytes
+from hasten.compress.plan import resolve
+from hasten.compress.targets import matrix_shapes, total_bytes
 from hasten.model.formats import Format, bytes_of
 from hasten.model.spec import ModelSpec
 from hasten.recipe import Recipe, Run, presets

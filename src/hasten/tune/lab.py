@@ -14,7 +14,8 @@ from typing import Any
 from hasten.backends.base import Backend
 from hasten.compress.apply import carry_out
 from hasten.compress.folder import ProgressCallback
-from hasten.compress.plan import resolve, total_bytes
+from hasten.compress.plan import resolve
+from hasten.compress.targets import total_bytes
 from hasten.engine.engine import Engine
 from hasten.errors import ResourceError
 from hasten.hardware import Gpu, Hardware, memory_available

@@ -9,7 +9,8 @@ of 2:4 where it multiplies them so, experts that no token chose.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hasten.compress.plan import MLP, Plan, matrix_shapes
+from hasten.compress.plan import Plan
+from hasten.compress.targets import MLP, matrix_shapes
 from hasten.hardware import Limits
 from hasten.model.formats import Format, activation_bits, bytes_of
 from hasten.model.spec import ModelSpec
