@@ -279,8 +279,9 @@ def test_text_for_a_recipe_that_reads_none(stories, tmp_path):
 
 
 def test_output_without_a_name(stories, tmp_path):
-    complaint = hasten("compress", stories, "int8", "-o", "", cwd=tmp_path).complaint
-    assert complaint == "the name of the new folder is empty: name one"
+    for verb in (["compress", stories, "int8"], ["tune", stories]):
+        complaint = hasten(*verb, "-o", "", cwd=tmp_path).complaint
+        assert complaint == "the name of the new folder is empty: name one"
     assert list(tmp_path.iterdir()) == []
 
 

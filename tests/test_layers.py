@@ -55,7 +55,8 @@ LATE_PACKAGES = (("backends", "cuda"), ("backends", "torch"), ("train",), ("comp
 # Of these packages, what is imported early all the same: rounding to nearest and calibration text need no torch.
 EARLY = {
     ("compress", "__init__"), ("compress", "apply"), ("compress", "calibration"), ("compress", "folder"),
-    ("compress", "plan"), ("compress", "refusals"), ("compress", "targets"), ("compress", "rtn"), ("train", "__init__"), ("train", "run"),
+    ("compress", "plan"), ("compress", "refusals"), ("compress", "rtn"), ("compress", "targets"),
+    ("train", "__init__"), ("train", "run"),
 }  # fmt: skip
 
 

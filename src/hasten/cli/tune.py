@@ -11,7 +11,7 @@ from hasten.errors import RequestError
 from hasten.goals import Goal
 
 OutOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--out", "-o", metavar="FOLDER", help="A new folder; by default MODEL-tuned, here.", show_default=False
     ),
@@ -70,7 +70,7 @@ def tune(
     from hasten.tune.run import default_out
     from hasten.tune.run import tune as run
 
-    out = out or default_out(model)
+    out = str(default_out(model)) if out is None else out
     try:
         with progress_bar() as progress:
             receipt = run(

@@ -70,8 +70,9 @@ def tune(
     """
     begin = time.monotonic()
     _check(max_loss, goal, minutes, rounds)
-    out = Path(out) if out is not None else default_out(model)
+    out = default_out(model) if out is None else out
     check_out(out)
+    out = Path(out)
     given = None if data is None else (Path(data).name, read_text(data))
     checkpoint = open_checkpoint(resolve_name(str(model)))
     threads, device = threads or usable_threads(), choose_device(device)
