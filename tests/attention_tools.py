@@ -45,7 +45,7 @@ def check_attention(
     normed: bool = False,
 ) -> None:
     """Sequences of a filled cache, each of so many tokens of which the last few run now: runs (length, now). kind: how
-    the step goes, "general", "decodes" or "runs", see inputs.py. normed: queries and keys are, by the head.
+    the step goes, "general", "decodes", "long" or "runs", see inputs.py. normed: queries and keys are, by the head.
     first_block: what lies before is not touched."""
     handle = open_device(device)
     spec = make_spec(heads, kv_heads, head_dim, dtype, window, softcap)
@@ -67,7 +67,8 @@ def check_attention(
     if kind == "general":
         inputs = stager.general(step)
     else:
-        sizes = Sizes(num_tokens + 3, num_tokens + 3, 0, num_tokens + 3, num_tokens + 3, kind == "runs")
+        room = num_tokens + 3
+        sizes = Sizes(room, room, 0, room, room, kind == "runs", kind == "long")
         buffer = torch.zeros(stager.room(sizes, width), dtype=torch.int32, device=handle.handle)
         inputs = stager.fixed(sizes, width, buffer)
         assert stager.refill(step, sizes, width, buffer)
@@ -140,6 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
     "alone": {"runs": [(700, 1)], "kind": "decodes"},
     "few": {"runs": [(1, 1), (16, 1), (17, 1), (300, 1)], "kind": "decodes"},
     "many": {"runs": [(7 * i + 1, 1) for i in range(40)], "kind": "decodes"},
+    "long": {"runs": [(3000, 1), (5, 1)], "kind": "long"},
     "crowd": {"runs": [(13 * i % 400 + 1, 1) for i in range(80)], "kind": "decodes"},
     "drafts": {"runs": [(100, 5), (16, 3), (33, 1), (12, 12)], "kind": "runs"},
     "prompts": {"runs": [(150, 150), (64, 1), (65, 65), (300, 40), (18, 1)]},

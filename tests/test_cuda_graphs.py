@@ -19,6 +19,7 @@ from cuda_tools import batch, fetched, load  # noqa: E402
 
 from hasten.backends.base import Batch  # noqa: E402
 from hasten.backends.cuda import graphs as module  # noqa: E402
+from hasten.backends.cuda import inputs  # noqa: E402
 from hasten.backends.cuda.graphs import Graphs  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 40).astype(np.int32)
@@ -42,7 +43,7 @@ class Played(Graphs):
 
 @pytest.fixture
 def graphs(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(module, "_STAND_INS", dict.fromkeys(("decodes", "runs", "any"), 2))
+    monkeypatch.setattr(module, "_STAND_INS", dict.fromkeys(module._STAND_INS, 2))
     backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
     made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16)  # type: ignore[arg-type]
     made.backend = backend  # type: ignore[attr-defined]
@@ -72,6 +73,21 @@ def test_a_bucket_that_comes_often_is_captured_without_running(graphs) -> None: 
     assert graphs._buckets["decodes", 1].ran  # other kernels than those of several rows
     graphs.forget()
     assert graphs._pool is None  # torch refuses one that no graph uses any more
+
+
+def test_long_sequences_get_graphs_of_their_own(graphs, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Those for short ones stand in at first."""
+    want = run(graphs, 2)
+    monkeypatch.setattr(inputs, "FEW_LENGTH", 0)
+    for _ in range(2):
+        np.testing.assert_array_equal(run(graphs, 2), want)
+        assert graphs._buckets["long", 2].graph is None
+    run(graphs, 2)
+    long = graphs._buckets["long", 2]
+    assert long.graph is not None
+    assert not long.ran
+    assert (long.inputs.few, graphs._buckets["decodes", 2].inputs.few) == (False, True)
+    np.testing.assert_allclose(run(graphs, 2), want, atol=1e-5)
 
 
 def test_where_that_fails_it_runs_first(graphs) -> None:  # type: ignore[no-untyped-def]

@@ -181,7 +181,7 @@ def test_two_of_four_are_expanded(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "runs"),
-    [("decodes", [(1, 1), (200, 1), (65, 1)]), ("runs", [(40, 3), (17, 2)]), ("general", [(33, 20), (70, 1)])],
+    [("long", [(1, 1), (200, 1), (65, 1)]), ("runs", [(40, 3), (17, 2)]), ("general", [(33, 20), (70, 1)])],
 )
 @pytest.mark.parametrize(
     ("dtype", "kv", "head_dim", "window", "softcap"),
@@ -217,7 +217,7 @@ def test_attention_of_few(heads: int, head_dim: int, window: int, softcap: float
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["decodes", "runs", "general"])
+@pytest.mark.parametrize("kind", ["decodes", "long", "runs", "general"])
 def test_attention_with_normed_heads(kind: str) -> None:
     check_attention("cpu", [(9, 1), (70, 1)], head_dim=16, dtype="fp32", kv="fp32", kind=kind, normed=True)
 

@@ -45,6 +45,7 @@ def test_normed_heads(heads: int, name: str) -> None:
 def test_long_contexts(kv: str) -> None:
     shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "kv": kv}
     check_attention("cuda", [(70_001, 1)], kind="decodes", **shape)
+    check_attention("cuda", [(70_001, 1)], kind="long", **shape)
     check_attention("cuda", [(70_001, 1), (5, 1), (66_000, 1), *[(40, 1)] * 20], kind="decodes", **shape)
     check_attention("cuda", [(70_001, 33), (900, 1), (66_000, 6)], **shape)
     check_attention("cuda", [(70_001, 4), (66_000, 6)], kind="runs", **shape)

@@ -11,7 +11,7 @@ from hasten.backends.cuda.inputs import MAX_PROGRAMS, WORK, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
 from hasten.backends.cuda.kernels.decode import decode
 from hasten.backends.cuda.kernels.decode_few import decode_few
-from hasten.backends.cuda.tuning import FEW_KEYS, FEW_SEQUENCES, FEW_WARPS, decode_tile, prefill_tile
+from hasten.backends.cuda.tuning import FEW_KEYS, FEW_WARPS, decode_tile, prefill_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
@@ -121,7 +121,7 @@ class Attention:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing, device = self._device.workspace, self._device
         keys, values, sent, received = cache[0], cache[1], qkv, out
-        few = inputs.alone and inputs.num_decodes <= FEW_SEQUENCES and _takes_few(layer, rope, qkv, cache)
+        few = inputs.few and _takes_few(layer, rope, qkv, cache)
         if few:  # words of two numbers
             keys, values, sent, received = (tensor.view(torch.int32) for tensor in (keys, values, qkv, out))
         part = 1 if layer.num_heads // layer.num_kv_heads % 2 else 2  # query heads of a program

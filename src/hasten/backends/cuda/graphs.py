@@ -1,5 +1,6 @@
-"""Steps as CUDA graphs, each padded to a bucket: decode steps, with one token of each sequence; runs, with few of each
-(drafts that are verified), in which keys are stored before attention; and other small ones, with prompts.
+"""Steps as CUDA graphs, each padded to a bucket: decode steps, with one token of each sequence (long: of few, of which
+one is long); runs, with few of each (drafts that are verified), in which keys are stored before attention; and other
+small ones, with prompts.
 
 A bucket runs kernel by kernel at first, so no token waits for a capture: captures are made by a thread of their own, on
 a stream of its own, while steps go on; the one after a capture replays it. Where a larger bucket has a graph already,
@@ -20,15 +21,16 @@ import torch
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder, Hidden
 from hasten.backends.cuda.device import CAPTURING
-from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
+from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_long, is_short
 from hasten.backends.cuda.linear import MAX_SKINNY
 from hasten.backends.cuda.sampling import Sampler
+from hasten.backends.cuda.tuning import FEW_SEQUENCES
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _LAUNCH_FLOPS = 24e12  # what a device does in the time that slow hosts take to launch a step's kernels
 _MOST_TOKENS = 8192
 # Steps that a larger bucket's graph runs before a bucket gets its own, by kind: padding costs steps with prompts most.
-_STAND_INS = {"decodes": 24, "runs": 24, "any": 1}
+_STAND_INS = {"decodes": 24, "long": 24, "runs": 24, "any": 1}
 _MOST_PROMPTS = 64  # in a step with other than single tokens
 
 
@@ -79,6 +81,8 @@ class Graphs:
         kind, size = "any", self._token_bucket(count)
         if count <= BUCKETS[-1] and is_short(batch):
             kind, size = "decodes" if is_decode(batch) else "runs", _decode_bucket(count)
+            if kind == "decodes" and count <= FEW_SEQUENCES and is_long(batch):
+                kind = "long"
         if size is None or batch.block_tables.shape[1] > self._max_blocks:
             return None
         bucket = self._chosen(kind, size)
@@ -127,7 +131,7 @@ class Graphs:
 
     def _sizes(self, kind: str, size: int) -> Sizes:
         if kind != "any":
-            return Sizes(size, size, 0, size, size, kind == "runs")
+            return Sizes(size, size, 0, size, size, kind == "runs", kind == "long")
         tiles = -(-size // self._tile_tokens) + min(size, _MOST_PROMPTS)
         return Sizes(size, BUCKETS[-1], tiles, self._max_rows, BUCKETS[-1])
 
@@ -138,7 +142,9 @@ class Graphs:
         if bucket.graph is not None:
             return bucket
         alike = {at[1]: other for at, other in self._buckets.items() if at[0] == kind}
-        larger = [at for at, other in alike.items() if size < at <= 2 * size and other.graph is not None]
+        if kind == "long" and ("decodes", size) in self._buckets:  # slower for long sequences, and right
+            alike[size] = self._buckets["decodes", size]
+        larger = [at for at, other in alike.items() if size <= at <= 2 * size and other.graph is not None]
         if larger and bucket.uses > _STAND_INS[kind] and not bucket.asked:
             if bucket.must_run or not any(other.ran for at, other in alike.items() if _way(at) == _way(size)):
                 return bucket

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, Int32
 from hasten.backends.cuda.device import Device
-from hasten.backends.cuda.tuning import share_quantum
+from hasten.backends.cuda.tuning import FEW_LENGTH, FEW_SEQUENCES, share_quantum
 
 _ALIGN = 4  # numbers: every part begins at a multiple of 16 bytes, which kernels are compiled for
 MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
@@ -27,7 +27,8 @@ class Inputs:
     lengths [T]: of each token's sequence, this step included. tables [B, width], width [1]. work [P, WORK]: programs of
     decode attention, see decode_work, for num_decodes single tokens. The rest in tiles [I], see
     kernels.attention.prefill. rows [R]: whose logits are wanted, None for all tokens'. alone: all tokens are decodes of
-    sequences of their own, so that no key is read that another token of the step has.
+    sequences of their own, so that no key is read that another token of the step has. few: and there are few, of
+    sequences that are not long.
     """
 
     tokens: torch.Tensor
@@ -40,6 +41,7 @@ class Inputs:
     num_decodes: int
     work: torch.Tensor
     alone: bool = False
+    few: bool = False
     tile_tokens: torch.Tensor | None = None
     tile_counts: torch.Tensor | None = None
     tile_sequences: torch.Tensor | None = None
@@ -49,7 +51,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Sizes:
     """Room for a step in a buffer that is filled again and again: where tiles is 0, of one in which every token is a
-    decode (runs: or runs as one, see Inputs); else of any step."""
+    decode (runs: or runs as one, see Inputs; long: or sequences are); else of any step."""
 
     tokens: int
     decodes: int
@@ -57,11 +59,17 @@ class Sizes:
     rows: int
     sequences: int
     runs: bool = False
+    long: bool = False
 
 
 def is_decode(batch: Batch) -> bool:
     """Whether every sequence runs one token, and logits of all are wanted."""
     return len(batch.tokens) == len(batch.query_lens) == len(batch.rows)
+
+
+def is_long(batch: Batch) -> bool:
+    """Whether a sequence is so long that its keys' bandwidth counts more than latency."""
+    return int(batch.context_lens.max()) > FEW_LENGTH
 
 
 def is_short(batch: Batch) -> bool:
@@ -154,6 +162,7 @@ class Stager:
         return Inputs(
             width=views[0], tokens=views[1], sources=views[2], positions=views[3], slots=views[4], lengths=views[5],
             num_decodes=sizes.decodes, work=views[6], tables=views[7], alone=not sizes.runs,
+            few=not sizes.runs and not sizes.long and sizes.decodes <= FEW_SEQUENCES,
         )  # fmt: skip
 
     def refill(self, batch: Batch, sizes: Sizes, max_blocks: int, buffer: torch.Tensor) -> bool:

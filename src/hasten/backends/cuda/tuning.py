@@ -146,8 +146,9 @@ class DecodeTile:
     stages: int = 2
 
 
-# Decode attention without tensor cores: of up to so many sequences, keys of a tile, warps.
-FEW_SEQUENCES, FEW_KEYS, FEW_WARPS = 8, 32, 2
+# Decode attention without tensor cores: of up to so many sequences, of up to so many tokens; keys of a tile, warps.
+FEW_SEQUENCES, FEW_LENGTH = 8, 2048
+FEW_KEYS, FEW_WARPS = 32, 2
 
 
 def share_quantum(sequences: int) -> int:
