@@ -19,7 +19,6 @@ from cuda_tools import batch, fetched, load  # noqa: E402
 
 from hasten.backends.base import Batch  # noqa: E402
 from hasten.backends.cuda import graphs as module  # noqa: E402
-from hasten.backends.cuda import inputs  # noqa: E402
 from hasten.backends.cuda.graphs import Graphs  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 40).astype(np.int32)
@@ -45,7 +44,7 @@ class Played(Graphs):
 def graphs(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(module, "_STAND_INS", dict.fromkeys(module._STAND_INS, 2))
     backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
-    made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16)  # type: ignore[arg-type]
+    made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16, 64)  # type: ignore[arg-type]
     made.backend = backend  # type: ignore[attr-defined]
     return made
 
@@ -75,10 +74,10 @@ def test_a_bucket_that_comes_often_is_captured_without_running(graphs) -> None: 
     assert graphs._pool is None  # torch refuses one that no graph uses any more
 
 
-def test_long_sequences_get_graphs_of_their_own(graphs, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_few_long_sequences_get_graphs_of_their_own(graphs) -> None:  # type: ignore[no-untyped-def]
     """Those for short ones stand in at first."""
     want = run(graphs, 2)
-    monkeypatch.setattr(inputs, "FEW_LENGTH", 0)
+    graphs._few_keys = 0
     for _ in range(2):
         np.testing.assert_array_equal(run(graphs, 2), want)
         assert graphs._buckets["long", 2].graph is None

@@ -4,6 +4,7 @@ sampling against the numpy sampler. On a GPU tests/gpu does the same at real siz
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,12 @@ def test_two_of_four_are_expanded(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "runs"),
-    [("long", [(1, 1), (200, 1), (65, 1)]), ("runs", [(40, 3), (17, 2)]), ("general", [(33, 20), (70, 1)])],
+    [
+        ("long", [(1, 1), (200, 1), (65, 1)]),
+        ("decodes", [(20 * i + 1, 1) for i in range(9)]),
+        ("runs", [(40, 3), (17, 2)]),
+        ("general", [(33, 20), (70, 1)]),
+    ],
 )
 @pytest.mark.parametrize(
     ("dtype", "kv", "head_dim", "window", "softcap"),
@@ -225,10 +231,12 @@ def test_attention_with_normed_heads(kind: str) -> None:
 @pytest.mark.parametrize("key_bytes", [64, 128, 256, 512, 1024])
 def test_tiles_of_attention_fit_any_gpu(key_bytes: int) -> None:
     """Keys and values of a tile in 64 KB: with what is beside them, less than the 99 KB of the smallest."""
-    for sequences in (1, 64):
-        keys = decode_tile(sequences, key_bytes // 2, 2).keys
-        assert keys & (keys - 1) == 0
-        assert 2 * keys * key_bytes <= 64 << 10
+    for sequences, itemsize, group in product((1, 64, 256), (1, 2, 4), (1, 4, 64)):
+        dims = key_bytes // itemsize
+        tile = decode_tile(sequences, dims, itemsize, group)
+        assert tile.keys & (tile.keys - 1) == 0
+        assert 2 * tile.keys * key_bytes <= 64 << 10
+        assert tile.at_once == 1 or tile.at_once * group * dims <= 1024 * tile.warps  # in registers
     rows, keys = prefill_tile(key_bytes, key_bytes)
     assert (rows + 4 * keys) * key_bytes <= 99 << 10
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 
@@ -15,9 +16,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
 from cpu_tools import BLOCK, NUM_BLOCKS  # noqa: E402
-from cuda_tools import composed, load, make_linear  # noqa: E402
+from cuda_tools import check_experts, composed, load, make_linear  # noqa: E402
 
 from hasten.backends.cuda import CudaBackend, measured, tuner  # noqa: E402
+from hasten.backends.cuda import backend as module  # noqa: E402
+from hasten.backends.cuda import linear as linears  # noqa: E402
 from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.linear import DENSE, FP8, INT4, INT8, Linear  # noqa: E402
 from hasten.backends.cuda.measured import Measured, measured_path, read_measured, write_measured  # noqa: E402
@@ -60,7 +63,7 @@ def test_what_is_written_is_read(cache: Path) -> None:
     assert read_measured(GPU) == Measured()
     found = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
     assert write_measured(GPU, found) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
-    found.few_rows["int4-g128"] = 128
+    found.few_rows["int4 64x64"] = {"int4-g128": 128}
     write_measured(GPU, found)
     assert read_measured(GPU) == found
     assert list((cache / "hasten").iterdir()) == [measured_path(GPU)]
@@ -128,10 +131,29 @@ def test_our_own_kernels_run_up_to_where_they_lose(
         return 2.0 if ours and rows >= slower_from else 1.0
 
     monkeypatch.setattr(tuner, "_products_ms", clock)
-    assert measure_few_rows(decoder) == backend._device.measured.few_rows == {"dense": few}
+    assert measure_few_rows(decoder) == {"dense": few}
     qkv = decoder.products()[0]
     assert qkv.fuses_residual(few)
     assert not qkv.fuses_residual(few + 1)
+
+
+def test_what_was_found_holds_for_such_models(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for others, and experts go on being left out where rows are few."""
+    path = tiny_model("qwen3", num_hidden_layers=1)
+    decoder = load(path, "cpu")._decoder
+    assert decoder is not None
+    assert decoder.products()[0].fuses_residual(64)
+    for name, rows in ((signature(decoder), 8), ("another", 64)):
+        device = replace(open_device("cpu"), measured=Measured(few_rows={name: {"dense": 8}}))
+        monkeypatch.setattr(module, "open_device", lambda name, device=device: device)
+        linear = load(path, "cpu")._decoder.products()[0]  # type: ignore[union-attr]
+        assert linear.fuses_residual(rows)
+        assert linear.fuses_residual(9) == (rows > 8)
+
+
+def test_experts_are_left_out_whatever_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "FEW_ROWS", dict.fromkeys(linears.FEW_ROWS, 8))
+    check_experts("cpu", Format("fp32"), "fp32", 12, (96, 40, 5, 2, 1), 1e-6)
 
 
 def test_what_is_compared_is_named(tiny_model: Callable[..., Path]) -> None:

@@ -70,6 +70,16 @@ def test_graph_equals_eager(family: str, kind: str, tiny_model: Build) -> None:
         assert np.array_equal(eager, fetched(backend, step))
 
 
+def test_prompts_alone_give_the_same_every_time(tiny_model: Build) -> None:
+    """No program of decode attention has anything to do then, and what follows must still wait for what was before."""
+    backend = load(tiny_model("qwen3", dtype="bfloat16", num_key_value_heads=1), "cuda", "bf16")
+    step = batch([(TOKENS[:90], 0, table(1))])
+    first = fetched(backend, step)
+    backend.finish_captures()
+    for _ in range(300):
+        assert np.array_equal(first, fetched(backend, step))
+
+
 def test_steps_go_on_while_graphs_are_captured(tiny_model: Build) -> None:
     """Buckets one after the other, none waited for: every result is that of the first step of so many tokens, up to
     what a larger bucket's tiles round otherwise."""

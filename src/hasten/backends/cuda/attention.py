@@ -11,7 +11,7 @@ from hasten.backends.cuda.inputs import MAX_PROGRAMS, WORK, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
 from hasten.backends.cuda.kernels.decode import decode
 from hasten.backends.cuda.kernels.decode_few import decode_few
-from hasten.backends.cuda.tuning import FEW_KEYS, FEW_WARPS, decode_tile, prefill_tile
+from hasten.backends.cuda.tuning import FEW_KEYS, decode_tile, few_tile, prefill_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
@@ -65,6 +65,9 @@ class Attention:
             for layer in spec.layers
         ]
         largest = max(layer.num_kv_heads * _Shape(layer).gq * (_Shape(layer).dp + 2) for layer in spec.layers)
+        groups = max(layer.num_heads // _heads_at_once(layer) for layer in spec.layers)
+        counted = max(MAX_PROGRAMS * max(layer.num_kv_heads for layer in spec.layers), MAX_PROGRAMS // 2 * groups)
+        assert counted <= device.counters.numel(), "a counter for every head of every sequence that is cut into parts"
         self._parts = torch.empty(MAX_PROGRAMS * largest, dtype=torch.float32, device=device.handle)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
@@ -124,7 +127,7 @@ class Attention:
         few = inputs.few and _takes_few(layer, rope, qkv, cache)
         if few:  # words of two numbers
             keys, values, sent, received = (tensor.view(torch.int32) for tensor in (keys, values, qkv, out))
-        part = 1 if layer.num_heads // layer.num_kv_heads % 2 else 2  # query heads of a program
+        part = _heads_at_once(layer)
         heads = layer.num_heads // part if few else layer.num_kv_heads
         run = partial(
             (decode_few if few else decode)[(heads, len(inputs.work) // WORK)],
@@ -137,10 +140,10 @@ class Attention:
             BLOCK=self._block_size, PDL=device.pdl, **device.launch,
         )  # fmt: skip
         if few:
-            words: int = triton.next_power_of_2(layer.head_dim // 2)
-            run(PART=part, WP=words, BN=FEW_KEYS, AT_ONCE=8, ASM=device.asm, num_warps=FEW_WARPS)
+            small, words = few_tile(shape.dp), triton.next_power_of_2(layer.head_dim // 2)
+            run(PART=part, WP=words, BN=small.keys, AT_ONCE=small.at_once, ASM=device.asm, num_warps=small.warps)
             return
-        tile = decode_tile(inputs.num_decodes, shape.dp, cache.itemsize)
+        tile = decode_tile(inputs.num_decodes, shape.dp, cache.itemsize, shape.gq)
         run(
             DP=shape.dp, GP=shape.gp, GQ=shape.gq, BN=tile.keys, FUSED=inputs.alone, EARLY=inputs.alone and tile.early,
             AT_ONCE=tile.at_once, STAGES=tile.stages, num_warps=tile.warps,
@@ -160,6 +163,16 @@ class Attention:
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
             BN=keys, STAGES=_PREFILL_STAGES, PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
         )  # fmt: skip
+
+
+def _heads_at_once(layer: Layer) -> int:
+    """Query heads of a program of decode_few."""
+    return 1 if layer.num_heads // layer.num_kv_heads % 2 else 2
+
+
+def most_few_keys(spec: ModelSpec) -> int:
+    """Keys that all sequences of a step together may have for decode_few to be the faster kernel."""
+    return FEW_KEYS // max(layer.num_heads // layer.num_kv_heads // _heads_at_once(layer) for layer in spec.layers)
 
 
 def _takes_few(layer: Layer, rope: RopeTable | None, qkv: torch.Tensor, cache: torch.Tensor) -> bool:

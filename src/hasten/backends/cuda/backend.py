@@ -7,7 +7,14 @@ from contextlib import contextmanager, suppress
 import torch
 
 from hasten.backends.base import Batch, DeviceMemory, Float32, Logits, SamplingBatch, StepLimits
-from hasten.backends.cuda.attention import KV_DTYPES, Attention, block_bytes, decode_programs, tile_tokens
+from hasten.backends.cuda.attention import (
+    KV_DTYPES,
+    Attention,
+    block_bytes,
+    decode_programs,
+    most_few_keys,
+    tile_tokens,
+)
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import CAPTURING, Device, check_fp8, open_device
 from hasten.backends.cuda.graphs import Graphs, most_tokens
@@ -32,7 +39,7 @@ from hasten.model.spec import ModelSpec
 
 FORMATS = ("fp8",)
 _MAX_ROWS = 4096  # of logits in a step
-_GRAPH_BYTES = 1 << 30  # of graphs and their buffers, measured with room to spare
+_GRAPH_BYTES = 1 << 30  # of graphs beside their activations, measured with room to spare
 
 
 class CudaBackend:
@@ -85,6 +92,7 @@ class CudaBackend:
         sampled = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=self._device.handle)
         self._spec = spec
         self._decoder = Decoder(self._device, ops, spec, loaded, sampled)
+        self._decoder.limit_rows(self._device.measured.few_rows.get(signature(self._decoder), {}))
         self._sampler = Sampler(ops, sampled)
 
     def memory(self, limits: StepLimits) -> DeviceMemory:
@@ -102,7 +110,9 @@ class CudaBackend:
             for layer in spec.layers
         )
         assert self._decoder is not None
-        tokens = limits.max_tokens + min(limits.max_tokens, most_tokens(self._decoder))  # graphs have their own
+        tokens = limits.max_tokens
+        if not self._deterministic:  # graphs have their own
+            tokens += min(tokens, most_tokens(self._decoder))
         activations = tokens * (widest + 6 * spec.hidden_size) * size
         logits = limits.max_rows * spec.vocab_size * 4 * 2
         if not self._device.is_cuda:
@@ -147,8 +157,9 @@ class CudaBackend:
             assert self._sampler is not None
             most = -(-spec.max_position // block_size)
             self._graphs = Graphs(
-                decoder, self._sampler, self._stager, min(num_blocks, most), self.usual.max_rows, tile
-            )
+                decoder, self._sampler, self._stager, min(num_blocks, most), self.usual.max_rows, tile,
+                most_few_keys(spec),
+            )  # fmt: skip
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Logits:
@@ -201,8 +212,9 @@ class CudaBackend:
         steps = Steps(decoder, self._sampler, self._stager, *self._cache_size)
         with torch.inference_mode():
             milliseconds = tune_tiles(steps, batches, tell)
-            few_rows = measure_few_rows(decoder)
-            tell(", ".join(f"{stored} by our own kernels up to {rows} rows" for stored, rows in few_rows.items()))
+            few_rows = measured.few_rows[signature(decoder)] = measure_few_rows(decoder)
+            for stored, rows in few_rows.items():
+                tell(f"{stored}: our own kernels up to {rows} rows")
             measured.products[signature(decoder)] = compare_with_dense(decoder, COMPARED_BATCHES)
         self._graphs.forget()
         path = write_measured(torch.cuda.get_device_name(self._device.handle), measured)

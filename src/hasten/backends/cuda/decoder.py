@@ -4,6 +4,7 @@ A norm is done by the product that follows where that can (one row), else by the
 the product before has made; a residual is added by the product where that can (few rows), else with the next norm.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,14 @@ class Decoder:
                 layouts = tuple(matrix.layout for matrix in linear.matrices)
                 found.setdefault((linear.n, linear.k, linear.gated, *layouts), linear)
         return list(found.values())
+
+    def limit_rows(self, few_rows: Mapping[str, int]) -> None:
+        """Up to how many rows our own kernels do the layers' plain products, by Matrix.stored, in place of what is
+        usual. For factors and experts more than speed decides which kernel runs."""
+        for layer in self._weights.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                if type(linear) is Linear:
+                    linear.few_rows = few_rows
 
     def warm_products(self) -> None:
         """Have libraries make what they keep for a thread and a stream."""

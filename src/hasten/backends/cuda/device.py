@@ -13,7 +13,7 @@ from hasten.errors import ResourceError
 _MIN_CAPABILITY = (8, 0)
 _FP8_CAPABILITY = (8, 9)
 _WORKSPACE_BYTES = 64 << 20
-_NUM_COUNTERS = 1 << 16
+_NUM_COUNTERS = 1 << 18
 
 # Held while a graph is captured, by whichever model of the process, and by all who need memory that torch has cached:
 # its allocator, one for all, gives nothing back meanwhile.

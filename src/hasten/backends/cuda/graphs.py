@@ -1,5 +1,5 @@
-"""Steps as CUDA graphs, each padded to a bucket: decode steps, with one token of each sequence (long: of few, of which
-one is long); runs, with few of each (drafts that are verified), in which keys are stored before attention; and other
+"""Steps as CUDA graphs, each padded to a bucket: decode steps, with one token of each sequence (long: of few with
+many keys); runs, with few of each (drafts that are verified), in which keys are stored before attention; and other
 small ones, with prompts.
 
 A bucket runs kernel by kernel at first, so no token waits for a capture: captures are made by a thread of their own, on
@@ -21,7 +21,7 @@ import torch
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder, Hidden
 from hasten.backends.cuda.device import CAPTURING
-from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_long, is_short
+from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
 from hasten.backends.cuda.linear import MAX_SKINNY
 from hasten.backends.cuda.sampling import Sampler
 from hasten.backends.cuda.tuning import FEW_SEQUENCES
@@ -54,7 +54,14 @@ class Graphs:
     in a step. tile_tokens: of an attention tile."""
 
     def __init__(
-        self, decoder: Decoder, sampler: Sampler, stager: Stager, max_blocks: int, max_rows: int, tile_tokens: int
+        self,
+        decoder: Decoder,
+        sampler: Sampler,
+        stager: Stager,
+        max_blocks: int,
+        max_rows: int,
+        tile_tokens: int,
+        few_keys: int,
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -62,6 +69,7 @@ class Graphs:
         self._max_blocks = max_blocks
         self._max_rows = max_rows
         self._tile_tokens = tile_tokens
+        self._few_keys = few_keys
         self._max_tokens = most_tokens(decoder)
         self._buckets: dict[tuple[str, int], _Bucket] = {}
         largest = [self._sizes("runs", BUCKETS[-1]), self._sizes("any", self._max_tokens)]
@@ -81,7 +89,7 @@ class Graphs:
         kind, size = "any", self._token_bucket(count)
         if count <= BUCKETS[-1] and is_short(batch):
             kind, size = "decodes" if is_decode(batch) else "runs", _decode_bucket(count)
-            if kind == "decodes" and count <= FEW_SEQUENCES and is_long(batch):
+            if kind == "decodes" and count <= FEW_SEQUENCES and batch.context_lens.sum() > self._few_keys:
                 kind = "long"
         if size is None or batch.block_tables.shape[1] > self._max_blocks:
             return None
@@ -142,14 +150,14 @@ class Graphs:
         if bucket.graph is not None:
             return bucket
         alike = {at[1]: other for at, other in self._buckets.items() if at[0] == kind}
-        if kind == "long" and ("decodes", size) in self._buckets:  # slower for long sequences, and right
+        if kind == "long" and ("decodes", size) in self._buckets:  # slower then, but right
             alike[size] = self._buckets["decodes", size]
-        larger = [at for at, other in alike.items() if size <= at <= 2 * size and other.graph is not None]
-        if larger and bucket.uses > _STAND_INS[kind] and not bucket.asked:
+        others = [at for at, other in alike.items() if size <= at <= 2 * size and other.graph is not None]
+        if others and bucket.uses > _STAND_INS[kind] and not bucket.asked:
             if bucket.must_run or not any(other.ran for at, other in alike.items() if _way(at) == _way(size)):
                 return bucket
             self._ask(bucket)
-        return alike[min(larger)] if larger else bucket
+        return alike[min(others)] if others else bucket
 
     def _bucket(self, kind: str, size: int) -> _Bucket:
         bucket = self._buckets.get((kind, size))
@@ -254,7 +262,7 @@ def _warn_of_failure(job: Future[None]) -> None:
 
 
 def _way(rows: int) -> int:
-    """Which kernels multiply so many rows: one, few or many."""
+    """Which kernels multiply so many rows, more or less: one, few or many. A capture may compile others on the way."""
     return (rows > 1) + (rows > MAX_SKINNY)
 
 

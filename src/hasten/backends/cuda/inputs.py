@@ -9,15 +9,16 @@ from numpy.typing import NDArray
 
 from hasten.backends.base import Batch, Int32
 from hasten.backends.cuda.device import Device
-from hasten.backends.cuda.tuning import FEW_LENGTH, FEW_SEQUENCES, share_quantum
+from hasten.backends.cuda.tuning import FEW_SEQUENCES, share_quantum
 
-_ALIGN = 4  # numbers: every part begins at a multiple of 16 bytes, which kernels are compiled for
+_ALIGN = 8  # numbers: every part begins at a multiple of 32 bytes, which are fetched at once; kernels count on 16
 MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
 MAX_SPLITS = 32
-WORK = 8  # numbers that a program of decode attention is told, see decode_work; 32 bytes are fetched at once
+WORK = 8  # numbers that a program of decode attention is told, see decode_work and kernels.decode.work_of
+MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds the partial results' memory
+
 
 Ints = NDArray[np.integer[Any]]
-MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds the partial results' memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Inputs:
     decode attention, see decode_work, for num_decodes single tokens. The rest in tiles [I], see
     kernels.attention.prefill. rows [R]: whose logits are wanted, None for all tokens'. alone: all tokens are decodes of
     sequences of their own, so that no key is read that another token of the step has. few: and there are few, of
-    sequences that are not long.
+    sequences with few keys.
     """
 
     tokens: torch.Tensor
@@ -65,11 +66,6 @@ class Sizes:
 def is_decode(batch: Batch) -> bool:
     """Whether every sequence runs one token, and logits of all are wanted."""
     return len(batch.tokens) == len(batch.query_lens) == len(batch.rows)
-
-
-def is_long(batch: Batch) -> bool:
-    """Whether a sequence is so long that its keys' bandwidth counts more than latency."""
-    return int(batch.context_lens.max()) > FEW_LENGTH
 
 
 def is_short(batch: Batch) -> bool:
@@ -137,7 +133,7 @@ class Stager:
         return _general_inputs(_views(buffer, sizes), num_decodes)
 
     def _general_parts(self, batch: Batch) -> tuple[list[Int32], int]:
-        """What _GENERAL lists, in its order."""
+        """What _general_inputs names, in its order, and the number of decodes."""
         lens = batch.query_lens
         starts = np.cumsum(lens, dtype=np.int32) - lens
         single = np.zeros(len(lens), np.bool_) if self._all_tiles else lens == 1

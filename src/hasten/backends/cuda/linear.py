@@ -5,6 +5,7 @@ on numbers expanded first where the format is packed, or fp8 products where the 
 input is multiplied with at once: q, k and v, or gate and up.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -67,6 +68,7 @@ class Linear:
         self.running = running
         self.n = sum(matrix.n for matrix in matrices)
         self.k = matrices[0].k
+        self.few_rows: Mapping[str, int] = {}  # by Matrix.stored; goes before FEW_ROWS, see Decoder.limit_rows
         self._by_row: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.is_whole = len(matrices) == 1 and matrices[0].perm is None
 
@@ -192,11 +194,10 @@ class Linear:
 
     def _few(self, matrix: Matrix, rows: int) -> bool:
         """Whether a kernel of ours unpacks, multiplies and adds a residual at once."""
-        if self.fixed:
+        if self.fixed or self.experts(rows) is not None:
             return True
         usual = FEW_ROWS[matrix.kind] if matrix.mask is None else SPARSE_ROWS
-        few = self.device.measured.few_rows.get(matrix.stored, usual)
-        return rows <= few and not self._has_int8_product(matrix, rows)
+        return rows <= self.few_rows.get(matrix.stored, usual) and not self._has_int8_product(matrix, rows)
 
     def _add_bias(self, out: torch.Tensor, first: int, scale: float) -> None:
         if self.bias is not None:

@@ -18,11 +18,12 @@ from hasten.errors import ResourceError
 @dataclass(frozen=True)
 class Measured:
     """tiles: by tuning.tile_key. products: of each kind of layer (tuner.signature), by batch size, milliseconds of a
-    layer's products as stored and of the same in bf16. few_rows: by Matrix.stored, see tuning.FEW_ROWS."""
+    layer's products as stored and of the same in bf16. few_rows: of each kind of layer, by Matrix.stored, see
+    tuning.FEW_ROWS."""
 
     tiles: dict[str, Tile] = field(default_factory=dict)
     products: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
-    few_rows: dict[str, int] = field(default_factory=dict)
+    few_rows: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 _SHIPPED = Path(__file__).with_name("tables")
@@ -53,7 +54,10 @@ def read_measured(gpu: str) -> Measured:
                 kind: {int(batch): (float(ours), float(dense)) for batch, (ours, dense) in times.items()}
                 for kind, times in data["products"].items()
             },
-            {stored: int(rows) for stored, rows in data.get("few_rows", {}).items()},
+            {
+                kind: {stored: int(rows) for stored, rows in limits.items()}
+                for kind, limits in data.get("few_rows", {}).items()
+            },
         )
     except FileNotFoundError:
         return Measured()

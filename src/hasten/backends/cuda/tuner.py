@@ -104,23 +104,32 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
 
 def measure_few_rows(decoder: Decoder) -> dict[str, int]:
     """Of each way in which the layers' matrices are stored, up to how many rows the kernels that unpack and multiply at
-    once are faster than cuBLAS, which may need the numbers expanded first. Left in Measured.few_rows, too."""
-    limits = decoder.device.measured.few_rows
+    once are faster than cuBLAS, which may need the numbers expanded first. From now on the decoder goes by it."""
     ways: dict[str, list[Linear]] = {}
     for linear in decoder.products():
-        if len(linear.matrices) == 1 and linear.running is None:
-            ways.setdefault(linear.matrices[0].stored, []).append(linear)
+        (matrix, *others) = linear.matrices
+        if type(linear) is Linear and not others and not matrix.int8_inputs:
+            ways.setdefault(matrix.stored, []).append(linear)
+    found: dict[str, int] = {}
     for stored, linears in ways.items():
-        few = _LIMITS[0] // 2
+        found[stored] = _LIMITS[0] // 2
         for rows in _LIMITS:
-            limits[stored] = rows
-            ours = _products_ms(linears, rows)
-            limits[stored] = 1
+            decoder.limit_rows({stored: rows})
+            ours = _measured_ms(linears, rows)
+            decoder.limit_rows({stored: 1})
             if ours > _MARGIN * _products_ms(linears, rows):
                 break
-            few = rows
-        limits[stored] = few
-    return {stored: limits[stored] for stored in ways}
+            found[stored] = rows
+    decoder.limit_rows(found)
+    return found
+
+
+def _measured_ms(linears: list[Linear], rows: int) -> float:
+    """As _products_ms; infinite for a tile that does not fit the GPU."""
+    try:
+        return _products_ms(linears, rows)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def _tried(steps: Steps, batch: int) -> float:

@@ -146,28 +146,46 @@ class DecodeTile:
     stages: int = 2
 
 
-# Decode attention without tensor cores: of up to so many sequences, of up to so many tokens; keys of a tile, warps.
-FEW_SEQUENCES, FEW_LENGTH = 8, 2048
-FEW_KEYS, FEW_WARPS = 32, 2
+# Decode attention without tensor cores: of up to so many sequences, which together have up to so many keys; a key
+# counts as often as programs read it, each for one or two of a KV head's query heads.
+FEW_SEQUENCES, FEW_KEYS = 8, 2048
+
+
+@dataclass(frozen=True, slots=True)
+class FewTile:
+    """Keys of a tile, partial results that are merged at once."""
+
+    keys: int
+    at_once: int = 8
+    warps: int = 2
+
+
+def few_tile(dims: int) -> FewTile:
+    """dims: of a key, padded."""
+    return FewTile(32 if dims <= 128 else 16)
 
 
 def share_quantum(sequences: int) -> int:
-    """Keys that one program of decode attention gets are multiples of this, its tile."""
-    return FEW_KEYS if sequences <= FEW_SEQUENCES else 64
+    """A program's share of a sequence's keys is a multiple of this, which kernels round up to their tile."""
+    return 32 if sequences <= FEW_SEQUENCES else 64
 
 
 _TILE = 64 << 10  # bytes of a tile's keys and values in shared memory; small GPUs have 99 KB of it
 
 
-def decode_tile(sequences: int, dims: int, itemsize: int) -> DecodeTile:
-    """dims: of a key, padded; itemsize: bytes of one of its numbers. Early keys pay where latency is all; they take the
-    registers of a second program."""
+def decode_tile(sequences: int, dims: int, itemsize: int, group: int) -> DecodeTile:
+    """dims: of a key, padded; itemsize: bytes of one of its numbers; group: query heads of a KV head, padded. Early
+    keys pay where latency is all; they take the registers of a second program."""
     keys = min(64, _TILE // (2 * dims * itemsize))
     if sequences <= FEW_SEQUENCES:
-        return DecodeTile(keys, True, 8)
-    if dims > 128:
-        return DecodeTile(keys, False, 8)
-    return DecodeTile(keys, False, 8, 2, 3) if sequences <= 64 else DecodeTile(min(keys, 32), False, 8, 1, 4)
+        warps, stages, early = 4, 2, True
+    elif dims > 128 or itemsize > 2 or group > 16:  # more would not fit the registers of fewer warps
+        warps, stages, early = 4, 2, False
+    elif sequences <= 64:
+        warps, stages, early = 2, 3, False
+    else:
+        keys, warps, stages, early = min(keys, 32), 1, 4, False
+    return DecodeTile(keys, early, max(1, min(8, 1024 * warps // (group * dims))), warps, stages)
 
 
 def prefill_tile(query_bytes: int, key_bytes: int) -> tuple[int, int]:

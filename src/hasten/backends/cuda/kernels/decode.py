@@ -10,7 +10,8 @@ from hasten.backends.cuda.kernels.attention import angles_of, cached, fold, rota
 
 @triton.jit
 def work_of(work, program):
-    """What inputs.decode_work says: token, start of the block table, position, slot, length, programs, the first."""
+    """A row of inputs.decode_work, of inputs.WORK numbers: token, start of the block table, position, slot, length,
+    programs, the first of them."""
     at = work + program * 8
     token, table_start, position, slot = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3).to(tl.int64)
     return token, table_start, position, slot, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
@@ -33,7 +34,8 @@ def merge_last(
     GQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The program that comes last of `active` ones puts together what they have left in `parts`, in their order,
-    AT_ONCE at a time. A thread has its numbers of every part, so that nothing is exchanged."""
+    AT_ONCE at a time. A thread has its numbers of every part, so that nothing is exchanged: 3 * AT_ONCE * GQ * DP of
+    them in all threads together."""
     tl.debug_barrier()
     counter = counters + first_program * KV_HEADS + kv_head
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -79,7 +81,7 @@ def decode(
 ):  # fmt: skip
     """out [T, heads * D]: attention of single tokens; program (kv_head, part of a sequence's keys).
 
-    work [programs, 8]: see inputs.decode_work.
+    work [programs, inputs.WORK]: see inputs.decode_work.
     FUSED (needed for EARLY): qkv is as the projection left it, and the new key and value are stored here; else
     rope_and_store ran before. EARLY: the first tile of keys is fetched before the kernel that makes qkv is done.
     parts: float32 [programs, kv_heads, GQ * (DP + 2)], GQ the group's heads rounded up to a power of two: weighted
@@ -97,6 +99,11 @@ def decode(
     first, start, stop, active = part_of(position, last, split, splits, window, BN)
     # One branch, and on all that addresses depend on, or the loads that follow it would wait for those before.
     if (token < 0) | (table_start < 0) | (split >= active):
+        if (
+            PDL and not FUSED
+        ):  # of a step of prompts no program has a token, and the next kernel waits for this one alone
+            gdc_wait()
+            gdc_launch_dependents()
         return
     table = tables + table_start
     if PDL and not EARLY:

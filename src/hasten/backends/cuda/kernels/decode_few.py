@@ -182,7 +182,7 @@ def decode_few(
     sequence's keys). D and ROT are multiples of 4.
 
     qkv, k_cache, v_cache, out: bfloat16 as int32; ldq: words. WP: words of a head as a power of two. parts: float32
-    [programs, HEADS / PART, PART * (2 WP + 2)].
+    [programs, HEADS / PART, PART * (2 WP + 2)]; counters: zeros [programs, HEADS / PART].
     """
     heads, program = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -221,10 +221,8 @@ def decode_few(
         squares += (_low(raw[g]) * _low(raw[g]) + _high(raw[g]) * _high(raw[g]),)
     if NORM:
         squares = _sums(squares)
-        for g in tl.static_range(PART + 1):
-            inverses += (tl.rsqrt(squares[g] / D + eps),)
-    else:
-        inverses = squares
+    for g in tl.static_range(PART + 1):
+        inverses += (tl.rsqrt(squares[g] / D + eps) if NORM else 1.0,)
     new_k = _turned(raw[PART], others[PART], inverses[PART], k_factors, ROT, NORM)
     new_v = new_v[None, :]
     q, tops, totals, accs = (), (), (), ()
