@@ -207,21 +207,21 @@ class CudaBackend:
                 "kernels are tuned on a GPU, for a loaded model with a cache, in other than deterministic mode"
             )
         assert self._sampler is not None
-        decoder, measured = self._decoder, self._device.measured
+        decoder, measured, kind = self._decoder, self._device.measured, signature(self._decoder)
         self._graphs.finish()
         steps = Steps(decoder, self._sampler, self._stager, *self._cache_size)
         with torch.inference_mode():
             milliseconds = tune_tiles(steps, batches, tell)
-            few_rows = measured.few_rows[signature(decoder)] = measure_few_rows(decoder)
+            few_rows = measured.few_rows[kind] = measure_few_rows(decoder)
             for stored, rows in few_rows.items():
                 tell(f"{stored}: our own kernels up to {rows} rows")
-            measured.products[signature(decoder)] = compare_with_dense(decoder, COMPARED_BATCHES)
+            measured.products[kind] = compare_with_dense(decoder, COMPARED_BATCHES)
         self._graphs.forget()
         path = write_measured(torch.cuda.get_device_name(self._device.handle), measured)
         return {
             "step_ms": milliseconds,
             "few_rows": few_rows,
-            "products_ms": measured.products[signature(decoder)],
+            "products_ms": measured.products[kind],
             "file": str(path),
         }
 

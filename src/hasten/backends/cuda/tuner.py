@@ -6,6 +6,7 @@ Knows which tiles are worth a try; what they mean is the kernels'. The cache's c
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -90,7 +91,7 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
             best = tiles.get(key)
             for tile in _worth_a_try(linear, batch, best or default):
                 tiles[key] = tile
-                took = _tried(steps, batch)
+                took = _or_never(partial(steps.milliseconds, batch))
                 if took < now * _GAIN:
                     now, best = took, tile
             if best is None:
@@ -115,7 +116,7 @@ def measure_few_rows(decoder: Decoder) -> dict[str, int]:
         found[stored] = _LIMITS[0] // 2
         for rows in _LIMITS:
             decoder.limit_rows({stored: rows})
-            ours = _measured_ms(linears, rows)
+            ours = _or_never(partial(_products_ms, linears, rows))
             decoder.limit_rows({stored: 1})
             if ours > _MARGIN * _products_ms(linears, rows):
                 break
@@ -124,18 +125,10 @@ def measure_few_rows(decoder: Decoder) -> dict[str, int]:
     return found
 
 
-def _measured_ms(linears: list[Linear], rows: int) -> float:
-    """As _products_ms; infinite for a tile that does not fit the GPU."""
-    try:
-        return _products_ms(linears, rows)
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
-
-
-def _tried(steps: Steps, batch: int) -> float:
+def _or_never(milliseconds: Callable[[], float]) -> float:
     """Infinite for a tile that does not fit the GPU."""
     try:
-        return steps.milliseconds(batch)
+        return milliseconds()
     except triton.runtime.errors.OutOfResources:
         return float("inf")
 

@@ -151,18 +151,9 @@ class DecodeTile:
 FEW_SEQUENCES, FEW_KEYS = 8, 2048
 
 
-@dataclass(frozen=True, slots=True)
-class FewTile:
-    """Keys of a tile, partial results that are merged at once."""
-
-    keys: int
-    at_once: int = 8
-    warps: int = 2
-
-
-def few_tile(dims: int) -> FewTile:
+def few_tile(dims: int) -> DecodeTile:
     """dims: of a key, padded."""
-    return FewTile(32 if dims <= 128 else 16)
+    return DecodeTile(32 if dims <= 128 else 16, True, 8, warps=2)
 
 
 def share_quantum(sequences: int) -> int:

@@ -99,9 +99,8 @@ def decode(
     first, start, stop, active = part_of(position, last, split, splits, window, BN)
     # One branch, and on all that addresses depend on, or the loads that follow it would wait for those before.
     if (token < 0) | (table_start < 0) | (split >= active):
-        if (
-            PDL and not FUSED
-        ):  # of a step of prompts no program has a token, and the next kernel waits for this one alone
+        # Of a step of prompts no program has a token, and the next kernel waits for this one alone.
+        if PDL and not FUSED:
             gdc_wait()
             gdc_launch_dependents()
         return

@@ -12,38 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hasten.backends.cuda.kernels.attention import angles_of, scores
 from hasten.backends.cuda.kernels.decode import merge_last, part_of, work_of
-
-
-@triton.jit
-def _low(word):
-    return (word << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _rounded(x):
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
-def _word(low, high):
-    """Two numbers that are bfloat16 as one word."""
-    return (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF | (high.to(tl.int32, bitcast=True) & -65536)
-
-
-@triton.jit
-def _blocks(at, ASM: tl.constexpr):
-    """Block numbers at addresses [BN], in the threads that fetch those keys: a load of Triton's own would put them into
-    others, and they would have to travel."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return tl.load(at)
+from hasten.backends.cuda.kernels.words import fetched, high_of, low_of, two_bfloat16
 
 
 @triton.jit
@@ -121,15 +90,15 @@ def _factors(angles, norm, words, partner, there, ROT: tl.constexpr, NORM: tl.co
 @triton.jit
 def _turned(word, other, inverse, factors, ROT: tl.constexpr, NORM: tl.constexpr):
     """Words of a head, RMS-normed and turned, [1, WP]; `other`: their partners."""
-    low, high = _low(word), _high(word)
+    low, high = low_of(word), high_of(word)
     if ROT:
-        low = low * factors[0] + _low(other) * factors[2]
-        high = high * factors[1] + _high(other) * factors[3]
+        low = low * factors[0] + low_of(other) * factors[2]
+        high = high * factors[1] + high_of(other) * factors[3]
     elif NORM:
         low, high = low * factors[0], high * factors[1]
     if NORM:
         low, high = low * inverse, high * inverse
-    return _word(_rounded(low), _rounded(high))[None, :]
+    return two_bfloat16(low, high)[None, :]
 
 
 @triton.jit
@@ -140,7 +109,7 @@ def _tile(
     """Words [BN, WP] of keys or values of a sequence from `at` on, 0 from `stop` on."""
     inside = at + keys < stop
     safe = tl.where(inside, at + keys, 0)
-    block = _blocks(table + safe // BLOCK, ASM).to(tl.int64)
+    block = fetched(table + safe // BLOCK, ASM).to(tl.int64)
     row = ((block * KV_HEADS + kv_head) * BLOCK + safe % BLOCK) * W
     return tl.load(cache + row[:, None] + words[None, :], mask=inside[:, None] & (words < W)[None, :], other=0)
 
@@ -149,12 +118,12 @@ def _tile(
 def _folded(k, v, inside, q, tops, totals, accs, scale, softcap, PART: tl.constexpr, CAPPED: tl.constexpr):
     """One tile of keys and values [BN, WP] into the running softmax of each query head: maximum, sum, weighted values
     of the first and of the second numbers of words."""
-    low, high = _low(k), _high(k)
+    low, high = low_of(k), high_of(k)
     s = ()
     for g in tl.static_range(PART):
-        x = scores(tl.sum(low * _low(q[g]) + high * _high(q[g]), 1), scale, softcap, CAPPED)
+        x = scores(tl.sum(low * low_of(q[g]) + high * high_of(q[g]), 1), scale, softcap, CAPPED)
         s += (tl.where(inside, x, float("-inf")),)
-    low, high = _low(v), _high(v)
+    low, high = low_of(v), high_of(v)
     largest = _largest(s)
     p, weighted, new_tops = (), (), ()
     for g in tl.static_range(PART):
@@ -218,7 +187,7 @@ def decode_few(
         others += (tl.load(head + partner, mask=there, other=0),)
     new_v = tl.load(row + (HEADS + KV_HEADS + kv_head) * W + words, mask=there, other=0)
     for g in tl.static_range(PART + 1):
-        squares += (_low(raw[g]) * _low(raw[g]) + _high(raw[g]) * _high(raw[g]),)
+        squares += (low_of(raw[g]) * low_of(raw[g]) + high_of(raw[g]) * high_of(raw[g]),)
     if NORM:
         squares = _sums(squares)
     for g in tl.static_range(PART + 1):
@@ -256,5 +225,5 @@ def decode_few(
         merge_last(parts, counters, halves, first_program, heads, active, HEADS // PART, PART, PART, D, 2 * WP, AT_ONCE)
     else:
         for g in tl.static_range(PART):
-            word = _word(_rounded(accs[2 * g] / totals[g]), _rounded(accs[2 * g + 1] / totals[g]))
+            word = two_bfloat16(accs[2 * g] / totals[g], accs[2 * g + 1] / totals[g])
             tl.store(to + (heads * PART + g) * W + words, word, mask=there)

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hasten.backends.cuda.kernels.linear import _finish
+from hasten.backends.cuda.kernels.words import fetched, high_of, low_of
 
 
 def _dot_asm(parts: int) -> str:
@@ -85,16 +86,6 @@ cvt.rn.f16x2.f32 $0, g, f;
 
 
 @triton.jit
-def _low(word):
-    return (word << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _halves(word, weight, factor, NORM: tl.constexpr, ASM: tl.constexpr):
     """Two bfloat16 (times two more) times factor, as two float16 in an int32."""
     if ASM:
@@ -103,10 +94,10 @@ def _halves(word, weight, factor, NORM: tl.constexpr, ASM: tl.constexpr):
                 _NORMED_HALVES, "=r,r,f,r", [word, factor, weight], dtype=tl.int32, is_pure=True, pack=1
             )
         return tl.inline_asm_elementwise(_HALVES, "=r,r,f", [word, factor], dtype=tl.int32, is_pure=True, pack=1)
-    low, high = _low(word) * factor, _high(word) * factor
+    low, high = low_of(word) * factor, high_of(word) * factor
     if NORM:
-        low *= _low(weight)
-        high *= _high(weight)
+        low *= low_of(weight)
+        high *= high_of(weight)
     low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
 
@@ -143,11 +134,11 @@ def _four(tile, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def _measured(words, weight, largest, squares, NORM: tl.constexpr):
     """The largest of numbers (times weight) and the sum of their squares, with those so far."""
-    low, high = _low(words), _high(words)
+    low, high = low_of(words), high_of(words)
     squares += low * low + high * high
     if NORM:
-        low *= _low(weight)
-        high *= _high(weight)
+        low *= low_of(weight)
+        high *= high_of(weight)
     return tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high))), squares
 
 
@@ -191,40 +182,17 @@ def _sums(xs, ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _fetched(at, ASM: tl.constexpr):
-    """Numbers of 4, 2 or 1 bytes at addresses [BN, BU], in the threads that want them: a load of Triton's own would put
-    them into others, and all products would have to follow."""
-    T: tl.constexpr = at.dtype.element_ty
-    if ASM and tl.float32 == T:
-        found = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [at.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
-        )
-    elif ASM and T.primitive_bitwidth == 16:
-        bits = tl.inline_asm_elementwise(
-            "ld.global.nc.u16 $0, [$1];", "=h,l", [at.to(tl.int64)], dtype=tl.int16, is_pure=True, pack=1
-        )
-        found = bits.to(T, bitcast=True)
-    elif ASM:
-        found = tl.inline_asm_elementwise(
-            "ld.global.nc.u8 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        found = tl.load(at)
-    return found
-
-
-@triton.jit
 def _grouped(
     at, group, last_group, PARTS: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
     """Numbers of PARTS successive groups (beyond the last one, its): scales or zeros [BN, BU]."""
-    g0 = _fetched(at + tl.minimum(group // G, last_group)[None, :], ASM)
+    g0 = fetched(at + tl.minimum(group // G, last_group)[None, :], ASM)
     g1, g2, g3 = g0, g0, g0
     if PARTS >= 2:
-        g1 = _fetched(at + tl.minimum((group + STEP) // G, last_group)[None, :], ASM)
+        g1 = fetched(at + tl.minimum((group + STEP) // G, last_group)[None, :], ASM)
     if PARTS == 4:
-        g2 = _fetched(at + tl.minimum((group + 2 * STEP) // G, last_group)[None, :], ASM)
-        g3 = _fetched(at + tl.minimum((group + 3 * STEP) // G, last_group)[None, :], ASM)
+        g2 = fetched(at + tl.minimum((group + 2 * STEP) // G, last_group)[None, :], ASM)
+        g3 = fetched(at + tl.minimum((group + 3 * STEP) // G, last_group)[None, :], ASM)
     return g0, g1, g2, g3
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hasten.backends.cuda.kernels.linear import DENSE, FP8, _finish
+from hasten.backends.cuda.kernels.words import high_of, low_of, two_bfloat16
 
 # Sixteen bits of four planes and of each plane four numbers of x, two a word -> of each plane the two numbers that are
 # wanted. Three of a plane's bits tell its pattern: byte by byte they look up where in x the numbers are, which is what
@@ -59,7 +60,7 @@ def _floats(words, FLOAT16: tl.constexpr):
     """The two 16-bit floats of each int32, as float32."""
     if FLOAT16:
         return _half(words, True).to(tl.float32), _half(words >> 16, True).to(tl.float32)
-    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    return low_of(words), high_of(words)
 
 
 @triton.jit
@@ -84,12 +85,6 @@ def _pair(words, KIND: tl.constexpr, FLOAT16: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _two_bfloat16(low, high):
-    low_bits = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
-    return (low_bits & 0xFFFF) | high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-
-
-@triton.jit
 def _inputs(x, norm, groups, count, NORM: tl.constexpr, FLOAT16: tl.constexpr):
     """A plane of x (times norm, rounded), two numbers a word [1, BU], and the sum of squares before that."""
     words = tl.load(x + groups, mask=groups < count, other=0)
@@ -102,7 +97,7 @@ def _inputs(x, norm, groups, count, NORM: tl.constexpr, FLOAT16: tl.constexpr):
         scale = tl.load(norm + groups, mask=groups < count, other=0)
         n0, n1 = _floats(scale.to(tl.int32), False)
         n2, n3 = _floats((scale >> 32).to(tl.int32), False)
-        low, high = _two_bfloat16(x0 * n0, x1 * n1), _two_bfloat16(x2 * n2, x3 * n3)
+        low, high = two_bfloat16(x0 * n0, x1 * n1), two_bfloat16(x2 * n2, x3 * n3)
     return low[None, :], high[None, :], squares
 
 
