@@ -57,6 +57,10 @@ def check_attention(
     cache = attention._caches[0]
     shape = (2, len(blocks), *cache.shape[2:])
     cache[:, first_block:] = torch.randn(shape, generator=generator, device=handle.handle).to(KV_DTYPES[kv])
+    slots = cache.transpose(2, 3).view(torch.uint8)
+    for (length, _), row in zip(runs, tables, strict=True):  # what no token is at yet may hold anything
+        for position in range(length, -(-length // BLOCK) * BLOCK):
+            slots[:, int(row[position // BLOCK]), position % BLOCK] = 255  # NaN in every type
     step = batch(
         [(np.zeros(now, np.int32), length - now, row) for (length, now), row in zip(runs, tables, strict=True)]
     )

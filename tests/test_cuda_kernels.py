@@ -29,7 +29,7 @@ from hasten.backends.cuda.device import open_device  # noqa: E402
 from hasten.backends.cuda.inputs import MAX_PROGRAMS, MAX_SPLITS, Sizes, share_keys  # noqa: E402
 from hasten.backends.cuda.linear import Linear  # noqa: E402
 from hasten.backends.cuda.ops import Ops  # noqa: E402
-from hasten.backends.cuda.tuning import decode_tile, prefill_tile, share_quantum  # noqa: E402
+from hasten.backends.cuda.tuning import decode_tile, prefill_rows, prefill_tile, share_quantum  # noqa: E402
 from hasten.backends.reference import ReferenceBackend  # noqa: E402
 from hasten.errors import ResourceError  # noqa: E402
 from hasten.model.checkpoint import open_checkpoint  # noqa: E402
@@ -237,8 +237,19 @@ def test_tiles_of_attention_fit_any_gpu(key_bytes: int) -> None:
         assert tile.keys & (tile.keys - 1) == 0
         assert 2 * tile.keys * key_bytes <= 64 << 10
         assert tile.at_once == 1 or tile.at_once * group * dims <= 1024 * tile.warps  # in registers
-    rows, keys = prefill_tile(key_bytes, key_bytes)
-    assert (rows + 4 * keys) * key_bytes <= 99 << 10
+    for shared, size in product((99 << 10, 163 << 10, 227 << 10), (2, 4)):
+        dims = key_bytes // size
+        keys, stages = prefill_tile(dims, size, size, shared)
+        assert (prefill_rows(key_bytes) + 2 * stages * keys) * key_bytes <= shared
+        assert keys & (keys - 1) == 0
+
+
+def test_tiles_of_prefill_attention() -> None:
+    """As measured on an H200, and one that any GPU takes."""
+    assert prefill_tile(128, 2, 2, 227 << 10) == (64, 3)  # two programs
+    assert prefill_tile(256, 2, 2, 227 << 10) == (64, 3)  # one
+    assert prefill_tile(128, 2, 2, 163 << 10) == (64, 2)
+    assert prefill_tile(256, 2, 2, 99 << 10) == (32, 2)
 
 
 def test_steps_that_do_not_fit_are_refused_in_one_line(
@@ -247,6 +258,8 @@ def test_steps_that_do_not_fit_are_refused_in_one_line(
     backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
     with pytest.raises(ResourceError, match=r"8192 sequences .* 8448 rows of logits, expected at most 4096 on a GPU"):
         backend.memory(StepLimits(8192, 8192, 8448))
+    with pytest.raises(ResourceError, match="KV block size is 48, expected a power of two from 16 on"):
+        backend.allocate(4, 48, "fp32")
 
     def full(*args: object) -> None:
         raise torch.cuda.OutOfMemoryError("a page of torch's")

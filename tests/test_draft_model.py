@@ -131,8 +131,8 @@ def test_depth_weighs_the_drafters_time() -> None:
     speculator = Speculator(Timed())
     for count in (1, 2, 1, 2) * 40:
         speculator.cost.record(count, 0.010)  # a token more costs nothing
-    assert speculator._costs(1)[1] == pytest.approx(0.1, rel=0.01)
-    assert speculator._costs(8)[1] == pytest.approx(0.8, rel=0.01)
+    assert speculator._costs(1)[2] == pytest.approx(0.1, rel=0.01)
+    assert speculator._costs(8)[2] == pytest.approx(0.8, rel=0.01)
     sequence = type("Decodes", (), {"num_computed": 3, "tokens": [0] * 4})
     sequence.limit, sequence.ngrams = 9, type("Lucky", (), {"luck": 0.75, "extend": lambda self, tokens: None})()
     assert speculator._depths([sequence])[0][1] >= 3  # type: ignore[list-item]

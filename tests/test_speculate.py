@@ -1,13 +1,16 @@
 """Speculation changes the time and never the tokens; drafts come from the text; depth follows measurement."""
 
+import itertools
 import random
+import time
 
 import pytest
 from engine_tools import EOS, VOCAB, eager_speculator, make_engine, results, run
 from slot_model import SlotModel
 
-from hasten.engine.request import SamplingParams
-from hasten.engine.speculate import NgramIndex, Speculator, StepCost, best_depth
+from hasten.engine.request import SamplingParams, Sequence
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.speculate import NgramDrafter, NgramIndex, Speculator, StepCost, best_depths
 
 PROMPTS = [[(i * i + k) % EOS for i in range(5 + 9 * k)] for k in range(5)]
 
@@ -60,12 +63,38 @@ def test_index_equals_a_search() -> None:
 
 
 def test_best_depth_weighs_chance_against_cost() -> None:
-    assert best_depth(0.9, 0.0, 8) == 8
-    assert best_depth(0.5, 0.6, 8) == 0
-    assert best_depth(0.05, 0.1, 8) == 0
-    assert best_depth(0.6, 0.1, 8) == 3
-    depths = [best_depth(0.8, cost / 20, 8) for cost in range(21)]
+    assert best_depths([0.9], 0.0, 8) == [8]
+    assert best_depths([0.5], 0.6, 8) == [0]
+    assert best_depths([0.05], 0.1, 8) == [0]
+    assert best_depths([0.6], 0.1, 8) == [3]
+    depths = [best_depths([0.8], cost / 20, 8)[0] for cost in range(21)]
     assert depths == sorted(depths, reverse=True)
+
+
+@pytest.mark.parametrize(("each", "waiting"), [(0.0, 0.3), (0.02, 0.0), (0.05, 0.6), (0.2, 0.1)])
+def test_best_depths_of_several_are_those_of_a_search(each: float, waiting: float) -> None:
+    rng = random.Random(3)
+    some = 0
+    for _ in range(40):
+        chances = [rng.choice((0.0, 1.0, rng.random())) for _ in range(3)]
+
+        def rate(depths: tuple[int, ...], chances: list[float] = chances) -> float:
+            tokens = 3 + sum(
+                chance**i for chance, depth in zip(chances, depths, strict=True) for i in range(1, depth + 1)
+            )
+            return tokens / (1 + (waiting if any(depths) else 0) + each * sum(depths))
+
+        best = max(map(rate, itertools.product(range(4), repeat=3)))
+        found = tuple(best_depths(chances, each, 3, waiting))
+        assert rate(found) == pytest.approx(best)
+        some += any(found)
+    assert 0 < some <= 40
+
+
+def test_one_lucky_sequence_does_not_make_all_wait() -> None:
+    assert best_depths([0.95], 0.01, 8, 1.0) == [8]
+    assert best_depths([0.95] + [0.0] * 15, 0.01, 8, 1.0) == [0] * 16
+    assert best_depths([0.95] * 15 + [0.0], 0.01, 8, 1.0)[15] == 0 < best_depths([0.95] * 15 + [0.0], 0.01, 8, 1.0)[0]
 
 
 def test_cost_is_fitted_and_follows_change() -> None:
@@ -130,11 +159,55 @@ def test_waiting_is_weighed() -> None:
     speculator = Speculator()
     for _ in range(50):
         speculator.record(1, 0.001, waited=False)
-    assert speculator._costs(1) == (0.0, pytest.approx(0.1))
+    assert speculator._costs(1) == (0.0, pytest.approx(0.1), 0.0)
     for count in (2, 5) * 50:
         speculator.record(count, 0.0018 + 0.0001 * count, waited=True)
-    waiting, more = speculator._costs(1)
+    waiting, each, _ = speculator._costs(1)
     assert waiting == pytest.approx(0.9, rel=0.05)
-    assert more == pytest.approx(0.1, rel=0.05)
-    assert best_depth(0.4, more, 8, waiting) == 0
-    assert best_depth(0.95, more, 8, waiting) == 8
+    assert each == pytest.approx(0.1, rel=0.05)
+    assert best_depths([0.4], each, 8, waiting) == [0]
+    assert best_depths([0.95], each, 8, waiting) == [8]
+
+
+class Slow(NgramDrafter):
+    """To ask it takes 2 ms, and so does a draft."""
+
+    asked = 0
+
+    def rate(self, sequence: Sequence) -> float:
+        self.asked += 1
+        time.sleep(0.002)
+        return 0.0
+
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+        time.sleep(0.002)
+        super().propose(wanted, scheduler)
+
+
+def test_asking_whether_to_draft_takes_a_hundredth_of_the_time() -> None:
+    drafter = Slow()
+    engine = make_engine(model=SlotModel(VOCAB), num_blocks=64, max_len=1024)
+    engine.speculator = Speculator(drafter)
+    for _ in range(50):
+        engine.speculator.record(1, 0.005, waited=False)
+    engine.speculator.cost.record = lambda *_: None  # type: ignore[method-assign]
+    run(engine, [PROMPTS[0]], SamplingParams(max_tokens=400, ignore_eos=True))
+    assert 400 / 50 <= drafter.asked <= 400 / 40 + 3  # 2 ms of 40 steps of 5 ms, or a little more
+
+
+def test_what_drafts_take_of_the_host_is_part_of_a_step() -> None:
+    drafter, taken = Slow(), []
+    drafter.rate = lambda sequence: 0.9  # type: ignore[method-assign]
+    engine = make_engine(model=SlotModel(VOCAB), num_blocks=64, max_len=1024)
+    engine.speculator = Speculator(drafter)
+    engine.speculator.record = lambda num_tokens, seconds, waited: taken.append(seconds)  # type: ignore[method-assign]
+    run(engine, [PROMPTS[0]], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert min(taken[:-1]) > 0.002  # the last has no room for drafts
+
+
+def test_after_a_pause_the_last_tokens_are_indexed() -> None:
+    index, tokens = NgramIndex(), [5, 6] * 40
+    index.extend(tokens[:4])
+    index.extend([*tokens[:4], *range(100, 130), 1, 2, 3, 4])
+    assert index.propose([*tokens[:4], *range(100, 130), 1, 2, 3, 4, 1, 2], 2) == [3, 4]
+    assert index.propose([*tokens[:4], *range(100, 130), 1, 2, 3, 4, 1, 2, 100, 101], 2) == []

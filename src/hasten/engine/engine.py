@@ -37,7 +37,6 @@ class _Flight:
     num_rows: list[tuple[int, int]]
     pending: Pending | None
     num_tokens: int
-    start: float
     is_ahead: bool = False  # it was launched before the result of the one before was there
 
 
@@ -71,7 +70,7 @@ class Engine:
         self._sampling = DecodeSampling()
         self._flight: _Flight | None = None  # on the device; its tokens are promised to their sequences
         self._ahead: _Flight | None = None  # given to the device after that; nothing is promised yet
-        self._last_settled = 0.0
+        self._last_settled = 0.0  # or when the first request came after none
         self._cut_short = False  # an exception in a launch: what the device has sampled last is not known
         self._inconsistent = False  # an exception in the midst of the books
 
@@ -100,6 +99,8 @@ class Engine:
                 decoder = self._new_decoder(request.prompt_ids, params.skip_special_tokens)
                 sequence.text = TextStream(decoder, params.stop_strings, params.include_stop_str)
             request.sequences.append(sequence)
+        if not self._requests:
+            self._last_settled = time.perf_counter()
         self._inconsistent = True
         self._requests[request.id] = request
         for sequence in request.sequences:
@@ -171,7 +172,6 @@ class Engine:
     def _launch(self) -> _Flight | None:
         """Schedule a step and give it to the device. None where nothing can run. The caller clears _cut_short when it
         has the flight."""
-        start = time.perf_counter()
         self._inconsistent = True
         step = self.scheduler.schedule()
         if not step.sequences:
@@ -190,7 +190,7 @@ class Engine:
         logits = self._backend.forward(batch)
         pending = self._backend.sample(logits, params) if len(batch.rows) else None
         num_tokens = len(batch.tokens) if len(batch.tokens) == len(batch.rows) else 0
-        return _Flight(step, num_rows, pending, num_tokens, start)
+        return _Flight(step, num_rows, pending, num_tokens)
 
     def _promise(self, flight: _Flight) -> None:
         """Take a launched step into the books as far as it is known: its tokens are computed, and where one is sampled,
@@ -271,7 +271,8 @@ class Engine:
         self._inconsistent = True
         self._cut_short = False
         if self.speculator is not None and flight.num_tokens:
-            taken = now - max(flight.start, self._last_settled)
+            # All since the step before: what drafts and verification take of the host is part of what they cost.
+            taken = now - self._last_settled
             self.speculator.record(flight.num_tokens, taken, self._backend.overlaps and not flight.is_ahead)
         self._last_settled = now
         if flight.step.decodes:

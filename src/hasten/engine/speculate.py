@@ -6,6 +6,7 @@ where the token drawn at its position equals it, so speculation changes the time
 is decided by measurement.
 """
 
+import math
 import time
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from hasten.engine.scheduler import Scheduler
 
 _SIZES = (4, 3, 2)  # n-grams tried, longest first
 _FORGET = 0.15  # weight of the last token in an n-gram's luck
+_CATCH_UP = 8  # tokens, the last ones, that are indexed after more have passed unseen
 _OUTLIER = 4.0  # times what is expected
 
 
@@ -29,13 +31,13 @@ class NgramIndex:
         self.luck = 0.5
 
     def extend(self, tokens: list[int]) -> None:
-        """Index the tokens that are new and known. What comes first, a prompt, says nothing of luck. Runs for every
-        token of every sequence, so each n-gram is made once: to be looked up, then to be put in its place."""
+        """Index the tokens that are new and known, or the last of them. What comes first, a prompt, is indexed whole
+        and says nothing of luck. Each n-gram is made once: to be looked up, then to be put in its place."""
         last, get, is_first = self._last, self._last.get, self._num_indexed == 0
         end = len(tokens)
         while end and tokens[end - 1] < 0:
             end -= 1
-        for at in range(max(self._num_indexed, 1), end):
+        for at in range(1 if is_first else max(self._num_indexed, end - _CATCH_UP), end):
             four = tuple(tokens[at - 4 : at]) if at >= 4 else ()
             three = four[1:] if four else tuple(tokens[at - 3 : at]) if at == 3 else ()
             two = three[1:] if three else tuple(tokens[at - 2 : at]) if at == 2 else ()
@@ -123,23 +125,35 @@ class StepCost:
         return (self._xy / self._weight - mean_x * mean_y) / spread if spread >= 0.01 else None
 
 
-def best_depth(acceptance: float, relative_cost: float, most: int, waiting: float = 0.0) -> int:
-    """The number k of drafts that gives the most tokens per time: (1 + p + .. + p^k) / (1 + waiting + k * cost). 0: do
-    not draft, nor wait."""
-    best, best_rate = 0, 1.0
-    expected, chance, before = 1.0, 1.0, 0.0
-    if (1 + waiting + relative_cost) * (1 - acceptance) >= 1:
-        return 0  # not even all the tokens that drafts can ever bring are worth one
-    for depth in range(1, most + 1):
-        chance *= acceptance
-        expected += chance
-        rate = expected / (1 + waiting + depth * relative_cost)
-        if rate > best_rate:
-            best, best_rate = depth, rate
-        elif rate < before:
-            break  # it has one peak
-        before = rate
-    return best
+def best_depths(chances: list[float], each: float, most: int, waiting: float = 0.0, drafting: float = 0.0) -> list[int]:
+    """How many tokens to draft for each of n sequences, that are right with these chances, for the most tokens per
+    time: (n + the sum of p + .. + p^d) / (1 + waiting + each * the sum of d + drafting * the largest d), in steps
+    without drafts. All 0: do not draft, nor wait. What waiting costs all of them must pay, be it for one.
+
+    A ratio is largest where tokens - rate * time is (Dinkelbach 1967), and there a draft is worth its chance."""
+    num = len(chances)
+    best, rate = [0] * num, float(num)
+    price = each + drafting / num
+    while True:
+        least = rate * price
+        depths = [_depth(chance, least, most) for chance in chances]
+        tokens = num + sum(_expected(chance, depth) for chance, depth in zip(chances, depths, strict=True) if depth)
+        found = tokens / (1 + waiting + each * sum(depths) + drafting * max(depths))
+        if found <= rate * (1 + 1e-9):
+            return best
+        best, rate = depths, found
+
+
+def _depth(chance: float, least: float, most: int) -> int:
+    """The largest d up to `most` with chance^d >= least."""
+    if chance < least or chance <= 0:
+        return 0
+    return most if chance >= 1 or least <= 0 else min(most, int(math.log(least) / math.log(chance)))
+
+
+def _expected(chance: float, depth: int) -> float:
+    """chance + .. + chance^depth"""
+    return depth if chance >= 1 else chance * (1 - chance**depth) / (1 - chance)
 
 
 class Drafter(Protocol):
@@ -184,8 +198,9 @@ class NgramDrafter:
 
 class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
-    to notice when that changes: no more often than every `probe_every` steps, nor than costs a fiftieth of the time;
-    and not where even drafts that are always right would lose.
+    to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time;
+    and not where even drafts that are always right would lose. To ask whether a draft would pay takes time as well,
+    much where a step takes a fraction of a millisecond: while the answer is no, it is asked that seldom too.
 
     On a device that works by itself a step with drafts is waited for, and the next one launched when it is done. What
     that costs beside a step that was launched ahead is measured too (`waited`)."""
@@ -197,20 +212,24 @@ class Speculator:
         self.cost = StepCost()
         self.waited = StepCost()
         self._num_steps = 0
+        self._next_look = 0
         self._next_probe = probe_every
         self._num_probes = 0
 
     def record(self, num_tokens: int, seconds: float, waited: bool) -> None:
         """Take the time of a step in which every token was sampled from. waited: it began when the one before was
-        done, on a device where it need not."""
+        done, on a device where it need not. While it rests, the last before a look says enough."""
         if waited:
             self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
-        else:
+        elif self._next_look - self._num_steps <= 1:
             self.cost.record(num_tokens, seconds)
 
     def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
         self._num_steps += 1
+        if self._num_steps < self._next_look:
+            return
+        start = time.perf_counter()
         depths = self._depths(scheduler.running)
         if not depths:
             return
@@ -223,29 +242,44 @@ class Speculator:
             depth = min(max(depth, int(sequence is probed)), sequence.limit - len(sequence.tokens) - 1)
             if depth > 0:
                 wanted.append((sequence, depth))
+        if not wanted:
+            self._rest(depths, start)
+            return
         start = time.perf_counter()
-        if wanted:
-            self.drafter.propose(wanted, scheduler)
+        self.drafter.propose(wanted, scheduler)
         if probed is not None:
             self._num_probes += 1
-            step, (waiting, relative) = self.cost.seconds(len(depths)), self._costs(len(depths))
-            lost = waiting + relative + ((time.perf_counter() - start) / step if step else 0)
+            step = self.cost.seconds(len(depths))
+            lost = sum(self._costs(len(depths))) + ((time.perf_counter() - start) / step if step else 0)
             self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:
         """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
-        depths = self._depths(running)
-        if any(depth for _, depth in depths) or self._probed(depths, ahead=1):
-            return False
+        if self._num_steps + 1 >= self._next_look:
+            start = time.perf_counter()
+            depths = self._depths(running)
+            if any(depth for _, depth in depths) or self._probed(depths, ahead=1):
+                return False
+            self._rest(depths, start, ahead=1)
         self._num_steps += 1
         return True
+
+    def _rest(self, depths: list[tuple[Sequence, int]], start: float, ahead: int = 0) -> None:
+        """Ask again when what it took since `start` will be a hundredth of the time; at once where prompts were
+        indexed."""
+        step = self.cost.seconds(len(depths))
+        if step and all(sequence.num_output > 1 for sequence, _ in depths):
+            steps = int(_PROBE_SHARE * (time.perf_counter() - start) / step)
+            self._next_look = self._num_steps + ahead + 1 + min(_LONGEST_REST, steps)
 
     def _probed(self, depths: list[tuple[Sequence, int]], ahead: int = 0) -> list[Sequence]:
         """Sequences that rest, one of which should try a draft in this step."""
         if self._num_steps + ahead < self._next_probe or not depths:
             return []
-        if self.drafter.seconds(len(depths)) != 0 and best_depth(1.0, self._costs(len(depths))[1], 1) == 0:
-            return []
+        if self.drafter.seconds(len(depths)) != 0:
+            _, each, drafting = self._costs(len(depths))
+            if each * len(depths) + drafting >= 1:
+                return []
         return [sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)]
 
     def _depths(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
@@ -253,24 +287,24 @@ class Speculator:
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
             return []
-        waiting, cost = self._costs(len(decoding))
-        return [(s, best_depth(self.drafter.rate(s), cost, self.max_depth, waiting)) for s in decoding]
+        waiting, each, drafting = self._costs(len(decoding))
+        chances = [self.drafter.rate(sequence) for sequence in decoding]
+        return list(zip(decoding, best_depths(chances, each, self.max_depth, waiting, drafting), strict=True))
 
-    def _costs(self, num_sequences: int) -> tuple[float, float]:
-        """Time lost by waiting, and time of one more draft for each sequence, relative to a step without any. A token
-        more in a step of n sequences must bring n times what it would bring alone."""
+    def _costs(self, num_sequences: int) -> tuple[float, float, float]:
+        """Time lost by waiting, of one token more, and of one draft for each sequence, relative to a step without."""
         drafting, step = self.drafter.seconds(num_sequences), self.cost.seconds(num_sequences)
         if drafting != 0.0:
             drafting = _GUESS if drafting is None or not step else drafting / step
         waited = self.waited.seconds(num_sequences)
         if waited is None or not step:
-            return 0.0, self.cost.of_one_more(num_sequences) * num_sequences + drafting
-        more = (self.waited.slope() or 0.0) * num_sequences / step
-        return max(waited / step - 1, 0.0), max(more, 0.0) + drafting
+            return 0.0, self.cost.of_one_more(num_sequences), drafting
+        return max(waited / step - 1, 0.0), max(self.waited.slope() or 0.0, 0.0) / step, drafting
 
 
 # Time of a draft relative to a step, until both were measured.
 _GUESS = 0.1
-# Times that a probe's seconds pass before the next.
-_PROBE_SHARE = 50
+# Times that a probe's or a look's seconds pass before the next; steps without a look at most.
+_PROBE_SHARE = 100
+_LONGEST_REST = 64
 _GOOD = 0.5  # luck of an n-gram index at which drafts may come to pay

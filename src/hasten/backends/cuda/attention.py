@@ -11,14 +11,13 @@ from hasten.backends.cuda.inputs import MAX_PROGRAMS, WORK, Inputs
 from hasten.backends.cuda.kernels import attention as kernels
 from hasten.backends.cuda.kernels.decode import decode
 from hasten.backends.cuda.kernels.decode_few import decode_few
-from hasten.backends.cuda.tuning import FEW_KEYS, decode_tile, few_tile, prefill_tile
+from hasten.backends.cuda.tuning import FEW_KEYS, decode_tile, few_tile, prefill_rows, prefill_tile
 from hasten.model.rope import Rope
 from hasten.model.spec import Layer, ModelSpec
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _FILL = 4  # programs of decode attention for each processor, if keys are cut finely enough
 _PREFILL_WARPS = 4
-_PREFILL_STAGES = 2
 
 
 class RopeTable:
@@ -150,18 +149,17 @@ class Attention:
         )  # fmt: skip
 
     def _prefill(self, layer: Layer, index: int, qkv: torch.Tensor, out: torch.Tensor, inputs: Inputs) -> None:
-        shape, cache = _Shape(layer), self._caches[index]
-        group = shape.gq
+        shape, cache, device = _Shape(layer), self._caches[index], self._device
         assert inputs.tile_tokens is not None
-        rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * group))
-        _, keys = prefill_tile(shape.dp * qkv.itemsize, shape.dp * cache.itemsize)
+        rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * shape.gq))
+        keys, stages = prefill_tile(shape.dp, qkv.itemsize, cache.itemsize, device.shared)
         kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
             qkv, cache[0], cache[1], out, inputs.tile_tokens, inputs.tile_counts, inputs.tile_sequences,
             inputs.positions, inputs.tables, inputs.width, qkv.stride(0), self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads,
-            D=layer.head_dim, DP=shape.dp, GP=group, CAPPED=self._spec.attention_softcap > 0,
-            WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows,
-            BN=keys, STAGES=_PREFILL_STAGES, PDL=self._device.pdl, num_warps=_PREFILL_WARPS, **self._device.launch,
+            D=layer.head_dim, DP=shape.dp, GP=shape.gq, CAPPED=self._spec.attention_softcap > 0,
+            WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows, BN=keys, STAGES=stages, ASM=device.asm,
+            PDL=device.pdl, num_warps=_PREFILL_WARPS, **device.launch,
         )  # fmt: skip
 
 
@@ -200,7 +198,7 @@ def tile_tokens(spec: ModelSpec) -> int:
     """Tokens of an attention tile: its rows are tokens times the query heads of a KV head."""
     group: int = max(_Shape(layer).gq for layer in spec.layers)
     size = 4 if spec.dtype == "fp32" else 2
-    rows = min(prefill_tile(_Shape(layer).dp * size, 0)[0] for layer in spec.layers)
+    rows = min(prefill_rows(_Shape(layer).dp * size) for layer in spec.layers)
     return max(1, rows // group)
 
 

@@ -282,5 +282,5 @@ class CudaBackend:
             raise ResourceError(
                 f"KV cache dtype {dtype!r} is not supported here on cuda; supported: {', '.join(self.kv_dtypes)}"
             )
-        if block_size < 16 or block_size % 16:
-            raise ResourceError(f"KV block size is {block_size}, expected a multiple of 16")
+        if block_size < 16 or block_size & (block_size - 1):
+            raise ResourceError(f"KV block size is {block_size}, expected a power of two from 16 on")

@@ -179,10 +179,21 @@ def decode_tile(sequences: int, dims: int, itemsize: int, group: int) -> DecodeT
     return DecodeTile(keys, early, max(1, min(8, 1024 * warps // (group * dims))), warps, stages)
 
 
-def prefill_tile(query_bytes: int, key_bytes: int) -> tuple[int, int]:
-    """Rows (tokens times query heads) and keys of a tile; bytes of one row, padded, of queries and of keys."""
-    widest = max(query_bytes, key_bytes)
-    return 64 if query_bytes <= 512 else 32, 64 if widest <= 256 else 32 if widest <= 512 else 16
+def prefill_rows(query_bytes: int) -> int:
+    """Rows of a tile, tokens times query heads; query_bytes: of one of them, padded."""
+    return 64 if query_bytes <= 512 else 32
+
+
+def prefill_tile(dims: int, query_size: int, key_size: int, shared: int) -> tuple[int, int]:
+    """Keys of a tile and pipeline stages. dims: of a head, padded; bytes of a number of queries and of keys; shared:
+    bytes of shared memory that a program may have. Two programs a multiprocessor come first, then a third stage."""
+    rows, widest = prefill_rows(dims * query_size), dims * max(query_size, key_size)
+    most = 64 if widest <= (512 if query_size == 2 else 256) else 32 if widest <= 512 else 16
+    for keys in (most, most // 2):
+        for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
+            if programs * (rows + 2 * stages * keys) * widest <= shared:
+                return keys, stages
+    raise AssertionError(f"no tile of {dims} dims fits {shared} bytes of shared memory")
 
 
 def _power_of_two(n: int) -> int:

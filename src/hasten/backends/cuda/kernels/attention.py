@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hasten.backends.cuda.kernels.words import fetched
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -83,23 +85,22 @@ def rope_and_store(
 
 
 @triton.jit
-def scores(s, scale, softcap, CAPPED: tl.constexpr):
-    """Products -> scores in units of log2."""
+def capped(s, scale, softcap, CAPPED: tl.constexpr):
+    """Products of queries and keys, and by what they are scores in units of log2. scale > 0."""
+    unit = scale * LOG2E
     if CAPPED:
         s = softcap * (2 * tl.sigmoid(2 * s * scale / softcap) - 1)
-        return s * LOG2E
-    return s * (scale * LOG2E)
+        unit = LOG2E
+    return s, unit
 
 
 @triton.jit
-def fold(q, k, v, keep, m, total, acc, scale, softcap, CAPPED: tl.constexpr, MASK: tl.constexpr):
-    """One tile of keys and values [BN, DP] into the running softmax: maximum m, sum total, weighted values acc."""
-    s = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAPPED)
-    if MASK:
-        s = tl.where(keep, s, float("-inf"))
-    top = tl.maximum(m, tl.max(s, 1))
+def fold(s, unit, v, m, total, acc):
+    """Scores s * unit of a tile of keys, whose values v are [BN, DP], into the running softmax: maximum m, sum total,
+    weighted values acc. -inf: not seen."""
+    top = tl.maximum(m, tl.max(s, 1) * unit)
     base = tl.where(top == float("-inf"), 0.0, top)
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * unit - base[:, None])
     shrink = tl.exp2(m - base)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -108,16 +109,46 @@ def fold(q, k, v, keep, m, total, acc, scale, softcap, CAPPED: tl.constexpr, MAS
 
 @triton.jit
 def cached(cache, table, positions, kv_head, dims, valid, KV_HEADS: tl.constexpr, D: tl.constexpr,
-            BLOCK: tl.constexpr, T: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """Keys or values [BN, DP] at `positions` of a sequence, as T; zero where not `valid` [BN, DP] (without MASK all
-    are)."""
+            BLOCK: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Keys or values [BN, DP] at `positions` of a sequence, as T; zero where not `valid` [BN, DP]."""
     block = tl.load(table + positions // BLOCK).to(tl.int64)
     at = ((block * KV_HEADS + kv_head) * BLOCK + positions % BLOCK) * D
-    if MASK:
-        x = tl.load(cache + at[:, None] + dims[None, :], mask=valid, other=0.0)
+    return tl.load(cache + at[:, None] + dims[None, :], mask=valid, other=0.0).to(T)
+
+
+@triton.jit
+def blocks_of(table, at, last, BLOCK: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr):
+    """Blocks of the positions at .. at + BN - 1, of those beyond `last` that of `last`. Loads of Triton's own would go
+    through shared memory, in stages that keys then do not have."""
+    found = ()
+    for start in tl.static_range(0, BN, BLOCK):
+        found += (fetched(table + tl.minimum(at + start, last) // BLOCK, ASM),)
+    return found
+
+
+@triton.jit
+def tile_of(
+    k_cache, v_cache, blocks, at, last, keys, kv_head, dims, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BN, DP] at positions at + keys [BN], which lie in `blocks`, as T; where not WHOLE, for positions
+    beyond `last` those at `last`. at is a multiple of BN, and BN and BLOCK are powers of two."""
+    first = tl.zeros([BN], tl.int64) + (blocks[0].to(tl.int64) * KV_HEADS + kv_head) * BLOCK
+    for i in tl.static_range(1, BN // BLOCK):
+        first = tl.where(keys < i * BLOCK, first, (blocks[i].to(tl.int64) * KV_HEADS + kv_head) * BLOCK)
+    if WHOLE:
+        first += at & (BLOCK - 1)
+        inside = keys % BLOCK
     else:
-        x = tl.load(cache + at[:, None] + dims[None, :])
-    return x.to(T)
+        inside = tl.minimum(at + keys, last) & (BLOCK - 1)
+    here = (first + inside) * D
+    if D == DP:
+        k, v = tl.load(k_cache + here[:, None] + dims[None, :]), tl.load(v_cache + here[:, None] + dims[None, :])
+    else:
+        there = (dims < D)[None, :]
+        k = tl.load(k_cache + here[:, None] + dims[None, :], mask=there, other=0.0)
+        v = tl.load(v_cache + here[:, None] + dims[None, :], mask=there, other=0.0)
+    return k.to(T), v.to(T)
 
 
 @triton.jit
@@ -126,13 +157,13 @@ def prefill(
     scale, softcap, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
     CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, heads * D]: attention of tiles of up to BM / GP successive tokens; program (tile, kv_head).
 
     Tile i is tile_counts[i] (0: nothing to do) tokens from tile_tokens[i] on, of the sequence in row tile_sequences[i]
-    of `tables`. Row r
-    of the tile is token r // GP and query head r % GP of the group. Keys and values are in the cache already.
+    of `tables`. Row r of the tile is token r // GP and query head r % GP of the group. Keys and values are in the
+    cache already.
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -151,32 +182,28 @@ def prefill(
     head = (kv_head * GROUP + rows % GP) * D
     valid = there[:, None] & (dims < D)[None, :]
     q = tl.load(qkv + (where * ldq + head)[:, None] + dims[None, :], mask=valid, other=0)
-    at_row = position + tl.minimum(rows // GP, count - 1)  # each row's position
+    at_row = (position + tl.minimum(rows // GP, count - 1))[:, None]  # each row's position
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    stop = position + count
-    first = 0
-    full = 0
+    last = position + count - 1
+    first, full = 0, (position + 1) // BN * BN  # tiles of keys that every row sees whole
     if WINDOWED:
         first = tl.maximum(0, position + 1 - window) // BN * BN
         full = first
-    else:
-        full = (position + 1) // BN * BN  # tiles of keys that every row sees whole
+    blocks = blocks_of(table, first, last, BLOCK, BN, ASM)
     for at in tl.range(first, full, BN, num_stages=STAGES):
-        mask = (keys >= 0)[:, None] & (dims < D)[None, :]
-        k = cached(k_cache, table, at + keys, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, D != DP)
-        v = cached(v_cache, table, at + keys, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, D != DP)
-        m, total, acc = fold(q, k, v, keys, m, total, acc, scale, softcap, CAPPED, False)
-    for at in tl.range(full, stop, BN, num_stages=STAGES):
-        inside = at + keys < stop
-        safe = tl.where(inside, at + keys, position)
-        keep = at + keys[None, :] <= at_row[:, None]
+        k, v = tile_of(k_cache, v_cache, blocks, at, last, keys, kv_head, dims, KV_HEADS, D, DP, BLOCK, BN, T, True)
+        blocks = blocks_of(table, at + BN, last, BLOCK, BN, ASM)  # of the next, which wait for nothing then
+        s, unit = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAPPED)
+        m, total, acc = fold(s, unit, v, m, total, acc)
+    for at in tl.range(full, last + 1, BN, num_stages=STAGES):
+        k, v = tile_of(k_cache, v_cache, blocks, at, last, keys, kv_head, dims, KV_HEADS, D, DP, BLOCK, BN, T, False)
+        blocks = blocks_of(table, at + BN, last, BLOCK, BN, ASM)
+        s, unit = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAPPED)
+        seen = at + keys[None, :] <= at_row
         if WINDOWED:
-            keep = keep & (at + keys[None, :] > at_row[:, None] - window)
-        mask = inside[:, None] & (dims < D)[None, :]
-        k = cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        v = cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        m, total, acc = fold(q, k, v, keep, m, total, acc, scale, softcap, CAPPED, True)
+            seen = seen & (at + keys[None, :] > at_row - window)
+        m, total, acc = fold(tl.where(seen, s, float("-inf")), unit, v, m, total, acc)
     to = out + (where * (HEADS * D) + head)[:, None] + dims[None, :]
     tl.store(to, (acc / total[:, None]).to(T), mask=valid)

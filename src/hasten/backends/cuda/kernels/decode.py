@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hasten.backends.cuda.kernels.attention import angles_of, cached, fold, rotated, scores
+from hasten.backends.cuda.kernels.attention import angles_of, cached, capped, fold, rotated
 
 
 @triton.jit
@@ -112,8 +112,8 @@ def decode(
         inside = start + keys < stop
         safe = tl.where(inside, start + keys, first)
         mask = inside[:, None] & (dims < D)[None, :]
-        early_k = cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        early_v = cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
+        early_k = cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T)
+        early_v = cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T)
     if PDL and EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -129,15 +129,17 @@ def decode(
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP], tl.float32)
     if EARLY:
-        m, total, acc = fold(q, early_k, early_v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
+        s, unit = capped(tl.dot(q, tl.trans(early_k), input_precision="ieee"), scale, softcap, CAPPED)
+        m, total, acc = fold(tl.where(inside[None, :], s, float("-inf")), unit, early_v, m, total, acc)
         start += BN
     for at in tl.range(start, stop, BN, num_stages=STAGES):
         inside = at + keys < stop
         safe = tl.where(inside, at + keys, first)
         mask = inside[:, None] & (dims < D)[None, :]
-        k = cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        v = cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T, True)
-        m, total, acc = fold(q, k, v, inside[None, :], m, total, acc, scale, softcap, CAPPED, True)
+        k = cached(k_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T)
+        v = cached(v_cache, table, safe, kv_head, dims, mask, KV_HEADS, D, BLOCK, T)
+        s, unit = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, CAPPED)
+        m, total, acc = fold(tl.where(inside[None, :], s, float("-inf")), unit, v, m, total, acc)
     if FUSED and split == 0:
         one = tl.zeros([1, 1], tl.int32)
         there = (dims < D)[None, :]
@@ -147,9 +149,9 @@ def decode(
         place = (((slot // BLOCK) * KV_HEADS + kv_head) * BLOCK + slot % BLOCK) * D + dims[None, :]
         tl.store(k_cache + place, kept_k, mask=there)
         tl.store(v_cache + place, kept_v, mask=there)
-        s = scores(tl.sum(q.to(tl.float32) * kept_k.to(tl.float32), 1), scale, softcap, CAPPED)
-        top = tl.maximum(m, s)
-        shrink, p = tl.exp2(m - top), tl.exp2(s - top)
+        new, its_unit = capped(tl.sum(q.to(tl.float32) * kept_k.to(tl.float32), 1), scale, softcap, CAPPED)
+        top = tl.maximum(m, new * its_unit)
+        shrink, p = tl.exp2(m - top), tl.exp2(new * its_unit - top)
         total = total * shrink + p
         acc = acc * shrink[:, None] + p[:, None] * kept_v.to(tl.float32)
         m = top

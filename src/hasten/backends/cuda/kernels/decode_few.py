@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hasten.backends.cuda.kernels.attention import angles_of, scores
+from hasten.backends.cuda.kernels.attention import angles_of, capped
 from hasten.backends.cuda.kernels.decode import merge_last, part_of, work_of
 from hasten.backends.cuda.kernels.words import fetched, high_of, low_of, two_bfloat16
 
@@ -121,8 +121,8 @@ def _folded(k, v, inside, q, tops, totals, accs, scale, softcap, PART: tl.conste
     low, high = low_of(k), high_of(k)
     s = ()
     for g in tl.static_range(PART):
-        x = scores(tl.sum(low * low_of(q[g]) + high * high_of(q[g]), 1), scale, softcap, CAPPED)
-        s += (tl.where(inside, x, float("-inf")),)
+        x, unit = capped(tl.sum(low * low_of(q[g]) + high * high_of(q[g]), 1), scale, softcap, CAPPED)
+        s += (tl.where(inside, x * unit, float("-inf")),)
     low, high = low_of(v), high_of(v)
     largest = _largest(s)
     p, weighted, new_tops = (), (), ()
