@@ -43,6 +43,9 @@ class Free(StepCost):
     def of_one_more(self, num_tokens: int) -> float:
         return 0.0
 
+    def seconds(self, num_tokens: int) -> float | None:
+        return 1.0
+
 
 class Unmeasured(StepCost):
     """Learns nothing from the clock."""

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from engine_tools import EOS, VOCAB, eager_speculator, make_engine, results, run
+from overlapped import Overlapped
 from slot_model import SlotModel
 
 from hasten.engine.request import SamplingParams, Sequence
@@ -211,3 +212,17 @@ def test_after_a_pause_the_last_tokens_are_indexed() -> None:
     index.extend([*tokens[:4], *range(100, 130), 1, 2, 3, 4])
     assert index.propose([*tokens[:4], *range(100, 130), 1, 2, 3, 4, 1, 2], 2) == [3, 4]
     assert index.propose([*tokens[:4], *range(100, 130), 1, 2, 3, 4, 1, 2, 100, 101], 2) == []
+
+
+def test_no_draft_before_it_is_known_what_waiting_costs() -> None:
+    """On a device that works by itself the first steps are launched ahead and timed, all together."""
+    speculator = Speculator()
+    engine = make_engine(model=Overlapped(SlotModel(VOCAB)), num_blocks=64, max_len=1024, speculator=speculator)
+    engine.add(PROMPTS[0] * 20, SamplingParams(max_tokens=40, ignore_eos=True))
+    while speculator.cost.seconds(1) is None:
+        assert [sequence.drafts for sequence in engine.scheduler.running if sequence.drafts] == []
+        engine.step()
+    assert 8 <= engine.scheduler.running[0].num_output <= 12
+    for seconds in (0.001, 0.009) * 200:  # the host is late for one, and the next takes no time
+        speculator.record(1, seconds, waited=False)
+    assert speculator.cost.seconds(1) == pytest.approx(0.005, rel=0.05)

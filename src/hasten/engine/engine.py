@@ -57,6 +57,8 @@ class Engine:
     ) -> None:
         self.config = config
         self.speculator = speculator
+        if speculator is not None:
+            speculator.overlaps = backend.overlaps
         self._backend = backend
         self._new_decoder = new_decoder
         self._defaults = dict(defaults or {})

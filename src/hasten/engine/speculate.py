@@ -211,6 +211,8 @@ class Speculator:
         self.probe_every = probe_every
         self.cost = StepCost()
         self.waited = StepCost()
+        self.overlaps = False  # set by the engine: steps are launched ahead where nothing is drafted
+        self._stretch = (0, 0, 0.0)  # of such steps: tokens of each, how many, seconds
         self._num_steps = 0
         self._next_look = 0
         self._next_probe = probe_every
@@ -218,11 +220,21 @@ class Speculator:
 
     def record(self, num_tokens: int, seconds: float, waited: bool) -> None:
         """Take the time of a step in which every token was sampled from. waited: it began when the one before was
-        done, on a device where it need not. While it rests, the last before a look says enough."""
+        done, on a device where it need not. Of those launched ahead the mean counts: where the host is late for one,
+        the next seems to take no time."""
         if waited:
+            self._stretch = (0, 0, 0.0)
             self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
-        elif self._next_look - self._num_steps <= 1:
+            return
+        if not self.overlaps:
             self.cost.record(num_tokens, seconds)
+            return
+        tokens, steps, total = self._stretch
+        steps, total = (steps + 1, total + seconds) if tokens == num_tokens else (1, seconds)
+        if steps == _STRETCH:
+            self.cost.record(num_tokens, total / steps)
+            steps, total = 0, 0.0
+        self._stretch = (num_tokens, steps, total)
 
     def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
@@ -287,6 +299,8 @@ class Speculator:
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
             return []
+        if self.overlaps and self.cost.seconds(len(decoding)) is None:
+            return [(sequence, 0) for sequence in decoding]  # what waiting costs is not known yet
         waiting, each, drafting = self._costs(len(decoding))
         chances = [self.drafter.rate(sequence) for sequence in decoding]
         return list(zip(decoding, best_depths(chances, each, self.max_depth, waiting, drafting), strict=True))
@@ -304,6 +318,7 @@ class Speculator:
 
 # Time of a draft relative to a step, until both were measured.
 _GUESS = 0.1
+_STRETCH = 8  # steps launched ahead that are timed together
 # Times that a probe's or a look's seconds pass before the next; steps without a look at most.
 _PROBE_SHARE = 100
 _LONGEST_REST = 64
