@@ -1,13 +1,15 @@
-"""Takes every kernel of the CUDA backend through Triton's front end for an H100, which need not be there: the
-interpreter takes programs that the compiler refuses. Nothing is computed. test_cuda_compile.py runs this in a process
-of its own, without the interpreter; it prints how often each kernel was compiled."""
+"""Takes every kernel of the CUDA backend through Triton's front end, and some to machine code, for an H100, which need
+not be there: the interpreter takes programs that the compiler refuses. Nothing is computed. test_cuda_compile.py runs
+this in a process of its own, without the interpreter; it prints how often each kernel was compiled."""
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
-import attention_tools
 import numpy as np
 import torch
 from attention_tools import CASES, check_attention
@@ -15,9 +17,10 @@ from cuda_tools import check_experts, check_low_rank, check_normed, check_produc
 from sampling_tools import check_draws, check_sampling
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction
 
+import hasten
 from hasten.model.formats import Format
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -28,6 +31,8 @@ TYPES = {
 }  # fmt: skip
 ON_A_GPU = {"ASM", "PDL"}
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+WHOLE = {"decode_few", "gemv_int4", "prefill"}  # with inline assembly: their first variants become machine code
+SHARED = 227 << 10
 SEEN: set[tuple[str, str]] = set()
 COUNTS: Counter[str] = Counter()
 
@@ -54,28 +59,38 @@ def compiled(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **give
         return
     SEEN.add(key)
     COUNTS[name] += 1
+    source = ASTSource(kernel, signature, constants)
+    if name in WHOLE and COUNTS[name] == 1:
+        assert compile(source, TARGET, options).metadata.shared <= SHARED
+        return
     backend = make_backend(TARGET)
     parsed, context = backend.parse_options(options), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    source = ASTSource(kernel, signature, constants)
     source.make_ir(TARGET, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
+
+
+@contextmanager
+def uncomputed() -> Iterator[None]:
+    """The tests' own checks fail on what nothing has computed; others do not."""
+    try:
+        yield
+    except (AssertionError, IndexError) as error:
+        where = extract_tb(error.__traceback__)[-1].filename
+        if where == __file__ or Path(hasten.__file__).parent in Path(where).parents:
+            raise
 
 
 @np.errstate(all="ignore")
 def main() -> None:
     JITFunction.run = compiled
 
-    def unknown(*_: object) -> None:
-        raise AssertionError
-
-    attention_tools._expected = unknown  # type: ignore[assignment]
     variants: tuple[dict[str, Any], ...] = (
         {}, {"head_dim": 80}, {"window": 20, "softcap": 5.0}, {"dtype": "fp32", "kv": "fp32"},
         {"kv": "fp8", "heads": 6, "normed": True},
     )  # fmt: skip
     for case, variant in product(CASES.values(), variants):
-        with suppress(AssertionError):
+        with uncomputed():
             check_attention("cpu", **case, **variant)
     formats = [
         *(Format(kind) for kind in ("bf16", "fp32", "int8", "fp8")), Format("int8", 32), Format("int4", 32),
@@ -84,19 +99,19 @@ def main() -> None:
     ]  # fmt: skip
     for format, rows, gated in product(formats, (1, 3, 70), (False, True)):
         dtype = "fp32" if format is not None and format.kind == "fp32" else "bf16"
-        with suppress(AssertionError):
+        with uncomputed():
             check_product("cpu", format, dtype, rows, 64, 256, gated, 0.0, 0)
     for format in (Format("int4", 128), Format("bf16", sparse24=True)):
-        with suppress(AssertionError):
+        with uncomputed():
             check_normed(format, True)
     for format, rows in product((Format("fp32"), Format("int8"), Format("fp8")), (1, 3)):
-        with suppress(AssertionError):
+        with uncomputed():
             check_experts("cpu", format, "fp32", rows, (64, 48, 4, 2, 1), 0.0)
-    with suppress(AssertionError):
+    with uncomputed():
         check_low_rank("cpu", [20, 1], 0.0)
-    with suppress(AssertionError, IndexError):
+    with uncomputed():
         check_sampling("cpu", 24, 211, 0)
-    with suppress(AssertionError, IndexError):
+    with uncomputed():
         check_draws("cpu", 1500)
     print(*(f"{name} {count}" for name, count in sorted(COUNTS.items())), sep="\n")
 

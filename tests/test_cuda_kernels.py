@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU here: see tests/gpu", allow_module_level=True)
 
+import attention_tools  # noqa: E402
+import cpu_tools  # noqa: E402
 from attention_tools import check_attention, make_spec  # noqa: E402
 from cpu_tools import BLOCK, NUM_BLOCKS, table  # noqa: E402
 from cuda_tools import batch, check_composed, check_normed, check_product, fetched, load, make_linear, pieces  # noqa: E402
@@ -237,19 +239,32 @@ def test_tiles_of_attention_fit_any_gpu(key_bytes: int) -> None:
         assert tile.keys & (tile.keys - 1) == 0
         assert 2 * tile.keys * key_bytes <= 64 << 10
         assert tile.at_once == 1 or tile.at_once * group * dims <= 1024 * tile.warps  # in registers
-    for shared, size in product((99 << 10, 163 << 10, 227 << 10), (2, 4)):
-        dims = key_bytes // size
-        keys, stages = prefill_tile(dims, size, size, shared)
-        assert (prefill_rows(key_bytes) + 2 * stages * keys) * key_bytes <= shared
-        assert keys & (keys - 1) == 0
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("block", [32, 128])
+def test_attention_over_larger_blocks(block: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention_tools, cpu_tools):
+        monkeypatch.setattr(module, "BLOCK", block)
+    runs = [(150, 150), (300, 1), (17, 17), (260, 40)]
+    check_attention("cpu", runs, head_dim=24, dtype="fp32", kv="fp32", window=window)
+
+
+@pytest.mark.parametrize(("query", "key"), [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)])
+def test_tiles_of_prefill_attention_fit_any_gpu(query: int, key: int) -> None:
+    for shared, dims in product((99 << 10, 163 << 10, 227 << 10), (16, 64, 128, 256)):
+        for rows in (prefill_rows(dims * query), 64):  # as many where a group has many query heads
+            keys, stages = prefill_tile(rows, dims, query, key, shared)
+            assert keys in (16, 32, 64)
+            assert (rows * query + 2 * stages * keys * key) * dims <= shared
 
 
 def test_tiles_of_prefill_attention() -> None:
     """As measured on an H200, and one that any GPU takes."""
-    assert prefill_tile(128, 2, 2, 227 << 10) == (64, 3)  # two programs
-    assert prefill_tile(256, 2, 2, 227 << 10) == (64, 3)  # one
-    assert prefill_tile(128, 2, 2, 163 << 10) == (64, 2)
-    assert prefill_tile(256, 2, 2, 99 << 10) == (32, 2)
+    assert prefill_tile(64, 128, 2, 2, 227 << 10) == (64, 3)  # two programs
+    assert prefill_tile(64, 256, 2, 2, 227 << 10) == (64, 3)  # one
+    assert prefill_tile(64, 128, 2, 2, 163 << 10) == (64, 2)
+    assert prefill_tile(64, 256, 2, 2, 99 << 10) == (32, 2)
 
 
 def test_steps_that_do_not_fit_are_refused_in_one_line(

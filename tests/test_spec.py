@@ -136,6 +136,8 @@ def test_multimodal_gemma3_is_its_text_part() -> None:
         ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is 1000"),
         ({"model_type": "gpt_neox", "rotary_pct": 1e30}, "partial_rotary_factor|rotary dimension"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"model_type": "granite", "attention_multiplier": -0.1}, "attention_multiplier is -0.1, expected a positive"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, expected a positive"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),

@@ -165,7 +165,7 @@ class Backend(Protocol):
         """Bytes of one KV block over all layers."""
 
     def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
-        """Make the KV cache, dropping an earlier one. block_size is a multiple of 16; some want powers of two."""
+        """Make the KV cache, dropping an earlier one. block_size is a multiple of 16, on a GPU a power of two."""
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; its logits, valid until the next call."""

@@ -265,6 +265,7 @@ class Engine:
 
     def _settle(self, flight: _Flight) -> list[Delta]:
         """Wait for the step's result and take it into the books."""
+        asked = time.perf_counter()
         sampled = None if flight.pending is None else flight.pending.result()
         tokens = [] if sampled is None else sampled.tokens.tolist()
         if tokens and min(tokens) < 0:
@@ -275,7 +276,8 @@ class Engine:
         if self.speculator is not None and flight.num_tokens:
             # All since the step before: what drafts and verification take of the host is part of what they cost.
             taken = now - self._last_settled
-            self.speculator.record(flight.num_tokens, taken, self._backend.overlaps and not flight.is_ahead)
+            waited = self._backend.overlaps and not flight.is_ahead
+            self.speculator.record(flight.num_tokens, taken, waited, now - asked)
         self._last_settled = now
         if flight.step.decodes:
             accept = self._accept_one

@@ -86,14 +86,16 @@ class StepCost:
     def _forget(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def record(self, num_tokens: int, seconds: float, expected: float | None = None) -> None:
-        """Take one step. expected: its seconds, where none were seen yet."""
+    def record(
+        self, num_tokens: float, seconds: float, expected: float | None = None, outlier: float = _OUTLIER
+    ) -> None:
+        """Take one step. expected: its seconds, where none were seen yet. outlier: times what is expected."""
         expected = self.seconds(num_tokens) or expected
         if expected is not None:
-            if seconds * _OUTLIER < expected:
+            if seconds * outlier < expected:
                 self._forget()
-            self._num_outliers = self._num_outliers + 1 if seconds > _OUTLIER * expected else 0
-            if 0 < self._num_outliers <= _OUTLIER:
+            self._num_outliers = self._num_outliers + 1 if seconds > outlier * expected else 0
+            if 0 < self._num_outliers <= outlier:
                 return
         keep = 0.98
         self._weight = keep * self._weight + 1
@@ -102,7 +104,7 @@ class StepCost:
         self._xx = keep * self._xx + num_tokens * num_tokens
         self._xy = keep * self._xy + num_tokens * seconds
 
-    def seconds(self, num_tokens: int) -> float | None:
+    def seconds(self, num_tokens: float) -> float | None:
         """Of a step of so many tokens; None until a step was seen."""
         if self._weight == 0:
             return None
@@ -128,20 +130,22 @@ class StepCost:
 def best_depths(chances: list[float], each: float, most: int, waiting: float = 0.0, drafting: float = 0.0) -> list[int]:
     """How many tokens to draft for each of n sequences, that are right with these chances, for the most tokens per
     time: (n + the sum of p + .. + p^d) / (1 + waiting + each * the sum of d + drafting * the largest d), in steps
-    without drafts. All 0: do not draft, nor wait. What waiting costs all of them must pay, be it for one.
+    without drafts. All 0: do not draft, nor wait. What waiting costs all of them must pay, be it for one, and little is
+    not worth it: it is known roughly, and paid once more when drafting ends.
 
     A ratio is largest where tokens - rate * time is (Dinkelbach 1967), and there a draft is worth its chance."""
     num = len(chances)
-    best, rate = [0] * num, float(num)
-    price = each + drafting / num
-    while True:
-        least = rate * price
-        depths = [_depth(chance, least, most) for chance in chances]
-        tokens = num + sum(_expected(chance, depth) for chance, depth in zip(chances, depths, strict=True) if depth)
-        found = tokens / (1 + waiting + each * sum(depths) + drafting * max(depths))
-        if found <= rate * (1 + 1e-9):
-            return best
-        best, rate = depths, found
+    best, rate = [0] * num, num * (_WORTH_WAITING if waiting else 1.0)
+    for deepest in range(1, most + 1) if drafting else (most,):
+        fixed = 1 + waiting + drafting * deepest
+        while True:
+            depths = [_depth(chance, rate * each, deepest) for chance in chances]
+            right = sum(_expected(chance, depth) for chance, depth in zip(chances, depths, strict=True) if depth)
+            found = (num + right) / (fixed + each * sum(depths))
+            if found <= rate * (1 + 1e-9):
+                break
+            best, rate = depths, found
+    return best
 
 
 def _depth(chance: float, least: float, most: int) -> int:
@@ -200,10 +204,12 @@ class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
     to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time;
     and not where even drafts that are always right would lose. To ask whether a draft would pay takes time as well,
-    much where a step takes a fraction of a millisecond: while the answer is no, it is asked that seldom too.
+    much where a step takes a fraction of a millisecond: while the answer is no, and the host has no time to spare, it
+    is asked that seldom too.
 
     On a device that works by itself a step with drafts is waited for, and the next one launched when it is done. What
-    that costs beside a step that was launched ahead is measured too (`waited`)."""
+    that costs beside a step that was launched ahead is measured too (`waited`). So nothing is drafted before it is
+    known what those take, nor now and then while that is measured anew."""
 
     def __init__(self, drafter: Drafter | None = None, max_depth: int = 8, probe_every: int = 32) -> None:
         self.drafter = drafter or NgramDrafter()
@@ -212,37 +218,51 @@ class Speculator:
         self.cost = StepCost()
         self.waited = StepCost()
         self.overlaps = False  # set by the engine: steps are launched ahead where nothing is drafted
-        self._stretch = (0, 0, 0.0)  # of such steps: tokens of each, how many, seconds
+        self._ahead: list[tuple[int, float, float]] = []  # steps of the present stretch, see record()
+        self._idle = 0.0
+        self._next_stretch, self._until_stretch = 0, _FIRST_STRETCH
+        self._drafting = 0.0  # seconds of the step under way that are the drafter's own
         self._num_steps = 0
+        self._num_running = 0
         self._next_look = 0
         self._next_probe = probe_every
         self._num_probes = 0
 
-    def record(self, num_tokens: int, seconds: float, waited: bool) -> None:
+    def record(self, num_tokens: int, seconds: float, waited: bool, idle: float = 0.0) -> None:
         """Take the time of a step in which every token was sampled from. waited: it began when the one before was
-        done, on a device where it need not. Of those launched ahead the mean counts: where the host is late for one,
-        the next seems to take no time."""
+        done, on a device where it need not. idle: seconds in which the host had nothing to do. Of steps launched ahead
+        the mean of several counts: where the host is late for one, the next seems to take no time."""
+        seconds, self._drafting = seconds - self._drafting, 0.0
         if waited:
-            self._stretch = (0, 0, 0.0)
+            self._ahead.clear()
             self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
-            return
-        if not self.overlaps:
+        elif not self.overlaps:
             self.cost.record(num_tokens, seconds)
-            return
-        tokens, steps, total = self._stretch
-        steps, total = (steps + 1, total + seconds) if tokens == num_tokens else (1, seconds)
-        if steps == _STRETCH:
-            self.cost.record(num_tokens, total / steps)
-            steps, total = 0, 0.0
-        self._stretch = (num_tokens, steps, total)
+        else:
+            self._ahead.append((num_tokens, seconds, idle))
+            if len(self._ahead) == _STRETCH:
+                self._take_stretch()
+
+    def _take_stretch(self) -> None:
+        longest = max(seconds for _, seconds, _ in self._ahead)
+        tokens, seconds, idle = (sum(column) / _STRETCH for column in zip(*self._ahead, strict=True))
+        self._ahead.clear()
+        if longest > seconds * _STRETCH / 2:
+            return  # something was compiled, or recorded
+        self.cost.record(tokens, seconds, outlier=_CHANGE)
+        self._idle = idle
+        self._next_stretch = self._num_steps + self._until_stretch
+        self._until_stretch = min(2 * self._until_stretch, _LATER_STRETCH)
 
     def draft(self, scheduler: Scheduler) -> None:
         """Set `drafts` on the sequences that have one token to run."""
         self._num_steps += 1
-        if self._num_steps < self._next_look:
+        self._drafting = 0.0
+        running = scheduler.running
+        if self._is_early(running, self._num_steps):
             return
-        start = time.perf_counter()
-        depths = self._depths(scheduler.running)
+        start, is_first = time.perf_counter(), _any_new(running)
+        depths = self._depths(running)
         if not depths:
             return
         resting = self._probed(depths)
@@ -255,38 +275,48 @@ class Speculator:
             if depth > 0:
                 wanted.append((sequence, depth))
         if not wanted:
-            self._rest(depths, start)
+            self._rest(running, self._num_steps, start, is_first)
             return
         start = time.perf_counter()
         self.drafter.propose(wanted, scheduler)
+        taken = time.perf_counter() - start
+        if self.drafter.seconds(len(depths)) != 0:
+            self._drafting = taken  # is reckoned by itself
         if probed is not None:
             self._num_probes += 1
-            step = self.cost.seconds(len(depths))
-            lost = sum(self._costs(len(depths))) + ((time.perf_counter() - start) / step if step else 0)
+            step, (waiting, each, _) = self.cost.seconds(len(depths)), self._costs(len(depths))
+            lost = waiting + each + (taken / step if step else 0)
             self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:
         """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
-        if self._num_steps + 1 >= self._next_look:
-            start = time.perf_counter()
+        step = self._num_steps + 1
+        if not self._is_early(running, step):
+            start, is_first = time.perf_counter(), _any_new(running)
             depths = self._depths(running)
             if any(depth for _, depth in depths) or self._probed(depths, ahead=1):
                 return False
-            self._rest(depths, start, ahead=1)
-        self._num_steps += 1
+            self._rest(running, step, start, is_first)
+        self._num_steps = step
+        self._drafting = 0.0
         return True
 
-    def _rest(self, depths: list[tuple[Sequence, int]], start: float, ahead: int = 0) -> None:
-        """Ask again when what it took since `start` will be a hundredth of the time; at once where prompts were
-        indexed."""
-        step = self.cost.seconds(len(depths))
-        if step and all(sequence.num_output > 1 for sequence, _ in depths):
-            steps = int(_PROBE_SHARE * (time.perf_counter() - start) / step)
-            self._next_look = self._num_steps + ahead + 1 + min(_LONGEST_REST, steps)
+    def _is_early(self, running: list[Sequence], step: int) -> bool:
+        """Whether it was asked lately if drafts would pay, of no fewer sequences."""
+        return step < self._next_look and len(running) <= self._num_running
+
+    def _rest(self, running: list[Sequence], step: int, start: float, is_first: bool) -> None:
+        """Ask again when what it took since `start`, beyond what the host waits for the device anyhow, will be a
+        hundredth of the time. is_first: prompts were indexed, which says nothing."""
+        self._num_running = len(running)
+        usual = self.cost.seconds(len(running))
+        if usual and not is_first:
+            lost = max(0.0, time.perf_counter() - start - self._idle) / usual
+            self._next_look = step + 1 + min(_LONGEST_REST, int(_PROBE_SHARE * lost))
 
     def _probed(self, depths: list[tuple[Sequence, int]], ahead: int = 0) -> list[Sequence]:
         """Sequences that rest, one of which should try a draft in this step."""
-        if self._num_steps + ahead < self._next_probe or not depths:
+        if self._num_steps + ahead < self._next_probe or not depths or self._measures(len(depths)):
             return []
         if self.drafter.seconds(len(depths)) != 0:
             _, each, drafting = self._costs(len(depths))
@@ -294,15 +324,19 @@ class Speculator:
                 return []
         return [sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)]
 
+    def _measures(self, num_sequences: int) -> bool:
+        """Whether steps launched ahead are to be timed now."""
+        return self.overlaps and (self._num_steps >= self._next_stretch or self.cost.seconds(num_sequences) is None)
+
     def _depths(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
         """How deep to draft for each sequence that decodes."""
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
             return []
-        if self.overlaps and self.cost.seconds(len(decoding)) is None:
-            return [(sequence, 0) for sequence in decoding]  # what waiting costs is not known yet
-        waiting, each, drafting = self._costs(len(decoding))
         chances = [self.drafter.rate(sequence) for sequence in decoding]
+        if self._measures(len(decoding)):
+            return [(sequence, 0) for sequence in decoding]
+        waiting, each, drafting = self._costs(len(decoding))
         return list(zip(decoding, best_depths(chances, each, self.max_depth, waiting, drafting), strict=True))
 
     def _costs(self, num_sequences: int) -> tuple[float, float, float]:
@@ -318,8 +352,18 @@ class Speculator:
 
 # Time of a draft relative to a step, until both were measured.
 _GUESS = 0.1
-_STRETCH = 8  # steps launched ahead that are timed together
+# Tokens per time, over none drafted, for which steps are not launched ahead.
+_WORTH_WAITING = 1.1
+# Steps launched ahead that are timed together; steps until the next of them, at first and later; what a change is.
+_STRETCH = 8
+_FIRST_STRETCH, _LATER_STRETCH = 32, 512
+_CHANGE = 1.5
 # Times that a probe's or a look's seconds pass before the next; steps without a look at most.
 _PROBE_SHARE = 100
 _LONGEST_REST = 64
 _GOOD = 0.5  # luck of an n-gram index at which drafts may come to pay
+
+
+def _any_new(running: list[Sequence]) -> bool:
+    """Whether there are sequences of which nothing was indexed yet."""
+    return any(sequence.ngrams is None for sequence in running)

@@ -137,7 +137,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         activation=_activation(config, family),
         gated_mlp=family.gated_mlp,
         learned_positions=family.learned_positions,
-        attention_scale=family.attention_scale(config, head_dim),
+        attention_scale=_attention_scale(config, family, head_dim),
         attention_softcap=_softcap(config, family, "attn_logit_softcapping"),
         final_softcap=_softcap(config, family, "final_logit_softcapping"),
         embedding_scale=family.embedding_scale(config) if family.embedding_scale else 1.0,
@@ -279,6 +279,14 @@ def _bounded(key: str, value: int) -> int:
     if value > most:
         raise ModelError(f"config.json: {key} is {value!r:.40}, expected at most {most}")
     return value
+
+
+def _attention_scale(config: Config, family: Family, head_dim: int) -> float:
+    """Positive: kernels take the maximum before they scale."""
+    for key in ("attention_multiplier", "query_pre_attn_scalar"):
+        if key in config:
+            _real(config, key)
+    return family.attention_scale(config, head_dim)
 
 
 def _real(config: Config, key: str) -> float:

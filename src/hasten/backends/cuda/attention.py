@@ -152,7 +152,7 @@ class Attention:
         shape, cache, device = _Shape(layer), self._caches[index], self._device
         assert inputs.tile_tokens is not None
         rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * shape.gq))
-        keys, stages = prefill_tile(shape.dp, qkv.itemsize, cache.itemsize, device.shared)
+        keys, stages = prefill_tile(rows, shape.dp, qkv.itemsize, cache.itemsize, device.shared)
         kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
             qkv, cache[0], cache[1], out, inputs.tile_tokens, inputs.tile_counts, inputs.tile_sequences,
             inputs.positions, inputs.tables, inputs.width, qkv.stride(0), self._spec.attention_scale,

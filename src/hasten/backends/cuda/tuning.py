@@ -184,16 +184,20 @@ def prefill_rows(query_bytes: int) -> int:
     return 64 if query_bytes <= 512 else 32
 
 
-def prefill_tile(dims: int, query_size: int, key_size: int, shared: int) -> tuple[int, int]:
-    """Keys of a tile and pipeline stages. dims: of a head, padded; bytes of a number of queries and of keys; shared:
-    bytes of shared memory that a program may have. Two programs a multiprocessor come first, then a third stage."""
-    rows, widest = prefill_rows(dims * query_size), dims * max(query_size, key_size)
-    most = 64 if widest <= (512 if query_size == 2 else 256) else 32 if widest <= 512 else 16
-    for keys in (most, most // 2):
+def prefill_tile(rows: int, dims: int, query_size: int, key_size: int, shared: int) -> tuple[int, int]:
+    """Keys of a tile and pipeline stages. rows: of its queries; dims: of a head, padded; bytes of a number of queries
+    and of keys; shared: bytes of shared memory that a program may have. Two programs a multiprocessor come first, then
+    a third stage. Keys of another type are there once more as queries are."""
+    widest = max(query_size, key_size)
+    most = 64 if widest * dims <= (512 if widest == 2 else 256) else 32 if widest * dims <= 512 else 16
+    for keys in (most, most // 2, most // 4):
+        if keys < 16:
+            break
         for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
-            if programs * (rows + 2 * stages * keys) * widest <= shared:
+            numbers = rows * query_size + 2 * keys * (stages * key_size + (query_size if key_size != query_size else 0))
+            if programs * numbers * dims <= shared:
                 return keys, stages
-    raise AssertionError(f"no tile of {dims} dims fits {shared} bytes of shared memory")
+    return 16, 1
 
 
 def _power_of_two(n: int) -> int:
