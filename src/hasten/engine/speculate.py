@@ -250,7 +250,7 @@ class Speculator:
         if longest > seconds * _STRETCH / 2:
             return  # something was compiled, or recorded
         self.cost.record(tokens, seconds, outlier=_CHANGE)
-        self._idle = idle
+        self._idle = max(0.0, idle - _ASKING * seconds)
         self._next_stretch = self._num_steps + self._until_stretch
         self._until_stretch = min(2 * self._until_stretch, _LATER_STRETCH)
 
@@ -358,6 +358,7 @@ _WORTH_WAITING = 1.1
 _STRETCH = 8
 _FIRST_STRETCH, _LATER_STRETCH = 32, 512
 _CHANGE = 1.5
+_ASKING = 0.5  # share of a step that the host may take to ask for a result that is there: no idleness
 # Times that a probe's or a look's seconds pass before the next; steps without a look at most.
 _PROBE_SHARE = 100
 _LONGEST_REST = 64
