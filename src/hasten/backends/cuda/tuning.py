@@ -194,8 +194,8 @@ def prefill_tile(rows: int, dims: int, query_size: int, key_size: int, shared: i
         if keys < 16:
             break
         for programs, stages in ((2, 3), (2, 2), (1, 3), (1, 2)):
-            numbers = rows * query_size + 2 * keys * (stages * key_size + (query_size if key_size != query_size else 0))
-            if programs * numbers * dims <= shared:
+            again = 0 if key_size == query_size else query_size
+            if programs * dims * (rows * query_size + 2 * keys * (stages * key_size + again)) <= shared:
                 return keys, stages
     return 16, 1
 

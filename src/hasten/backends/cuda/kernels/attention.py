@@ -142,12 +142,9 @@ def tile_of(
     else:
         inside = tl.minimum(at + keys, last) & (BLOCK - 1)
     here = (first + inside) * D
-    if D == DP:
-        k, v = tl.load(k_cache + here[:, None] + dims[None, :]), tl.load(v_cache + here[:, None] + dims[None, :])
-    else:
-        there = (dims < D)[None, :]
-        k = tl.load(k_cache + here[:, None] + dims[None, :], mask=there, other=0.0)
-        v = tl.load(v_cache + here[:, None] + dims[None, :], mask=there, other=0.0)
+    mask, other = None if D == DP else (dims < D)[None, :], None if D == DP else 0.0
+    k = tl.load(k_cache + here[:, None] + dims[None, :], mask=mask, other=other)
+    v = tl.load(v_cache + here[:, None] + dims[None, :], mask=mask, other=other)
     return k.to(T), v.to(T)
 
 
