@@ -131,7 +131,9 @@ def test_padded_steps_equal_exact_ones(tiny_model: Callable[..., Path]) -> None:
     assert not stager.refill(long, any_step, 4, buffer)
 
 
-@pytest.mark.parametrize("lengths", [[1], [5000], [7, 300, 2000, 64], [900] * 300, [1] * 700])
+@pytest.mark.parametrize(
+    "lengths", [[1], [5000], [7, 300, 2000, 64], [641] * 64, [300, 900] * 32, [900] * 300, [1] * 700]
+)
 def test_keys_are_shared_evenly(lengths: list[int]) -> None:
     counts = share_keys(np.array(lengths, np.int32), 66)
     assert (counts >= 1).all()
@@ -142,7 +144,21 @@ def test_keys_are_shared_evenly(lengths: list[int]) -> None:
     assert counts.max() <= MAX_SPLITS
     share, keys = -(-np.array(lengths) // counts), share_quantum(len(lengths))
     tiles = max(-(-sum(lengths) // (66 * keys)), -(-max(lengths) // (keys * MAX_SPLITS)))
-    assert share.max() <= max(1, tiles) * keys
+    more = tiles // 4 if min(lengths) == max(lengths) else 0
+    assert share.max() <= max(1, tiles + more) * keys
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "each"), [(64, 640, 1), (64, 641, 1), (32, 641, 2), (48, 640, 1), (1, 290, 10), (64, 193, 2)]
+)
+def test_a_few_keys_too_many_make_no_programs(count: int, length: int, each: int) -> None:
+    """More than the even share by less than a quarter, in whole tiles, is left to one program; not of one alone, for
+    which the others would have finished."""
+    lengths = np.full(count, length, np.int32)
+    assert share_keys(lengths, 66).tolist() == [each] * count
+    if (count, length) == (64, 641):
+        lengths[1:] //= 2
+        assert share_keys(lengths, 66)[0] == 3
 
 
 def test_few_tokens_of_each_sequence_as_decodes(tiny_model: Callable[..., Path]) -> None:

@@ -1,5 +1,6 @@
 """What the tuner of kernels keeps, and which tiles it tries; the tuning itself runs on a GPU (tests/gpu)."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,7 @@ from hasten.backends.cuda.tuner import (  # noqa: E402
     signature,
     tune_tiles,
 )
-from hasten.backends.cuda.tuning import Tile, skinny_tile  # noqa: E402
+from hasten.backends.cuda.tuning import Tile, skinny_tile, tile_key  # noqa: E402
 from hasten.errors import ModelError, ResourceError  # noqa: E402
 from hasten.model.formats import Format, quantize  # noqa: E402
 
@@ -59,8 +60,18 @@ def test_what_ships_serves_who_has_measured_nothing(
     assert read_measured(GPU) == own
 
 
+def test_tables_that_ship_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [json.loads(path.read_text()) for path in measured._SHIPPED.glob("*.json")]
+    assert GPU in [table["gpu"] for table in tables]
+    for table in tables:
+        monkeypatch.setattr("triton.__version__", table["triton"])
+        assert read_measured(table["gpu"]).tiles.keys() == table["tiles"].keys()
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    assert tile_key("skinny", 0, 0, 64, 14336, 4096, True) in read_measured(GPU).tiles
+
+
 def test_what_is_written_is_read(cache: Path) -> None:
-    assert read_measured(GPU) == Measured()
+    assert read_measured("NVIDIA H000") == Measured()
     found = Measured({"gemv 0 0 1 64 64": Tile(4, 512, 1, 2, 3)}, {"int4 64x64": {1: (0.5, 1.0), 64: (3.0, 2.0)}})
     assert write_measured(GPU, found) == measured_path(GPU) == cache / "hasten" / "kernels-nvidia-h200.json"
     found.few_rows["int4 64x64"] = {"int4-g128": 128}

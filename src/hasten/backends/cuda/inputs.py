@@ -77,8 +77,9 @@ def is_short(batch: Batch) -> bool:
 def share_keys(lengths: Int32, programs: int) -> Int32:
     """How many programs of decode attention each entry gets [D].
 
-    Every program gets about as many keys, however much the lengths differ, and there are at least `programs` of them
-    where tiles suffice: long sequences are cut, and nobody waits for one.
+    Every program gets about as many keys, however much the lengths differ, and there are about `programs` of them where
+    tiles suffice: long sequences are cut, and nobody waits for one. Where lengths are much alike, all parts may have a
+    quarter more, in whole tiles: a few keys too many would else make twice the programs, and none is left waiting.
     """
     count = len(lengths)
     if not count:
@@ -88,8 +89,9 @@ def share_keys(lengths: Int32, programs: int) -> Int32:
     tiles = max(1, -(-int(lengths.sum()) // (wanted * keys)), -(-longest // (MAX_SPLITS * keys)))
     if wanted + count > MAX_PROGRAMS:
         tiles = -(-longest // keys)
-    share = tiles * keys
-    return (lengths + (share - 1)) // share
+    is_even = longest * count * 8 <= int(lengths.sum()) * 9
+    share, more = tiles * keys, tiles // 4 * keys if is_even else 0
+    return np.maximum(1, (lengths - more + (share - 1)) // share)
 
 
 def decode_work(rows: Ints, sequences: Ints, batch: Batch, width: int, programs: int) -> Int32:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hasten.backends.cuda.kernels.words import fetch_ahead
+
 DENSE, FP8, INT8, INT4 = (tl.constexpr(kind) for kind in range(4))
 NO_ACTIVATION, SILU, GELU, GELU_TANH = (tl.constexpr(kind) for kind in range(4))
 # Which experts a product is of (experts.route): all that there are, runs of its rows, runs of its columns.
@@ -274,6 +276,19 @@ def skinny(
     block = tl.program_id(0)
     tile = tl.program_id(2) * tl.num_programs(0) + block
     cols = tl.arange(0, BK)
+    WIDTH: tl.constexpr = 4 * BK if KIND == INT4 else BK  # columns of x that a step takes
+    if PDL and ASM and EXPERTS == NO_EXPERTS and BM >= 32:  # with 16 rows it costs what it gains
+        # The first weights are on their way before the kernel that makes x is done.
+        ITEM: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        LINES: tl.constexpr = max(1, BK * ITEM // 128)
+        first = split * tl.cdiv(tl.cdiv(K, WIDTH), splits) * BK
+        its_rows = tl.minimum(block * BN + tl.arange(0, BN), N - 1).to(tl.int64)
+        for stage in tl.static_range(STAGES):
+            at = tl.maximum(0, tl.minimum(first + stage * BK, ldw - BK)) + tl.arange(0, LINES) * (128 // ITEM)
+            ahead = w + its_rows[:, None] * ldw + at[None, :]
+            fetch_ahead(ahead)
+            if GATED:
+                fetch_ahead(ahead + N.to(tl.int64) * ldw)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -292,7 +307,6 @@ def skinny(
         x += block * BN // SEGMENT * up_x
     rows = tl.minimum(out_rows, end - 1)
     NT = 2 * N if GATED else N
-    WIDTH: tl.constexpr = 4 * BK if KIND == INT4 else BK  # columns of x that a step takes
     last = K
     per_expert = tl.cdiv(size, WIDTH)
     steps = tl.load(running) * per_expert if EXPERTS == EXPERT_COLUMNS else tl.cdiv(K, WIDTH)

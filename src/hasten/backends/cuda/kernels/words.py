@@ -1,4 +1,4 @@
-"""Words of two bfloat16, and loads into the threads that want the numbers."""
+"""Words of two bfloat16, loads into the threads that want the numbers, fetches into the L2 cache."""
 
 import triton
 import triton.language as tl
@@ -46,3 +46,11 @@ def fetched(at, ASM: tl.constexpr):
     else:
         found = tl.load(at)
     return found
+
+
+@triton.jit
+def fetch_ahead(at):
+    """Ask for the 128 bytes at each of these addresses, for the L2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
