@@ -14,6 +14,7 @@ from hasten.backends.cuda.tuning import FEW_SEQUENCES, share_quantum
 _ALIGN = 8  # numbers: every part begins at a multiple of 32 bytes, which are fetched at once; kernels count on 16
 MAX_RUN = 16  # tokens of a sequence, at most, where its keys are read anew for each of them
 MAX_SPLITS = 32
+_LEAST = 0.7  # of the programs that keep a device busy, those that a step with few keys too many may do with
 WORK = 8  # numbers that a program of decode attention is told, see decode_work and kernels.decode.work_of
 MAX_PROGRAMS = 1024  # of decode attention, where keys are shared at all; bounds the partial results' memory
 
@@ -78,8 +79,8 @@ def share_keys(lengths: Int32, programs: int) -> Int32:
     """How many programs of decode attention each entry gets [D].
 
     Every program gets about as many keys, however much the lengths differ, and there are about `programs` of them where
-    tiles suffice: long sequences are cut, and nobody waits for one. Where lengths are much alike, all parts may have a
-    quarter more, in whole tiles: a few keys too many would else make twice the programs, and none is left waiting.
+    tiles suffice: long sequences are cut, and nobody waits for one. Parts may have up to a quarter more where that
+    makes about `programs` of them instead of more: a key too many in each sequence would else make twice as many.
     """
     count = len(lengths)
     if not count:
@@ -89,9 +90,8 @@ def share_keys(lengths: Int32, programs: int) -> Int32:
     tiles = max(1, -(-int(lengths.sum()) // (wanted * keys)), -(-longest // (MAX_SPLITS * keys)))
     if wanted + count > MAX_PROGRAMS:
         tiles = -(-longest // keys)
-    is_even = longest * count * 8 <= int(lengths.sum()) * 9
-    share, more = tiles * keys, tiles // 4 * keys if is_even else 0
-    return np.maximum(1, (lengths - more + (share - 1)) // share)
+    each, fewer = (-(-lengths // (share * keys)) for share in (tiles, tiles + tiles // 4))
+    return fewer if _LEAST * wanted <= fewer.sum() <= wanted < each.sum() else each
 
 
 def decode_work(rows: Ints, sequences: Ints, batch: Batch, width: int, programs: int) -> Int32:

@@ -284,7 +284,7 @@ def skinny(
         first = split * tl.cdiv(tl.cdiv(K, WIDTH), splits) * BK
         its_rows = tl.minimum(block * BN + tl.arange(0, BN), N - 1).to(tl.int64)
         for stage in tl.static_range(STAGES):
-            at = tl.maximum(0, tl.minimum(first + stage * BK, ldw - BK)) + tl.arange(0, LINES) * (128 // ITEM)
+            at = tl.minimum(first + stage * BK + tl.arange(0, LINES) * (128 // ITEM), ldw - 1)
             ahead = w + its_rows[:, None] * ldw + at[None, :]
             fetch_ahead(ahead)
             if GATED:

@@ -50,7 +50,7 @@ def fetched(at, ASM: tl.constexpr):
 
 @triton.jit
 def fetch_ahead(at):
-    """Ask for the 128 bytes at each of these addresses, for the L2 cache; nothing waits for them."""
+    """Ask for the line of 128 bytes that each of these addresses lies in, for the L2 cache; nothing waits for them."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
