@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hasten.errors import ModelError, ResourceError
-from hasten.model.checkpoint import check_finite, open_checkpoint
+from hasten.model.checkpoint import _CHECK_CHUNK, check_finite, open_checkpoint
 from hasten.model.formats import dequantize
 from hasten.model.hub import resolve
 
@@ -253,6 +253,15 @@ def test_check_finite_knows_every_number(dtype: str, view: type) -> None:
     for bits in (exponent, exponent + 1, sign | exponent, sign | exponent | 1, 2**width - 1):
         with pytest.raises(ModelError, match="x holds NaN or infinity"):
             check_finite(np.array([0, bits, 0], view), dtype, "x")
+
+
+@pytest.mark.parametrize("at", [0, _CHECK_CHUNK - 1, _CHECK_CHUNK, 3 * _CHECK_CHUNK])
+def test_check_finite_reads_all_of_a_large_tensor(at: int) -> None:
+    large = np.zeros((3 * _CHECK_CHUNK + 1, 1), np.uint16)
+    check_finite(large, "BF16", "x")
+    large[at] = 0x7F80
+    with pytest.raises(ModelError, match="x holds NaN or infinity"):
+        check_finite(large, "BF16", "x")
 
 
 def test_names_of_models(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

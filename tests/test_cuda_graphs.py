@@ -44,7 +44,9 @@ class Played(Graphs):
 def graphs(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(module, "_STAND_INS", dict.fromkeys(module._STAND_INS, 2))
     backend = load(tiny_model("qwen3", num_hidden_layers=1), "cpu")
-    made = Played(backend._decoder, backend._sampler, backend._stager, 4, 64, 16, 64)  # type: ignore[arg-type]
+    made = Played(
+        backend._decoder, backend._sampler, backend._stager, 4, 64, 16, 64, backend._rehearse  # type: ignore[arg-type]
+    )  # fmt: skip
     made.backend = backend  # type: ignore[attr-defined]
     return made
 

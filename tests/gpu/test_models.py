@@ -1,5 +1,7 @@
 """Whole models on the GPU: families against Transformers, graphs against eager steps, batches against each alone."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,11 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 import tiny_models  # noqa: E402
+import triton  # noqa: E402
 from cpu_tools import table  # noqa: E402
 from cuda_tools import batch, fetched, load, pieces  # noqa: E402
+
+from hasten.backends.cuda import kernels  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 100).astype(np.int32)
 Build = Callable[..., Path]
@@ -68,6 +73,27 @@ def test_graph_equals_eager(family: str, kind: str, tiny_model: Build) -> None:
     assert any(key[0] == kind and bucket.graph for key, bucket in backend._graphs._buckets.items())
     for _ in range(2):
         assert np.array_equal(eager, fetched(backend, step))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_kernels_of_new_steps_are_compiled_before_they_run(
+    family: str, deterministic: bool, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, early = [], []
+
+    def compiled(fn: object, is_manual_warmup: bool, **_: object) -> None:
+        (early if is_manual_warmup else late).append(fn.name)
+
+    for name in [found.name for found in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")]:
+        for kernel in vars(importlib.import_module(name)).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", compiled)
+    backend = load(tiny_model(family, dtype="bfloat16"), "cuda", "bf16", deterministic=deterministic)
+    pieces(backend, TOKENS[:33], [30, 1, 1, 1], table(1))
+    assert early
+    assert not late
 
 
 def test_prompts_alone_give_the_same_every_time(tiny_model: Build) -> None:

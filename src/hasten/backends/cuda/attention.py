@@ -101,14 +101,15 @@ class Attention:
         shape, rope, cache = _Shape(layer), self._rope(layer), self._caches[index]
         nothing = self._device.workspace
         heads: int = triton.next_power_of_2(layer.num_heads)
-        kernels.rope_and_store[(len(qkv),)](
+        self._device.launch(
+            kernels.rope_and_store, (len(qkv),),
             qkv, cache[0], cache[1], rope.table if rope else nothing, norms.q if norms else nothing,
             norms.k if norms else nothing, inputs.positions, inputs.slots, inputs.lengths, qkv.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.norm_eps,
             HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads, D=layer.head_dim, DP=shape.dp, HP=heads,
             KP=triton.next_power_of_2(layer.num_kv_heads), ROT=rope.rotary_dim if rope else 0,
-            LONG=bool(rope and rope.is_long), NORM=norms is not None, BLOCK=self._block_size, PDL=self._device.pdl,
-            num_warps=max(1, min(8, heads * shape.dp // 1024)), **self._device.launch,
+            LONG=bool(rope and rope.is_long), NORM=norms is not None, BLOCK=self._block_size,
+            num_warps=max(1, min(8, heads * shape.dp // 1024)),
         )  # fmt: skip
 
     def _decode(
@@ -129,14 +130,14 @@ class Attention:
         part = _heads_at_once(layer)
         heads = layer.num_heads // part if few else layer.num_kv_heads
         run = partial(
-            (decode_few if few else decode)[(heads, len(inputs.work) // WORK)],
+            device.launch, decode_few if few else decode, (heads, len(inputs.work) // WORK),
             sent, keys, values, received, rope.table if rope else nothing, norms.q if norms else nothing,
             norms.k if norms else nothing, self._parts, device.counters, inputs.work, inputs.tables, sent.stride(0),
             rope.original_max if rope else 0, rope.num_positions if rope else 0, self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, self._spec.norm_eps, HEADS=layer.num_heads,
             KV_HEADS=layer.num_kv_heads, D=layer.head_dim, ROT=rope.rotary_dim if rope else 0,
             LONG=bool(rope and rope.is_long), NORM=norms is not None, CAPPED=self._spec.attention_softcap > 0,
-            BLOCK=self._block_size, PDL=device.pdl, **device.launch,
+            BLOCK=self._block_size,
         )  # fmt: skip
         if few:
             small, words = few_tile(shape.dp), triton.next_power_of_2(layer.head_dim // 2)
@@ -153,13 +154,14 @@ class Attention:
         assert inputs.tile_tokens is not None
         rows = max(16, triton.next_power_of_2(tile_tokens(self._spec) * shape.gq))
         keys, stages = prefill_tile(rows, shape.dp, qkv.itemsize, cache.itemsize, device.shared)
-        kernels.prefill[(len(inputs.tile_tokens), layer.num_kv_heads)](
+        device.launch(
+            kernels.prefill, (len(inputs.tile_tokens), layer.num_kv_heads),
             qkv, cache[0], cache[1], out, inputs.tile_tokens, inputs.tile_counts, inputs.tile_sequences,
             inputs.positions, inputs.tables, inputs.width, qkv.stride(0), self._spec.attention_scale,
             self._spec.attention_softcap, layer.window, HEADS=layer.num_heads, KV_HEADS=layer.num_kv_heads,
             D=layer.head_dim, DP=shape.dp, GP=shape.gq, CAPPED=self._spec.attention_softcap > 0,
             WINDOWED=layer.window > 0, BLOCK=self._block_size, BM=rows, BN=keys, STAGES=stages, ASM=device.asm,
-            PDL=device.pdl, num_warps=_PREFILL_WARPS, **device.launch,
+            num_warps=_PREFILL_WARPS,
         )  # fmt: skip
 
 

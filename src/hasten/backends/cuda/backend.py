@@ -22,6 +22,7 @@ from hasten.backends.cuda.inputs import Stager
 from hasten.backends.cuda.load import TORCH_DTYPES, Loader
 from hasten.backends.cuda.measured import write_measured
 from hasten.backends.cuda.ops import Ops
+from hasten.backends.cuda.rehearsal import Rehearsals, wakened
 from hasten.backends.cuda.sampling import PendingSample, Sampler
 from hasten.backends.cuda.tuner import (
     COMPARED_BATCHES,
@@ -70,6 +71,7 @@ class CudaBackend:
         self._stager: Stager | None = None
         self._allocated: tuple[int, int, str] | None = None
         self._graphs: Graphs | None = None
+        self._rehearse: Rehearsals | None = None
         self._cache_size = (0, 0)
         self._chosen: torch.Tensor | None = None  # logits whose best tokens are in place already
 
@@ -87,13 +89,14 @@ class CudaBackend:
         where the GPU's memory does not suffice."""
         ops = Ops(self._device, spec.norm == "layer", spec.norm_eps)
         loader = Loader(self._device, ops, spec, self._format, self._deterministic)
-        with CAPTURING:
-            loaded = loader.load(weights)
         sampled = torch.zeros(_MAX_ROWS, dtype=torch.int32, device=self._device.handle)
+        with CAPTURING, wakened(ops, spec.vocab_size):
+            loaded = loader.load(weights)
         self._spec = spec
         self._decoder = Decoder(self._device, ops, spec, loaded, sampled)
         self._decoder.limit_rows(self._device.measured.few_rows.get(signature(self._decoder), {}))
         self._sampler = Sampler(ops, sampled)
+        self._rehearse = Rehearsals(self._decoder, self._sampler)
 
     def memory(self, limits: StepLimits) -> DeviceMemory:
         """Room on the GPU for the KV cache; nobody else is expected on it. Raises ResourceError for steps larger than
@@ -155,10 +158,11 @@ class CudaBackend:
         self._stager = Stager(self._device, block_size, tile, programs, self._deterministic)
         if self._device.is_cuda and not self._deterministic:
             assert self._sampler is not None
+            assert self._rehearse is not None
             most = -(-spec.max_position // block_size)
             self._graphs = Graphs(
                 decoder, self._sampler, self._stager, min(num_blocks, most), self.usual.max_rows, tile,
-                most_few_keys(spec),
+                most_few_keys(spec), self._rehearse,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -184,7 +188,11 @@ class CudaBackend:
                 logits, chosen = done
                 self._chosen = logits if chosen else None
                 return logits
-        return self._decoder(self._stager.general(batch))
+        inputs = self._stager.general(batch)
+        assert self._rehearse is not None
+        if len(batch.rows):
+            self._rehearse((inputs, inputs.rows))
+        return self._decoder(inputs)
 
     @torch.inference_mode()
     def sample(self, logits: Logits, params: SamplingBatch) -> PendingSample:

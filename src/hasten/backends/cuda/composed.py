@@ -157,11 +157,12 @@ class Experts(Linear):
         padded: int = triton.next_power_of_2(self._experts)
         at_once = max(1, min(triton.next_power_of_2(len(x)), _PAIRS // padded**2))
         block = triton.next_power_of_2(self.k)
-        kernels.route[(self._experts, len(x))](
+        device.launch(
+            kernels.route, (self._experts, len(x)),
             x, router.data, norm.weight if norm else x, device.workspace, running.experts, running.taken,
             device.counters, len(x), self._experts, self.k, self._active, norm.eps if norm else 0.0,
-            NORM=norm is not None, EP=padded, BT=at_once, BK=block, PDL=device.pdl,
-            num_warps=4 if block <= 4096 else 8, **device.launch,
+            NORM=norm is not None, EP=padded, BT=at_once, BK=block,
+            num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip
 
 

@@ -1,7 +1,14 @@
 """What one device can do, and the buffers that all its kernels share."""
 
+import os
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +25,8 @@ _NUM_COUNTERS = 1 << 18
 # Held while a graph is captured, by whichever model of the process, and by all who need memory that torch has cached:
 # its allocator, one for all, gives nothing back meanwhile.
 CAPTURING = threading.Lock()
+
+_REHEARSING = ContextVar("rehearsing", default=False)
 
 
 @dataclass
@@ -40,7 +49,6 @@ class Device:
     shared: int = 227 << 10
     fp8: bool = True
     fp8_products: bool = False
-    launch: dict[str, bool] = field(default_factory=dict)  # options of every launch
     measured: Measured = field(default_factory=Measured)
 
     @property
@@ -50,6 +58,40 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.handle.type == "cuda"
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        """Launch a kernel of the package `kernels`, told of PDL; in a rehearsal only compile it."""
+        options = {"launch_pdl": True} if self.pdl else {}
+        run = partial(kernel.warmup, grid=grid) if _REHEARSING.get() else kernel[grid]
+        run(*args, PDL=self.pdl, **constants, **options)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Compile kernels, and the host code that launches each, which Triton leaves to the first launch."""
+
+    def __init__(self) -> None:
+        here = torch.cuda.current_device()
+        super().__init__(min(16, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(here,))
+
+    def submit(self, fn: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        def launchable() -> Any:
+            kernel = fn()
+            assert kernel.run
+            return kernel
+
+        return super().submit(launchable)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Launches of this thread compile their kernels and do nothing else, several kernels at a time; at the end all are
+    there. What does not compile says so where it is launched. Not in Triton's interpreter."""
+    with _Compilers() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        token = _REHEARSING.set(True)
+        try:
+            yield
+        finally:
+            _REHEARSING.reset(token)
 
 
 def open_device(name: str) -> Device:
@@ -95,6 +137,5 @@ def _device(handle: torch.device, num_processors: int, capability: tuple[int, in
         counters=torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=handle),
         fp8=handle.type != "cuda" or capability >= _FP8_CAPABILITY,
         fp8_products=capability >= _FP8_CAPABILITY,
-        launch={"launch_pdl": True} if pdl else {},
         measured=read_measured(torch.cuda.get_device_name(handle)) if handle.type == "cuda" else Measured(),
     )

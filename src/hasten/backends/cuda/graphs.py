@@ -23,6 +23,7 @@ from hasten.backends.cuda.decoder import Decoder, Hidden
 from hasten.backends.cuda.device import CAPTURING
 from hasten.backends.cuda.inputs import Inputs, Sizes, Stager, is_decode, is_short
 from hasten.backends.cuda.linear import MAX_SKINNY
+from hasten.backends.cuda.rehearsal import Rehearsals
 from hasten.backends.cuda.sampling import Sampler
 from hasten.backends.cuda.tuning import FEW_SEQUENCES
 
@@ -62,6 +63,7 @@ class Graphs:
         max_rows: int,
         tile_tokens: int,
         few_keys: int,
+        rehearse: Rehearsals,
     ) -> None:
         self._decoder = decoder
         self._sampler = sampler
@@ -70,6 +72,7 @@ class Graphs:
         self._max_rows = max_rows
         self._tile_tokens = tile_tokens
         self._few_keys = few_keys
+        self._rehearse = rehearse
         self._max_tokens = most_tokens(decoder)
         self._buckets: dict[tuple[str, int], _Bucket] = {}
         largest = [self._sizes("runs", BUCKETS[-1]), self._sizes("any", self._max_tokens)]
@@ -100,6 +103,8 @@ class Graphs:
             bucket.graph.replay()
             logits, hidden = bucket.logits, bucket.hidden
         else:
+            if not bucket.ran:
+                self._compile(bucket, batch)
             logits, hidden = self._run(bucket)
             bucket.ran = True
             self._ask(bucket)
@@ -108,6 +113,16 @@ class Graphs:
         assert hidden is not None
         assert bucket.inputs.rows is not None
         return self._decoder.logits(hidden, bucket.inputs.rows[: len(batch.rows)]), False
+
+    def _compile(self, bucket: _Bucket, batch: Batch) -> None:
+        """Have its kernels compiled, and those of the decodes that follow, which the engine launches before it reads
+        this step's tokens."""
+        step = bucket.inputs, None if bucket.inputs.rows is None else bucket.inputs.rows[: len(batch.rows)]
+        follows = _decode_bucket(len(batch.query_lens))
+        if follows is None or is_decode(batch):
+            self._rehearse(step)
+        else:  # what takes the compiler longest, decode attention, first
+            self._rehearse((self._bucket("decodes", follows).inputs, None), step)
 
     def _rows(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, bool]:
         """Of logits of all tokens those that are wanted."""

@@ -332,23 +332,24 @@ class Linear:
         if running is not None and running.side == COLUMNS:
             assert norm is None, "a norm is over all columns"
             assert activation == 0, "what is read by experts is not activated"
-            gemv_columns[(-(-n // tile.rows),)](
+            self.device.launch(
+                gemv_columns, (-(-n // tile.rows),),
                 x, matrix.data, scales, biases, added, out, running.experts, running.active, running.size, n,
                 matrix.k, scale, SCALED=matrix.scales is not None, BIAS=bias is not None,
                 RESIDUAL=residual is not None, BN=tile.rows, BK=tile.columns, STAGES=tile.stages,
-                EVEN=running.size % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps, **self.device.launch,
+                EVEN=running.size % tile.columns == 0, num_warps=tile.warps,
             )  # fmt: skip
             return
         blocks = -(-n // tile.rows) if running is None else running.active * -(-running.size // tile.rows)
-        kernels.gemv[(blocks,)](
+        self.device.launch(
+            kernels.gemv, (blocks,),
             x, matrix.data, scales, norm.weight if norm else x, biases, added, out,
             self.device.counters if running is None else running.experts, n, matrix.k, self.up_x,
             0 if running is None else running.size, norm.eps if norm else 0.0, scale,
             SCALED=matrix.scales is not None, NORM=norm is not None, BIAS=bias is not None,
             RESIDUAL=residual is not None, GATED=gated, ACT=activation, APART=gated and self.up_x > 0,
             SEGMENT=self.segment, EXPERTS=0 if running is None else running.side, BN=tile.rows, BK=tile.columns,
-            STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, PDL=self.device.pdl, num_warps=tile.warps,
-            **self.device.launch,
+            STAGES=tile.stages, EVEN=matrix.k % tile.columns == 0, num_warps=tile.warps,
         )  # fmt: skip
 
     def _gemv_int4(
@@ -369,15 +370,16 @@ class Linear:
         units: int = triton.next_power_of_2(per_row // 4)
         tile = self._tile(matrix, 1, n, x.itemsize, gated, True)
         blocks = -(-n // tile.rows)
-        gemv_int4[(min(blocks, tile.splits * self.device.num_processors),)](
+        self.device.launch(
+            gemv_int4, (min(blocks, tile.splits * self.device.num_processors),),
             x.view(torch.int32), words, scales, scales if zeros is None else zeros,
             norm.weight.view(torch.int32) if norm else words, words if bias is None else bias,
             words if residual is None else residual, out, n, matrix.k, per_row, scales.shape[1],
             norm.eps if norm else 0.0, scale, blocks, GROUP=matrix.group, WIDTH=width,
             PARTS=1 if matrix.group == 0 else max(1, 4 * width // matrix.group), ZEROS=zeros is not None,
             NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
-            BN=tile.rows, BU=units, EVEN=per_row == 4 * units, ASM=self.device.asm, PDL=self.device.pdl,
-            num_warps=tile.warps, **self.device.launch,
+            BN=tile.rows, BU=units, EVEN=per_row == 4 * units, ASM=self.device.asm,
+            num_warps=tile.warps,
         )  # fmt: skip
 
     def _row_scales(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -418,7 +420,8 @@ class Linear:
             blocks = -(-running.size // tile.rows) * min(running.taken.shape[1], rows * running.active)
         elif running is not None:
             columns = running.size
-        kernels.skinny[(blocks, splits, -(-rows // width))](
+        device.launch(
+            kernels.skinny, (blocks, splits, -(-rows // width)),
             x, nothing if x_scales is None else x_scales, matrix.data,
             nothing if matrix.scales is None else matrix.scales, nothing if matrix.zeros is None else matrix.zeros,
             nothing if bias is None else bias, nothing if residual is None else residual, out, device.workspace,
@@ -430,7 +433,7 @@ class Linear:
             BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, ACT=activation,
             APART=gated and self.up_x > 0, SEGMENT=self.segment, EXPERTS=0 if running is None else running.side,
             BM=width, BN=tile.rows, BK=tile.columns, SPLIT=splits > 1, STAGES=tile.stages, EVEN=columns % step == 0,
-            ASM=device.asm, PDL=device.pdl, num_warps=tile.warps, **device.launch,
+            ASM=device.asm, num_warps=tile.warps,
         )  # fmt: skip
 
     def _has_fp8_product(self, matrix: Matrix) -> bool:
@@ -468,10 +471,11 @@ class Linear:
         out = torch.empty((rows, matrix.n), dtype=dtype, device=device.handle)
         tile = int8_tile(rows, matrix.n, device.num_processors, device.shared)
         assert matrix.scales is not None
-        product8[(-(-rows // tile.rows) * -(-matrix.n // tile.columns),)](
+        device.launch(
+            product8, (-(-rows // tile.rows) * -(-matrix.n // tile.columns),),
             x, x_scales, matrix.data, matrix.scales, out, rows, matrix.n, matrix.k, BM=tile.rows,
-            BN=tile.columns, BK=128, TALL=8, STAGES=tile.stages, EVEN=matrix.k % 128 == 0, PDL=device.pdl,
-            num_warps=tile.warps, **device.launch,
+            BN=tile.columns, BK=128, TALL=8, STAGES=tile.stages, EVEN=matrix.k % 128 == 0,
+            num_warps=tile.warps,
         )  # fmt: skip
         return out
 
@@ -483,10 +487,11 @@ class Linear:
         columns = 32 if matrix.group == 32 else 64
         width = matrix.data.stride(0)
         assert matrix.scales is not None
-        kernels.expand[(-(-matrix.n // 32), -(-width // columns))](
+        self.device.launch(
+            kernels.expand, (-(-matrix.n // 32), -(-width // columns)),
             matrix.data, matrix.scales, matrix.scales if matrix.zeros is None else matrix.zeros, out, matrix.n,
             matrix.k, width, len(matrix.scales) - 1, KIND=matrix.kind, GROUP=matrix.group,
-            ZEROS=matrix.zeros is not None, BN=32, BK=columns, PDL=self.device.pdl, **self.device.launch,
+            ZEROS=matrix.zeros is not None, BN=32, BK=columns,
         )  # fmt: skip
         return out
 

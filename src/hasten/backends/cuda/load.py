@@ -93,7 +93,7 @@ class Loader:
         device's memory does not suffice."""
         uploader = Uploader(self._device)
         try:
-            for name, group in self._groups(weights):
+            for name, group in self._groups(_read_ahead(weights)):
                 matrices = [self._matrix(weight, uploader) for weight in group]
                 if not self._ranked(self._group_of(name)[1]):
                     matrices = _merged(matrices, self._device)
@@ -278,6 +278,16 @@ class Loader:
             return matrix.data
         linear = Linear(self._device, self._ops, [matrix], None, False, False)
         return linear.expanded(matrix, self._dtype)
+
+
+def _read_ahead(weights: Iterable[tuple[str, Weight]]) -> Iterator[tuple[str, Weight]]:
+    """The same. The next one is read, and its numbers are checked, by a thread while this one is copied."""
+    source = iter(weights)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(next, source, None)
+        while (found := ahead.result()) is not None:
+            ahead = reader.submit(next, source, None)
+            yield found
 
 
 def _rows_of(matrices: list[Matrix], count: int, spec: ModelSpec, names: tuple[str, ...]) -> list[int]:

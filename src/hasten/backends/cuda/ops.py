@@ -34,9 +34,10 @@ class Ops:
         width = table.shape[1]
         out = torch.empty((len(tokens), width), dtype=table.dtype, device=table.device)
         block = min(1024, triton.next_power_of_2(width))
-        kernels.embed[(len(tokens), -(-width // block))](
+        self.device.launch(
+            kernels.embed, (len(tokens), -(-width // block)),
             table, table if position_table is None else position_table, tokens, sources, sampled, positions, out,
-            width, scale, LEARNED=position_table is not None, B=block, PDL=self.device.pdl, **self.device.launch,
+            width, scale, LEARNED=position_table is not None, B=block,
         )  # fmt: skip
         return out
 
@@ -80,12 +81,13 @@ class Ops:
         post_weight, post_bias = _tensors(post, x)
         pre_weight, pre_bias = _tensors(pre, x)
         block = triton.next_power_of_2(width)
-        kernels.add_norm[(len(x),)](
+        self.device.launch(
+            kernels.add_norm, (len(x),),
             x, x if delta is None else delta, added, out, x if scales is None else scales, post_weight, post_bias,
             pre_weight, pre_bias, width, x.stride(0), out.stride(0), self._eps, scale, ADD=delta is not None,
             POST=post is not None, PRE=pre is not None, LAYER=layer_norm,
             LARGEST=_LARGEST[None if scales is None else out.dtype], B=block,
-            PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8, **self.device.launch,
+            num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
 
     def activate(self, x: torch.Tensor, activation: int, gated: bool) -> torch.Tensor:
@@ -112,9 +114,10 @@ class Ops:
         out = torch.empty((rows, width), dtype=eight or x.dtype, device=x.device)
         scales = torch.empty(rows, dtype=torch.float32, device=x.device) if eight else None
         block = triton.next_power_of_2(width) if eight else min(2048, triton.next_power_of_2(width))
-        kernels.activate_rows[(rows, -(-width // block))](
+        self.device.launch(
+            kernels.activate_rows, (rows, -(-width // block)),
             x, out, _or(scales, x), width, GATED=gated, ACT=activation, LARGEST=_LARGEST[eight], B=block,
-            PDL=self.device.pdl, num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16, **self.device.launch,
+            num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
         )  # fmt: skip
         return out, scales
 
@@ -126,9 +129,9 @@ class Ops:
         pieces = -(-vocab // (block * rounds))
         best = torch.empty((rows, pieces), dtype=torch.float32, device=logits.device)
         ids = torch.empty((rows, pieces), dtype=torch.int32, device=logits.device)
-        kernels.argmax[(rows, pieces)](
+        self.device.launch(
+            kernels.argmax, (rows, pieces),
             logits, sampled, best, ids, self.device.counters, vocab, PIECES=pieces, B=block, ROUNDS=rounds,
-            PDL=self.device.pdl, **self.device.launch,
         )  # fmt: skip
 
     def race(
@@ -142,10 +145,10 @@ class Ops:
         pieces = -(-vocab // (DRAW_GROUP * block * rounds))
         best = torch.empty((entries, pieces), dtype=torch.float64, device=logits.device)
         groups = torch.empty((entries, pieces), dtype=torch.int32, device=logits.device)
-        race[(entries, pieces)](
+        self.device.launch(
+            race, (entries, pieces),
             logits, sampled, numbers, numbers if least is None else least, best, groups, self.device.counters, vocab,
-            entries, PIECES=pieces, B=block, ROUNDS=rounds, FILTERED=least is not None, PDL=self.device.pdl,
-            **self.device.launch,
+            entries, PIECES=pieces, B=block, ROUNDS=rounds, FILTERED=least is not None,
         )  # fmt: skip
 
 

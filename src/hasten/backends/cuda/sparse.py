@@ -65,13 +65,14 @@ def gemv(
     """One row."""
     words, width = matrix.data.view(pairs(matrix)), units(matrix.k)
     blocks = -(-n // tile.rows)
-    kernels.gemv24[(min(blocks, tile.splits * device.num_processors),)](
+    device.launch(
+        kernels.gemv24, (min(blocks, tile.splits * device.num_processors),),
         x.view(torch.int64), words, matrix.mask, x if matrix.scales is None else matrix.scales,
         norm.weight.view(torch.int64) if norm else x.view(torch.int64), x if bias is None else bias,
         x if residual is None else residual, out, n, matrix.k, norm.eps if norm else 0.0, scale, blocks,
         KIND=matrix.kind, FLOAT16=x.dtype == torch.float16, NORM=norm is not None, BIAS=bias is not None,
         RESIDUAL=residual is not None, GATED=gated, ACT=activation, BN=tile.rows, BU=width,
-        EVEN=matrix.k == 16 * width, ASM=device.asm, PDL=device.pdl, num_warps=tile.warps, **device.launch,
+        EVEN=matrix.k == 16 * width, ASM=device.asm, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -93,13 +94,14 @@ def skinny(
     """Few rows, `width` of them a program."""
     words = x.view(torch.int64)
     nothing = device.counters
-    kernels.skinny24[(-(-n // tile.rows), splits, -(-len(x) // width))](
+    device.launch(
+        kernels.skinny24, (-(-n // tile.rows), splits, -(-len(x) // width)),
         words, matrix.data.view(pairs(matrix)), matrix.mask, nothing if matrix.scales is None else matrix.scales,
         nothing if bias is None else bias, nothing if residual is None else residual, out, device.workspace,
         device.counters, len(x), n, matrix.k, words.stride(0), out.stride(0), splits, scale, KIND=matrix.kind,
         FLOAT16=x.dtype == torch.float16, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated,
         ACT=activation, BM=width, BN=tile.rows, BG=tile.columns, BU=units(matrix.k), SPLIT=splits > 1,
-        STAGES=tile.stages, PDL=device.pdl, num_warps=tile.warps, **device.launch,
+        STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -108,10 +110,11 @@ def expanded(device: Device, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor
     out = torch.empty((matrix.n, matrix.k), dtype=dtype, device=device.handle)
     width = units(matrix.k)
     columns = min(128, width)
-    kernels.expand24[(-(-matrix.n // 16), width // columns)](
+    device.launch(
+        kernels.expand24, (-(-matrix.n // 16), width // columns),
         matrix.data.view(pairs(matrix)), matrix.mask, out if matrix.scales is None else matrix.scales,
         out.view(torch.int64), matrix.n, matrix.k, KIND=matrix.kind, FLOAT16=dtype == torch.float16, BN=16,
-        BG=columns, BU=width, PDL=device.pdl, **device.launch,
+        BG=columns, BU=width,
     )  # fmt: skip
     return out
 
