@@ -4,10 +4,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,16 +61,31 @@ class Device:
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Launch a kernel of the package `kernels`, told of PDL; in a rehearsal only compile it."""
         options = {"launch_pdl": True} if self.pdl else {}
-        run = partial(kernel.warmup, grid=grid) if _REHEARSING.get() else kernel[grid]
-        run(*args, PDL=self.pdl, **constants, **options)
+        if not _REHEARSING.get():
+            kernel[grid](*args, PDL=self.pdl, **constants, **options)
+        elif self.is_cuda:
+            kernel.warmup(*args, grid=grid, PDL=self.pdl, **constants, **options)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Launches of this thread compile their kernels and do nothing else, several kernels at a time; at the end all
+        are there. What does not compile says so where it is launched. In Triton's interpreter nothing is compiled."""
+        with ExitStack() as stack:
+            if self.is_cuda:
+                pool = stack.enter_context(_Compilers(self.handle))
+                stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
+            token = _REHEARSING.set(True)
+            try:
+                yield
+            finally:
+                _REHEARSING.reset(token)
 
 
 class _Compilers(ThreadPoolExecutor):
     """Compile kernels, and the host code that launches each, which Triton leaves to the first launch."""
 
-    def __init__(self) -> None:
-        here = torch.cuda.current_device()
-        super().__init__(min(16, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(here,))
+    def __init__(self, handle: torch.device) -> None:
+        super().__init__(min(8, os.cpu_count() or 1), initializer=torch.cuda.set_device, initargs=(handle,))
 
     def submit(self, fn: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
         def launchable() -> Any:
@@ -80,18 +94,6 @@ class _Compilers(ThreadPoolExecutor):
             return kernel
 
         return super().submit(launchable)
-
-
-@contextmanager
-def rehearsal() -> Iterator[None]:
-    """Launches of this thread compile their kernels and do nothing else, several kernels at a time; at the end all are
-    there. What does not compile says so where it is launched. Not in Triton's interpreter."""
-    with _Compilers() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        token = _REHEARSING.set(True)
-        try:
-            yield
-        finally:
-            _REHEARSING.reset(token)
 
 
 def open_device(name: str) -> Device:

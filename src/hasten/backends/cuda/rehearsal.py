@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 
 from hasten.backends.cuda.decoder import Decoder
-from hasten.backends.cuda.device import rehearsal
 from hasten.backends.cuda.inputs import Inputs
 from hasten.backends.cuda.linear import MAX_SKINNY
 from hasten.backends.cuda.ops import Ops
@@ -29,10 +28,10 @@ class Rehearsals:
         """Return when the kernels of these steps are there, or say so themselves where they are launched. Their inputs
         need not be filled but for the rows."""
         new = {kind: step for step in steps if (kind := _kind(step)) not in self._seen}
-        if not new or not self._decoder.device.is_cuda:
+        if not new:
             return
         self._seen.update(new)
-        with rehearsal():
+        with self._decoder.device.rehearsal():
             for inputs, rows in new.values():
                 self._sampler.greedy(self._decoder.rehearse(inputs, rows))
 
@@ -45,7 +44,7 @@ def wakened(ops: Ops, vocab_size: int) -> Iterator[None]:
     def wake() -> None:
         torch.cuda.set_device(device.handle)
         logits = torch.zeros((1, vocab_size), device=device.handle)
-        with rehearsal():
+        with device.rehearsal():
             ops.argmax(logits, torch.zeros(1, dtype=torch.int32, device=device.handle))
 
     with ThreadPoolExecutor(1) as beside:

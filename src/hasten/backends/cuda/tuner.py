@@ -17,7 +17,7 @@ import triton
 from hasten.backends.base import Batch
 from hasten.backends.cuda.decoder import Decoder
 from hasten.backends.cuda.device import CAPTURING
-from hasten.backends.cuda.inputs import Sizes, Stager
+from hasten.backends.cuda.inputs import Inputs, Sizes, Stager
 from hasten.backends.cuda.linear import Linear
 from hasten.backends.cuda.matrix import DENSE, INT4, KINDS, Matrix
 from hasten.backends.cuda.sampling import Sampler
@@ -45,6 +45,14 @@ class Steps:
 
     def milliseconds(self, sequences: int) -> float:
         """Of one step, as a graph."""
+        inputs = self._inputs(sequences)
+        return graph_ms(lambda: self.sampler.greedy(self.decoder.logits(self.decoder.hidden(inputs), None)))
+
+    def rehearse(self, sequences: int) -> None:
+        """For Device.rehearsal: launch what a step does."""
+        self.sampler.greedy(self.decoder.rehearse(self._inputs(sequences), None))
+
+    def _inputs(self, sequences: int) -> Inputs:
         width = max(1, min(_LENGTH // self.block_size, self.num_blocks // sequences))
         tables = np.arange(sequences * width, dtype=np.int32).reshape(sequences, width) % self.num_blocks
         last = np.full(sequences, width * self.block_size - 1, np.int32)
@@ -56,7 +64,7 @@ class Steps:
         buffer = torch.zeros(room, dtype=torch.int32, device=self.decoder.device.handle)
         inputs = self.stager.fixed(sizes, width, buffer)
         assert self.stager.refill(batch, sizes, width, buffer)
-        return graph_ms(lambda: self.sampler.greedy(self.decoder.logits(self.decoder.hidden(inputs), None)))
+        return inputs
 
 
 def graph_ms(run: Callable[[], object]) -> float:
@@ -82,14 +90,20 @@ def graph_ms(run: Callable[[], object]) -> float:
 def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, float]:
     """Try tiles for every shape of product at these batch sizes; those that make the step faster are left in
     Device.tiles. Milliseconds a step before and after, by name."""
-    tiles = steps.decoder.device.tiles
+    device = steps.decoder.device
+    tiles = device.tiles
     found: dict[str, float] = {}
     for batch in batches:
         now = found[f"{batch} before"] = steps.milliseconds(batch)
         for linear in (shape for shape in steps.decoder.shapes() if shape.has_tile(batch)):
             key, default = linear.tile_of(batch)
             best = tiles.get(key)
-            for tile in _worth_a_try(linear, batch, best or default):
+            worth = list(_worth_a_try(linear, batch, best or default))
+            with device.rehearsal():  # compiles for all at once
+                for tile in worth:
+                    tiles[key] = tile
+                    steps.rehearse(batch)
+            for tile in worth:
                 tiles[key] = tile
                 took = _or_never(partial(steps.milliseconds, batch))
                 if took < now * _GAIN:
