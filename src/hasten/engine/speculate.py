@@ -10,10 +10,12 @@ import math
 import time
 from typing import Protocol
 
+import numpy as np
+
 from hasten.engine.request import Sequence
 from hasten.engine.scheduler import Scheduler
 
-_SIZES = (4, 3, 2)  # n-grams tried, longest first
+_BITS = 21  # of a token in an n-gram: three fit the 63 that numpy has
 _FORGET = 0.15  # weight of the last token in an n-gram's luck
 _CATCH_UP = 8  # tokens, the last ones, that are indexed after more have passed unseen
 _OUTLIER = 4.0  # times what is expected
@@ -21,42 +23,55 @@ _OUTLIER = 4.0  # times what is expected
 
 class NgramIndex:
     """Where each n-gram of one growing token list was last followed by something, and how often that would have been
-    right lately, whether or not it was used: `luck`, begun at even odds."""
+    right lately, whether or not it was used: `luck`, begun at even odds. An n-gram is one number, its tokens' bits."""
 
-    __slots__ = ("_last", "_num_indexed", "luck")
+    __slots__ = ("_fours", "_num_indexed", "_threes", "_twos", "luck")
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
+        self._fours: dict[int, int] = {}  # n-gram -> index of the token that followed it last
+        self._threes: dict[int, int] = {}
+        self._twos: dict[int, int] = {}
         self._num_indexed = 0
         self.luck = 0.5
 
     def extend(self, tokens: list[int]) -> None:
         """Index the tokens that are new and known, or the last of them. What comes first, a prompt, is indexed whole
-        and says nothing of luck. Each n-gram is made once: to be looked up, then to be put in its place."""
-        last, get, is_first = self._last, self._last.get, self._num_indexed == 0
+        and says nothing of luck."""
         end = len(tokens)
         while end and tokens[end - 1] < 0:
             end -= 1
-        for at in range(1 if is_first else max(self._num_indexed, end - _CATCH_UP), end):
-            four = tuple(tokens[at - 4 : at]) if at >= 4 else ()
-            three = four[1:] if four else tuple(tokens[at - 3 : at]) if at == 3 else ()
-            two = three[1:] if three else tuple(tokens[at - 2 : at]) if at == 2 else ()
-            if not is_first:
-                start = get(four) or get(three) or get(two)
+        if self._num_indexed < 4:
+            self._index(tokens, end)
+        else:
+            twos, threes, fours = self._twos, self._threes, self._fours
+            for at in range(max(self._num_indexed, end - _CATCH_UP), end):
+                fourth, third, second, first = tokens[at - 4 : at]
+                two = second << _BITS | first
+                three = third << 2 * _BITS | two
+                four = fourth << 3 * _BITS | three
+                start = twos.get(two)
+                if start is not None:  # else no longer one is known either
+                    start = fours.get(four) or threes.get(three) or start
                 self.luck += _FORGET * ((start is not None and tokens[start] == tokens[at]) - self.luck)
-            if two:
-                last[two] = at
-                if three:
-                    last[three] = at
-                    if four:
-                        last[four] = at
+                twos[two] = threes[three] = fours[four] = at
         self._num_indexed = max(self._num_indexed, end)
+
+    def _index(self, tokens: list[int], end: int) -> None:
+        """All at once."""
+        known = np.array(tokens[:end], np.int64)
+        twos = known[:-1] << _BITS | known[1:]
+        threes = known[:-2] << 2 * _BITS | twos[1:]
+        self._twos = dict(zip(twos[:-1].tolist(), range(2, end), strict=True))
+        listed = threes[:-1].tolist()
+        self._threes = dict(zip(listed, range(3, end), strict=True))
+        fours = (token << 3 * _BITS | three for token, three in zip(tokens, listed[1:], strict=False))
+        self._fours = dict(zip(fours, range(4, end), strict=True))
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the last earlier occurrence of the longest n-gram that ends `tokens`. Where
         the match overlaps the end, the repetition is continued."""
         self.extend(tokens)
-        start = self._match(tokens, len(tokens))
+        start = self._match(tokens)
         if start is None:
             return []
         found = tokens[start : start + most]
@@ -64,13 +79,15 @@ class NgramIndex:
             found += found[: most - len(found)]
         return found
 
-    def _match(self, tokens: list[int], end: int) -> int | None:
-        """Where what followed the longest known n-gram that ends tokens[:end] begins."""
-        for size in _SIZES:
-            start = self._last.get(tuple(tokens[end - size : end])) if end >= size else None
-            if start is not None:
-                return start
-        return None
+    def _match(self, tokens: list[int]) -> int | None:
+        """Where what followed the longest known n-gram that ends `tokens` begins."""
+        gram, found = tokens[-1], None
+        for size, known in enumerate((self._twos, self._threes, self._fours), 2):
+            if size > len(tokens):
+                break
+            gram |= tokens[-size] << (size - 1) * _BITS
+            found = known.get(gram, found)
+        return found
 
 
 class StepCost:
@@ -200,6 +217,16 @@ class NgramDrafter:
         return sequence.ngrams
 
 
+class _Stretch:
+    """Steps launched ahead, one after the other: sums over them."""
+
+    __slots__ = ("idle", "longest", "seconds", "steps", "tokens")
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self.seconds = self.idle = self.longest = 0.0
+
+
 class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
     to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time;
@@ -218,7 +245,7 @@ class Speculator:
         self.cost = StepCost()
         self.waited = StepCost()
         self.overlaps = False  # set by the engine: steps are launched ahead where nothing is drafted
-        self._ahead: list[tuple[int, float, float]] = []  # steps of the present stretch, see record()
+        self._stretch = _Stretch()
         self._idle = 0.0
         self._next_stretch, self._until_stretch = 0, _FIRST_STRETCH
         self._drafting = 0.0  # seconds of the step under way that are the drafter's own
@@ -234,23 +261,27 @@ class Speculator:
         the mean of several counts: where the host is late for one, the next seems to take no time."""
         seconds, self._drafting = seconds - self._drafting, 0.0
         if waited:
-            self._ahead.clear()
+            self._stretch = _Stretch()
             self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
         elif not self.overlaps:
             self.cost.record(num_tokens, seconds)
         else:
-            self._ahead.append((num_tokens, seconds, idle))
-            if len(self._ahead) == _STRETCH:
-                self._take_stretch()
+            stretch = self._stretch
+            stretch.steps += 1
+            stretch.tokens += num_tokens
+            stretch.seconds += seconds
+            stretch.idle += idle
+            if seconds > stretch.longest:
+                stretch.longest = seconds
+            if stretch.steps == _STRETCH:
+                self._stretch = _Stretch()
+                self._take(stretch)
 
-    def _take_stretch(self) -> None:
-        longest = max(seconds for _, seconds, _ in self._ahead)
-        tokens, seconds, idle = (sum(column) / _STRETCH for column in zip(*self._ahead, strict=True))
-        self._ahead.clear()
-        if longest > seconds * _STRETCH / 2:
+    def _take(self, stretch: _Stretch) -> None:
+        if stretch.longest > stretch.seconds / 2:
             return  # something was compiled, or recorded
-        self.cost.record(tokens, seconds, outlier=_CHANGE)
-        self._idle = max(0.0, idle - _ASKING * seconds)
+        self.cost.record(stretch.tokens / _STRETCH, stretch.seconds / _STRETCH, outlier=_CHANGE)
+        self._idle = max(0.0, stretch.idle - _ASKING * stretch.seconds) / _STRETCH
         self._next_stretch = self._num_steps + self._until_stretch
         self._until_stretch = min(2 * self._until_stretch, _LATER_STRETCH)
 
@@ -333,9 +364,12 @@ class Speculator:
         decoding = [s for s in running if s.num_computed + 1 == len(s.tokens)]
         if not decoding:
             return []
-        chances = [self.drafter.rate(sequence) for sequence in decoding]
         if self._measures(len(decoding)):
+            for sequence in decoding:
+                if sequence.ngrams is None:
+                    self.drafter.rate(sequence)  # beside a step with prompts there is time to index them
             return [(sequence, 0) for sequence in decoding]
+        chances = [self.drafter.rate(sequence) for sequence in decoding]
         waiting, each, drafting = self._costs(len(decoding))
         return list(zip(decoding, best_depths(chances, each, self.max_depth, waiting, drafting), strict=True))
 
