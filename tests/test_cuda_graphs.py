@@ -19,6 +19,7 @@ from cuda_tools import batch, fetched, load  # noqa: E402
 
 from hasten.backends.base import Batch  # noqa: E402
 from hasten.backends.cuda import graphs as module  # noqa: E402
+from hasten.backends.cuda.decoder import Decoder  # noqa: E402
 from hasten.backends.cuda.graphs import Graphs  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 40).astype(np.int32)
@@ -116,3 +117,29 @@ def test_what_is_dropped_waits_for_no_lock_that_its_owner_holds(graphs) -> None:
         graphs.close()
     job.result(10)
     graphs.close()
+
+
+def test_new_steps_are_rehearsed_once_and_change_nothing(graphs, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    rehearsed = []
+    original = Decoder.rehearse
+
+    def noted(decoder, inputs, rows):  # type: ignore[no-untyped-def]
+        rehearsed.append(len(inputs.tokens))
+        graphs._sampler.sampled.fill_(-5)
+        logits = original(decoder, inputs, rows)
+        graphs._sampler.greedy(logits)
+        assert (graphs._sampler.sampled == -5).all()  # nothing has run
+        return logits
+
+    monkeypatch.setattr(Decoder, "rehearse", noted)
+    graphs(batch([(TOKENS[:30], 0, np.arange(4, dtype=np.int32))]))
+    assert sorted(rehearsed) == [1, 32]  # a prompt, and the decode that follows it
+    run(graphs, 1)
+    run(graphs, 3)
+    run(graphs, 4)
+    assert sorted(rehearsed) == [1, 4, 32]
+    device, interrupted = graphs._decoder.device, pytest.raises(KeyboardInterrupt)
+    with interrupted:
+        device.rehearse(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    run(graphs, 4)
+    assert (graphs._sampler.sampled[:4] >= 0).all()

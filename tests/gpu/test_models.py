@@ -19,6 +19,7 @@ from cpu_tools import table  # noqa: E402
 from cuda_tools import batch, fetched, load, pieces  # noqa: E402
 
 from hasten.backends.cuda import kernels  # noqa: E402
+from hasten.backends.cuda.device import open_device  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 100).astype(np.int32)
 Build = Callable[..., Path]
@@ -94,6 +95,15 @@ def test_kernels_of_new_steps_are_compiled_before_they_run(
     pieces(backend, TOKENS[:33], [30, 1, 1, 1], table(1))
     assert early
     assert not late
+
+
+def test_an_interrupted_rehearsal_leaves_triton_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = open_device("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.AsyncCompileMode, "__exit__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            device.rehearse(lambda: None)
+    device.rehearse(lambda: None)
 
 
 def test_prompts_alone_give_the_same_every_time(tiny_model: Build) -> None:

@@ -129,8 +129,8 @@ class Decoder:
         return self._through(range(len(self._weights.layers)), inputs)
 
     def rehearse(self, inputs: Inputs, rows: torch.Tensor | None) -> torch.Tensor:
-        """Launch each kernel of a step at least once, with two layers of each kind: the first is given no delta. The
-        numbers mean nothing."""
+        """For Device.rehearse: launch each kernel of a step, with two layers of each kind, for the first is given no
+        delta."""
         kinds: dict[tuple[object, ...], list[int]] = {}
         for index, (layer, found) in enumerate(zip(self._spec.layers, self._weights.layers, strict=True)):
             linears = (found.qkv, found.o, found.gate_up, found.down)

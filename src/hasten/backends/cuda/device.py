@@ -2,10 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,19 +65,19 @@ class Device:
         elif self.is_cuda:
             kernel.warmup(*args, grid=grid, PDL=self.pdl, **constants, **options)
 
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Launches of this thread compile their kernels and do nothing else, several kernels at a time; at the end all
-        are there. What does not compile says so where it is launched. In Triton's interpreter nothing is compiled."""
-        with ExitStack() as stack:
-            if self.is_cuda:
-                pool = stack.enter_context(_Compilers(self.handle))
-                stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
-            token = _REHEARSING.set(True)
-            try:
-                yield
-            finally:
-                _REHEARSING.reset(token)
+    def rehearse(self, run: Callable[[], object]) -> None:
+        """Have the kernels that `run` launches compiled, several at a time; nothing else is done. What does not compile
+        says so where it is launched. In Triton's interpreter nothing is compiled."""
+        # In a context of its own: an interrupt would leave Triton's mode on.
+        copy_context().run(self._rehearse, run)
+
+    def _rehearse(self, run: Callable[[], object]) -> None:
+        _REHEARSING.set(True)
+        if not self.is_cuda:
+            run()
+            return
+        with _Compilers(self.handle) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            run()
 
 
 class _Compilers(ThreadPoolExecutor):

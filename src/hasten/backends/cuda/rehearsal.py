@@ -1,7 +1,7 @@
 """Kernels of steps that are new, compiled several at a time: one after the other, as launches ask for them, they would
 keep a first token waiting for ten seconds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -28,12 +28,13 @@ class Rehearsals:
         """Return when the kernels of these steps are there, or say so themselves where they are launched. Their inputs
         need not be filled but for the rows."""
         new = {kind: step for step in steps if (kind := _kind(step)) not in self._seen}
-        if not new:
-            return
-        self._seen.update(new)
-        with self._decoder.device.rehearsal():
-            for inputs, rows in new.values():
-                self._sampler.greedy(self._decoder.rehearse(inputs, rows))
+        if new:
+            self._decoder.device.rehearse(lambda: self._run(new.values()))
+            self._seen.update(new)
+
+    def _run(self, steps: Iterable[Step]) -> None:
+        for inputs, rows in steps:
+            self._sampler.greedy(self._decoder.rehearse(inputs, rows))
 
 
 @contextmanager
@@ -44,8 +45,7 @@ def wakened(ops: Ops, vocab_size: int) -> Iterator[None]:
     def wake() -> None:
         torch.cuda.set_device(device.handle)
         logits = torch.zeros((1, vocab_size), device=device.handle)
-        with device.rehearsal():
-            ops.argmax(logits, torch.zeros(1, dtype=torch.int32, device=device.handle))
+        device.rehearse(lambda: ops.argmax(logits, torch.zeros(1, dtype=torch.int32, device=device.handle)))
 
     with ThreadPoolExecutor(1) as beside:
         if device.is_cuda:

@@ -48,9 +48,16 @@ class Steps:
         inputs = self._inputs(sequences)
         return graph_ms(lambda: self.sampler.greedy(self.decoder.logits(self.decoder.hidden(inputs), None)))
 
-    def rehearse(self, sequences: int) -> None:
-        """For Device.rehearsal: launch what a step does."""
-        self.sampler.greedy(self.decoder.rehearse(self._inputs(sequences), None))
+    def compile(self, sequences: int, key: str, worth: list[Tile]) -> None:
+        """What a step needs with each of these tiles, at once."""
+        device, inputs = self.decoder.device, self._inputs(sequences)
+
+        def launch() -> None:
+            for tile in worth:
+                device.tiles[key] = tile
+                self.sampler.greedy(self.decoder.rehearse(inputs, None))
+
+        device.rehearse(launch)
 
     def _inputs(self, sequences: int) -> Inputs:
         width = max(1, min(_LENGTH // self.block_size, self.num_blocks // sequences))
@@ -90,8 +97,7 @@ def graph_ms(run: Callable[[], object]) -> float:
 def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, float]:
     """Try tiles for every shape of product at these batch sizes; those that make the step faster are left in
     Device.tiles. Milliseconds a step before and after, by name."""
-    device = steps.decoder.device
-    tiles = device.tiles
+    tiles = steps.decoder.device.tiles
     found: dict[str, float] = {}
     for batch in batches:
         now = found[f"{batch} before"] = steps.milliseconds(batch)
@@ -99,10 +105,7 @@ def tune_tiles(steps: Steps, batches: tuple[int, ...], tell: Tell) -> dict[str, 
             key, default = linear.tile_of(batch)
             best = tiles.get(key)
             worth = list(_worth_a_try(linear, batch, best or default))
-            with device.rehearsal():  # compiles for all at once
-                for tile in worth:
-                    tiles[key] = tile
-                    steps.rehearse(batch)
+            steps.compile(batch, key, worth)
             for tile in worth:
                 tiles[key] = tile
                 took = _or_never(partial(steps.milliseconds, batch))
