@@ -1,5 +1,6 @@
 """A model as the drafter: tokens never change, its cache is right whatever happens to blocks, depth follows time."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from engine_tools import (
 from overlapped import Overlapped
 from slot_model import SlotModel
 
+from hasten.backends.base import Batch
 from hasten.engine import speculate
+from hasten.engine.draft_model import ModelDrafter
 from hasten.engine.engine import Engine
 from hasten.engine.request import SamplingParams, Sequence
 from hasten.engine.speculate import NgramDrafter, Speculator, StepCost
@@ -90,8 +93,8 @@ def test_after_rejections_drafts_are_those_of_a_fresh_drafter() -> None:
     assert speculator is not None
     propose = speculator.drafter.propose
 
-    def compare(wanted: list[tuple[Sequence, int]], scheduler: Any) -> None:
-        propose(wanted, scheduler)
+    def compare(wanted: list[tuple[Sequence, int]], scheduler: Any, usual: float | None) -> None:
+        propose(wanted, scheduler, usual)
         for sequence, depth in wanted:
             fresh = make_engine(model=slots(0.6))
             expected = run(fresh, [sequence.tokens], SamplingParams(max_tokens=depth, ignore_eos=True))[0]
@@ -137,6 +140,30 @@ def test_depth_weighs_the_drafters_time() -> None:
     sequence.limit, sequence.ngrams = 9, type("Lucky", (), {"luck": 0.75, "extend": lambda self, tokens: None})()
     assert speculator._depths([sequence])[0][1] >= 3  # type: ignore[list-item]
     assert speculator._depths([sequence] * 8)[0][1] == 0  # type: ignore[list-item]
+
+
+class Slow(SlotModel):
+    """Each step takes a while, the first longer: something is compiled."""
+
+    def __init__(self, first: float, others: float) -> None:
+        super().__init__(VOCAB, wildness=0.3)
+        self._seconds = [others, others, first]  # of the first drafts: to catch up, and one more
+
+    def forward(self, batch: Batch) -> Any:
+        time.sleep(self._seconds.pop() if len(self._seconds) > 1 else self._seconds[0])
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_drafter_that_compiles_at_first_is_tried_again(overlapped: bool) -> None:
+    wrap = Overlapped if overlapped else lambda backend: backend
+    engine = make_engine(model=wrap(Slow(0.004, 0.004)))
+    drafter = wrap(Slow(0.3, 0.0002))
+    drafter.allocate(engine.config.num_blocks, 16, "fp32")
+    engine.speculator = Speculator(ModelDrafter(drafter, engine.config))
+    engine.speculator.overlaps = overlapped
+    (found,) = run(engine, PROMPTS[:1], SamplingParams(max_tokens=200, ignore_eos=True))
+    assert found.metrics.num_accepted > 60
 
 
 @pytest.fixture(scope="module")

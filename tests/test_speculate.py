@@ -181,9 +181,9 @@ class Slow(NgramDrafter):
         time.sleep(0.002)
         return 0.0 * super().rate(sequence)
 
-    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler, usual: float | None) -> None:
         time.sleep(0.002)
-        super().propose(wanted, scheduler)
+        super().propose(wanted, scheduler, usual)
 
 
 @pytest.mark.parametrize("idle", [0.0, 0.01])

@@ -50,7 +50,7 @@ class ModelDrafter:
     def learns(self, sequence: Sequence) -> bool:
         return True
 
-    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler, usual: float | None) -> None:
         room = [(sequence, scheduler.make_room(sequence, depth)) for sequence, depth in wanted]
         room = [(sequence, depth) for sequence, depth in room if depth > 0]
         if not room:
@@ -60,7 +60,9 @@ class ModelDrafter:
         self._catch_up(sequences, starts)
         start = time.perf_counter()
         drafts = self._draft(room, starts)
-        self._cost.record(len(room), (time.perf_counter() - start) / max(depth for _, depth in room))
+        taken = (time.perf_counter() - start) / max(depth for _, depth in room)
+        if usual is not None:  # a first draft may compile, which is told by a step of the main model
+            self._cost.record(len(room), taken, usual)
         for sequence, tokens in zip(sequences, drafts, strict=True):
             sequence.drafts = tokens
             self._end(sequence, tokens)

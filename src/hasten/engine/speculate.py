@@ -180,8 +180,9 @@ def _expected(chance: float, depth: int) -> float:
 class Drafter(Protocol):
     """Proposes tokens."""
 
-    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
-        """Set `drafts` on each sequence, at most so many. All its tokens are known."""
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler, usual: float | None) -> None:
+        """Set `drafts` on each sequence, at most so many. All its tokens are known. usual: seconds of a step without
+        drafts, where they are known."""
 
     def seconds(self, num_sequences: int) -> float | None:
         """What one draft for each of so many sequences takes; None where it is not known yet."""
@@ -196,7 +197,7 @@ class Drafter(Protocol):
 class NgramDrafter:
     """Looks back in the text."""
 
-    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler) -> None:
+    def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler, usual: float | None) -> None:
         for sequence, depth in wanted:
             sequence.drafts = self._index(sequence).propose(sequence.tokens, depth)
 
@@ -308,15 +309,17 @@ class Speculator:
         if not wanted:
             self._rest(running, self._num_steps, start, is_first)
             return
+        step = self.cost.seconds(len(depths))
         start = time.perf_counter()
-        self.drafter.propose(wanted, scheduler)
+        self.drafter.propose(wanted, scheduler, step)
         taken = time.perf_counter() - start
         if self.drafter.seconds(len(depths)) != 0:
             self._drafting = taken  # is reckoned by itself
         if probed is not None:
             self._num_probes += 1
-            step, (waiting, each, _) = self.cost.seconds(len(depths)), self._costs(len(depths))
-            lost = waiting + each + (taken / step if step else 0)
+            waiting, each, drafting = self._costs(len(depths))
+            # What a drafter reckons itself, without first runs, rather than what this one took.
+            lost = waiting + each + (drafting or (taken / step if step else 0))
             self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:
