@@ -46,12 +46,17 @@ def test_index_finds_the_longest_and_latest_match() -> None:
     assert NgramIndex().propose([7, 7, 7], 3) == [7, 7, 7]
 
 
-def test_index_equals_a_search() -> None:
+@pytest.mark.parametrize("num_prompt", [0, 1, 2, 3, 4, 5, 6, 200])
+@pytest.mark.parametrize("vocab", [2, 4, 1 << 18])
+def test_index_equals_a_search(num_prompt: int, vocab: int) -> None:
+    """Of a prompt, indexed at once, and of what follows token by token."""
     rng = random.Random(1)
-    tokens: list[int] = []
+    some = [rng.randrange(vocab) for _ in range(4)]
+    tokens = rng.choices(some, k=num_prompt)
     index = NgramIndex()
-    for _ in range(400):
-        tokens.append(rng.randrange(4))
+    index.extend(tokens)
+    for _ in range(200):
+        tokens.append(rng.choice(some))
         expected: list[int] = []
         for size in (4, 3, 2):
             ends = range(size, len(tokens))
