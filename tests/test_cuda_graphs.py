@@ -119,6 +119,12 @@ def test_what_is_dropped_waits_for_no_lock_that_its_owner_holds(graphs) -> None:
     graphs.close()
 
 
+def test_decodes_that_follow_a_long_prompt_are_rehearsed_as_long_ones(graphs) -> None:  # type: ignore[no-untyped-def]
+    graphs._few_keys = 20
+    graphs(batch([(TOKENS[:30], 0, np.arange(4, dtype=np.int32))]))
+    assert set(graphs._buckets) == {("any", 32), ("long", 1)}
+
+
 def test_new_steps_are_rehearsed_once_and_change_nothing(graphs, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     rehearsed = []
     original = Decoder.rehearse
@@ -134,6 +140,7 @@ def test_new_steps_are_rehearsed_once_and_change_nothing(graphs, monkeypatch: py
     monkeypatch.setattr(Decoder, "rehearse", noted)
     graphs(batch([(TOKENS[:30], 0, np.arange(4, dtype=np.int32))]))
     assert sorted(rehearsed) == [1, 32]  # a prompt, and the decode that follows it
+    assert set(graphs._buckets) == {("any", 32), ("decodes", 1)}
     run(graphs, 1)
     run(graphs, 3)
     run(graphs, 4)
@@ -141,5 +148,6 @@ def test_new_steps_are_rehearsed_once_and_change_nothing(graphs, monkeypatch: py
     device, interrupted = graphs._decoder.device, pytest.raises(KeyboardInterrupt)
     with interrupted:
         device.rehearse(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    graphs._sampler.sampled.fill_(-5)
     run(graphs, 4)
     assert (graphs._sampler.sampled[:4] >= 0).all()

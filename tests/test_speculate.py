@@ -4,6 +4,7 @@ import itertools
 import random
 import time
 
+import numpy as np
 import pytest
 from engine_tools import EOS, VOCAB, eager_speculator, make_engine, results, run
 from overlapped import Overlapped
@@ -34,6 +35,16 @@ def test_tokens_are_the_same_on_and_off(params: dict[str, object]) -> None:
     assert [results(o) for o in on] == [results(o) for o in off]
     assert sum(o.metrics.num_accepted for o in on) > 0
     assert on_model.forwards < off_model.forwards
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_prompts_of_numpy_numbers(dtype: type) -> None:
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    prompts = [list(np.array(prompt, dtype)) for prompt in PROMPTS]
+    engines = [make_engine(model=SlotModel(VOCAB, wildness=0.3), speculation=True) for _ in range(2)]
+    got, expected = run(engines[0], prompts, sampling), run(engines[1], PROMPTS, sampling)
+    assert [results(output) for output in got] == [results(output) for output in expected]
+    assert all(type(token) is int for output in got for token in output.prompt_token_ids)
 
 
 def test_index_finds_the_longest_and_latest_match() -> None:

@@ -10,6 +10,7 @@ device does things in order, so theirs are written later.
 """
 
 import math
+import operator
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -90,7 +91,7 @@ class Engine:
         limit = self._check(prompt_ids, params)
         arrival = self._num_added
         self._num_added += 1
-        request = Request(str(arrival), list(prompt_ids), params, prompt)
+        request = Request(str(arrival), [operator.index(token) for token in prompt_ids], params, prompt)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         stop_tokens = frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._eos_token_ids)
         for index in range(params.n):

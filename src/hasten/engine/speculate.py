@@ -318,8 +318,9 @@ class Speculator:
         if probed is not None:
             self._num_probes += 1
             waiting, each, drafting = self._costs(len(depths))
-            # What a drafter reckons itself, without first runs, rather than what this one took.
-            lost = waiting + each + (drafting or (taken / step if step else 0))
+            if not (drafting and self._num_probes <= _OUTLIER):  # a model's first drafts may compile, which is no cost
+                drafting = taken / step if step else 0
+            lost = waiting + each + drafting
             self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:

@@ -96,7 +96,6 @@ class CudaBackend:
         self._decoder = Decoder(self._device, ops, spec, loaded, sampled)
         self._decoder.limit_rows(self._device.measured.few_rows.get(signature(self._decoder), {}))
         self._sampler = Sampler(ops, sampled)
-        self._rehearse = Rehearsals(self._decoder, self._sampler)
 
     def memory(self, limits: StepLimits) -> DeviceMemory:
         """Room on the GPU for the KV cache; nobody else is expected on it. Raises ResourceError for steps larger than
@@ -156,9 +155,9 @@ class CudaBackend:
         tile = tile_tokens(spec)
         programs = decode_programs(self._device, spec)
         self._stager = Stager(self._device, block_size, tile, programs, self._deterministic)
+        assert self._sampler is not None
+        self._rehearse = Rehearsals(decoder, self._sampler)
         if self._device.is_cuda and not self._deterministic:
-            assert self._sampler is not None
-            assert self._rehearse is not None
             most = -(-spec.max_position // block_size)
             self._graphs = Graphs(
                 decoder, self._sampler, self._stager, min(num_blocks, most), self.usual.max_rows, tile,
@@ -190,8 +189,7 @@ class CudaBackend:
                 return logits
         inputs = self._stager.general(batch)
         assert self._rehearse is not None
-        if len(batch.rows):
-            self._rehearse((inputs, inputs.rows))
+        self._rehearse((inputs, inputs.rows))
         return self._decoder(inputs)
 
     @torch.inference_mode()

@@ -89,10 +89,13 @@ class _Compilers(ThreadPoolExecutor):
     def submit(self, fn: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
         def launchable() -> Any:
             kernel = fn()
-            assert kernel.run
+            _ = kernel.run
             return kernel
 
         return super().submit(launchable)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.shutdown(cancel_futures=kind is not None)  # an interrupt waits for what is under way only
 
 
 def open_device(name: str) -> Device:

@@ -91,9 +91,7 @@ class Graphs:
         count = len(batch.tokens)
         kind, size = "any", self._token_bucket(count)
         if count <= BUCKETS[-1] and is_short(batch):
-            kind, size = "decodes" if is_decode(batch) else "runs", _decode_bucket(count)
-            if kind == "decodes" and count <= FEW_SEQUENCES and batch.context_lens.sum() > self._few_keys:
-                kind = "long"
+            kind, size = self._decodes(batch) if is_decode(batch) else "runs", _decode_bucket(count)
         if size is None or batch.block_tables.shape[1] > self._max_blocks:
             return None
         bucket = self._chosen(kind, size)
@@ -114,6 +112,11 @@ class Graphs:
         assert bucket.inputs.rows is not None
         return self._decoder.logits(hidden, bucket.inputs.rows[: len(batch.rows)]), False
 
+    def _decodes(self, batch: Batch) -> str:
+        """The kind of a step in which each of these sequences decodes."""
+        is_long = len(batch.query_lens) <= FEW_SEQUENCES and batch.context_lens.sum() > self._few_keys
+        return "long" if is_long else "decodes"
+
     def _compile(self, bucket: _Bucket, batch: Batch) -> None:
         """Have its kernels compiled, and those of the decodes that follow, which the engine launches before it reads
         this step's tokens."""
@@ -122,7 +125,7 @@ class Graphs:
         if follows is None or is_decode(batch):
             self._rehearse(step)
         else:  # what takes the compiler longest, decode attention, first
-            self._rehearse((self._bucket("decodes", follows).inputs, None), step)
+            self._rehearse((self._bucket(self._decodes(batch), follows).inputs, None), step)
 
     def _rows(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, bool]:
         """Of logits of all tokens those that are wanted."""
