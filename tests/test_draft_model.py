@@ -147,7 +147,7 @@ class Slow(SlotModel):
 
     def __init__(self, first: float, others: float) -> None:
         super().__init__(VOCAB, wildness=0.3)
-        self._seconds = [others, others, first]  # of the first drafts: to catch up, and one more
+        self._seconds = [others, first, first]  # to catch up, and the first draft
 
     def forward(self, batch: Batch) -> Any:
         time.sleep(self._seconds.pop() if len(self._seconds) > 1 else self._seconds[0])
@@ -155,10 +155,11 @@ class Slow(SlotModel):
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
-def test_a_drafter_that_compiles_at_first_is_tried_again(overlapped: bool) -> None:
+@pytest.mark.parametrize("first", [0.3, 0.012])
+def test_a_drafter_that_compiles_at_first_is_tried_again(first: float, overlapped: bool) -> None:
     wrap = Overlapped if overlapped else lambda backend: backend
     engine = make_engine(model=wrap(Slow(0.004, 0.004)))
-    drafter = wrap(Slow(0.3, 0.0002))
+    drafter = wrap(Slow(first, 0.0002))
     drafter.allocate(engine.config.num_blocks, 16, "fp32")
     engine.speculator = Speculator(ModelDrafter(drafter, engine.config))
     engine.speculator.overlaps = overlapped

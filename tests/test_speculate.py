@@ -168,7 +168,7 @@ def test_first_runs_do_not_count_and_lasting_change_does() -> None:
         cost.record(4, 0.1)
     assert cost.seconds(4) == pytest.approx(0.1, rel=0.05)
     other = StepCost()
-    other.record(2, 1.0, expected=0.01)
+    other.record(2, 1.0, most=0.04)
     assert other.seconds(2) is None
 
 

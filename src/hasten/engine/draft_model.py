@@ -61,7 +61,7 @@ class ModelDrafter:
         start = time.perf_counter()
         drafts = self._draft(room, starts)
         taken = (time.perf_counter() - start) / max(depth for _, depth in room)
-        if usual is not None:  # a first draft may compile, which is told by a step of the main model
+        if usual is not None:  # a first draft may compile, and may have where it took longer than a whole step
             self._cost.record(len(room), taken, usual)
         for sequence, tokens in zip(sequences, drafts, strict=True):
             sequence.drafts = tokens
@@ -97,15 +97,28 @@ class ModelDrafter:
             self._content[block] = name
 
     def _catch_up(self, sequences: list[Sequence], starts: list[int]) -> None:
-        """Run tokens until what is left, the last of each at least, fits one step; moves `starts` along."""
-        left = sum(len(sequence.tokens) for sequence in sequences) - sum(starts)
+        """Bring each that is further behind than accepted drafts leave it up to its last token; moves `starts` along.
+        Waited for: drafts are timed by themselves."""
+        members: list[Sequence] = []
+        firsts: list[int] = []
+        runs: list[list[int]] = []
+        room = self._max_step_tokens
         for index, sequence in enumerate(sequences):
-            while left > self._max_step_tokens and len(sequence.tokens) - starts[index] > 1:
-                count = min(len(sequence.tokens) - 1 - starts[index], self._max_step_tokens)
-                run = sequence.tokens[starts[index] : starts[index] + count]
-                self._backend.forward(self._batches.pack([sequence], [starts[index]], [run], []))
-                starts[index] += count
-                left -= count
+            start, end = starts[index], len(sequence.tokens) - 1
+            if end - start < 2:
+                continue
+            while start < end:
+                members.append(sequence)
+                firsts.append(start)
+                runs.append(sequence.tokens[start : min(end, start + room)])
+                start += len(runs[-1])
+                room -= len(runs[-1])
+                if room == 0:
+                    self._step(members, firsts, runs, 0).result()
+                    members, firsts, runs, room = [], [], [], self._max_step_tokens
+            starts[index] = end
+        if members:
+            self._step(members, firsts, runs, 0).result()
 
     def _draft(self, room: list[tuple[Sequence, int]], starts: list[int]) -> list[list[int]]:
         """Draw one token for each sequence, run it, draw the next, until its depth is reached. A device that works by

@@ -103,17 +103,17 @@ class StepCost:
     def _forget(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def record(
-        self, num_tokens: float, seconds: float, expected: float | None = None, outlier: float = _OUTLIER
-    ) -> None:
-        """Take one step. expected: its seconds, where none were seen yet. outlier: times what is expected."""
-        expected = self.seconds(num_tokens) or expected
+    def record(self, num_tokens: float, seconds: float, most: float = math.inf, outlier: float = _OUTLIER) -> None:
+        """Take one step. most: seconds above which it is an outlier where none were seen yet; afterwards, so many times
+        what is expected."""
+        expected = self.seconds(num_tokens)
         if expected is not None:
+            most = outlier * expected
             if seconds * outlier < expected:
                 self._forget()
-            self._num_outliers = self._num_outliers + 1 if seconds > outlier * expected else 0
-            if 0 < self._num_outliers <= outlier:
-                return
+        self._num_outliers = self._num_outliers + 1 if seconds > most else 0
+        if 0 < self._num_outliers <= outlier:
+            return
         keep = 0.98
         self._weight = keep * self._weight + 1
         self._x = keep * self._x + num_tokens
@@ -230,10 +230,9 @@ class _Stretch:
 
 class Speculator:
     """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
-    to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time;
-    and not where even drafts that are always right would lose. To ask whether a draft would pay takes time as well,
-    much where a step takes a fraction of a millisecond: while the answer is no, and the host has no time to spare, it
-    is asked that seldom too.
+    to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time.
+    To ask whether a draft would pay takes time as well, much where a step takes a fraction of a millisecond: while the
+    answer is no, and the host has no time to spare, it is asked that seldom too.
 
     On a device that works by itself a step with drafts is waited for, and the next one launched when it is done. What
     that costs beside a step that was launched ahead is measured too (`waited`). So nothing is drafted before it is
@@ -263,7 +262,8 @@ class Speculator:
         seconds, self._drafting = seconds - self._drafting, 0.0
         if waited:
             self._stretch = _Stretch()
-            self.waited.record(num_tokens, seconds, self.cost.seconds(num_tokens))
+            usual = self.cost.seconds(num_tokens)
+            self.waited.record(num_tokens, seconds, _OUTLIER * usual if usual else math.inf)
         elif not self.overlaps:
             self.cost.record(num_tokens, seconds)
         else:
@@ -353,10 +353,6 @@ class Speculator:
         """Sequences that rest, one of which should try a draft in this step."""
         if self._num_steps + ahead < self._next_probe or not depths or self._measures(len(depths)):
             return []
-        if self.drafter.seconds(len(depths)) != 0:
-            _, each, drafting = self._costs(len(depths))
-            if each * len(depths) + drafting >= 1:
-                return []
         return [sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)]
 
     def _measures(self, num_sequences: int) -> bool:
