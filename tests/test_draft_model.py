@@ -143,11 +143,11 @@ def test_depth_weighs_the_drafters_time() -> None:
 
 
 class Slow(SlotModel):
-    """Each step takes a while, the first longer: something is compiled."""
+    """Each step takes a while, the first two (to catch up, and a draft) or more longer: something is compiled."""
 
-    def __init__(self, first: float, others: float) -> None:
+    def __init__(self, first: float, others: float, num_first: int = 2) -> None:
         super().__init__(VOCAB, wildness=0.3)
-        self._seconds = [others, first, first]  # to catch up, and the first draft
+        self._seconds = [others, *[first] * num_first]
 
     def forward(self, batch: Batch) -> Any:
         time.sleep(self._seconds.pop() if len(self._seconds) > 1 else self._seconds[0])
@@ -165,6 +165,19 @@ def test_a_drafter_that_compiles_at_first_is_tried_again(first: float, overlappe
     engine.speculator.overlaps = overlapped
     (found,) = run(engine, PROMPTS[:1], SamplingParams(max_tokens=200, ignore_eos=True))
     assert found.metrics.num_accepted > 60
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_what_drafts_of_all_took_at_first_is_forgotten(overlapped: bool) -> None:
+    """Nearly as much as a step of the main model, for four sequences; afterwards one at a time tries."""
+    wrap = Overlapped if overlapped else lambda backend: backend
+    engine = make_engine(model=wrap(Slow(0.004, 0.004)), num_blocks=128, max_len=1024)
+    drafter = wrap(Slow(0.0038, 0.0014, num_first=8))
+    drafter.allocate(engine.config.num_blocks, 16, "fp32")
+    engine.speculator = Speculator(ModelDrafter(drafter, engine.config))
+    engine.speculator.overlaps = overlapped
+    found = run(engine, PROMPTS[:4], SamplingParams(max_tokens=500, ignore_eos=True))
+    assert sum(output.metrics.num_accepted for output in found) > 200
 
 
 @pytest.fixture(scope="module")

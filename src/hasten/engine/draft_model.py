@@ -18,6 +18,8 @@ from hasten.engine.sampling import greedy_batch, sampling_batch
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import StepCost
 
+_CHANGE = 2.0  # times what drafts are expected to take; more may be compiling, less shows that what was seen was that
+
 
 class Mirror:
     """What the drafter's cache holds of one sequence: its first num_computed tokens, and after them `guesses`, which
@@ -62,7 +64,7 @@ class ModelDrafter:
         drafts = self._draft(room, starts)
         taken = (time.perf_counter() - start) / max(depth for _, depth in room)
         if usual is not None:  # a first draft may compile, and may have where it took longer than a whole step
-            self._cost.record(len(room), taken, usual)
+            self._cost.record(len(room), taken, most=usual, outlier=_CHANGE)
         for sequence, tokens in zip(sequences, drafts, strict=True):
             sequence.drafts = tokens
             self._end(sequence, tokens)

@@ -254,6 +254,7 @@ class Speculator:
         self._next_look = 0
         self._next_probe = probe_every
         self._num_probes = 0
+        self._last_probe = math.inf
 
     def record(self, num_tokens: int, seconds: float, waited: bool, idle: float = 0.0) -> None:
         """Take the time of a step in which every token was sampled from. waited: it began when the one before was
@@ -315,10 +316,13 @@ class Speculator:
         taken = time.perf_counter() - start
         if self.drafter.seconds(len(depths)) != 0:
             self._drafting = taken  # is reckoned by itself
-        if probed is not None:
+        if (
+            probed is not None
+        ):  # what it took counts, unless something may have been compiled: one of the first, or once
             self._num_probes += 1
             waiting, each, drafting = self._costs(len(depths))
-            if not (drafting and self._num_probes <= _OUTLIER):  # a model's first drafts may compile, which is no cost
+            taken, self._last_probe = min(taken, self._last_probe), taken
+            if not (drafting and self._num_probes <= _OUTLIER):
                 drafting = taken / step if step else 0
             lost = waiting + each + drafting
             self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
