@@ -13,7 +13,7 @@ import time
 from hasten.backends.base import Backend, Pending, SamplingBatch
 from hasten.engine.batch import BatchBuilder
 from hasten.engine.config import EngineConfig
-from hasten.engine.request import Sequence
+from hasten.engine.request import Acceptance, Sequence
 from hasten.engine.sampling import greedy_batch, sampling_batch
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import StepCost
@@ -42,15 +42,20 @@ class ModelDrafter:
         self._max_step_tokens = max(config.max_step_tokens, 2 * config.max_sequences)
         self._content: list[bytes | None] = [None] * config.num_blocks  # hash of what its cache has in each block
         self._cost = StepCost()
+        self._acceptance = Acceptance()  # of all sequences, for those that have hardly shown theirs
 
     def seconds(self, num_sequences: int) -> float | None:
         return self._cost.seconds(num_sequences)
 
     def rate(self, sequence: Sequence) -> float:
-        return sequence.acceptance.rate
+        return sequence.acceptance.rate(self._acceptance.rate(0.5))
 
     def learns(self, sequence: Sequence) -> bool:
         return True
+
+    def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+        for acceptance in (sequence.acceptance, self._acceptance):
+            acceptance.record(num_drafted, num_accepted)
 
     def propose(self, wanted: list[tuple[Sequence, int]], scheduler: Scheduler, usual: float | None) -> None:
         room = [(sequence, scheduler.make_room(sequence, depth)) for sequence, depth in wanted]

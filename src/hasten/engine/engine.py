@@ -351,7 +351,8 @@ class Engine:
             num_accepted = len(delta.token_ids) - 1
             request.metrics.num_drafted += len(drafts)
             request.metrics.num_accepted += num_accepted
-            sequence.acceptance.record(len(drafts), num_accepted)
+            assert self.speculator is not None
+            self.speculator.drafter.verified(sequence, len(drafts), num_accepted)
             sequence.drafts = []
             self.scheduler.advance(sequence, len(sequence.tokens) - 1)
         return delta if reason is None else self._finish(sequence, delta, reason, now)

@@ -247,22 +247,22 @@ class Delta:
 
 
 class Acceptance:
-    """How often a sequence's drafts are right: decayed counts, begun at even odds."""
+    """How often drafts are right: decayed counts, `assumed` of those that stand for what is not known yet."""
 
-    __slots__ = ("accepted", "rejected")
+    __slots__ = ("accepted", "assumed", "rejected")
 
     def __init__(self) -> None:
-        self.accepted, self.rejected = 1.0, 1.0
+        self.accepted, self.rejected, self.assumed = 0.0, 0.0, 2.0
 
     def record(self, num_drafted: int, num_accepted: int) -> None:
         """Outcome of one verification."""
         self.accepted = 0.9 * self.accepted + num_accepted
         self.rejected = 0.9 * self.rejected + (num_accepted < num_drafted)
+        self.assumed *= 0.9
 
-    @property
-    def rate(self) -> float:
-        """Estimated chance that a drafted token is right, given that those before it are."""
-        return self.accepted / (self.accepted + self.rejected)
+    def rate(self, usual: float) -> float:
+        """Estimated chance that a drafted token is right, given that those before it are. usual: of others."""
+        return (self.accepted + usual * self.assumed) / (self.accepted + self.rejected + self.assumed)
 
 
 class Request:

@@ -193,6 +193,9 @@ class Drafter(Protocol):
     def learns(self, sequence: Sequence) -> bool:
         """Whether trying a draft where none pays would tell something new."""
 
+    def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+        """Take note of what became of drafts."""
+
 
 class NgramDrafter:
     """Looks back in the text."""
@@ -210,6 +213,9 @@ class NgramDrafter:
     def learns(self, sequence: Sequence) -> bool:
         """Luck is known without drafting; where it is good, what stands against drafting is its cost."""
         return self._index(sequence).luck > _GOOD
+
+    def verified(self, sequence: Sequence, num_drafted: int, num_accepted: int) -> None:
+        """Whether they were right is known without."""
 
     def _index(self, sequence: Sequence) -> NgramIndex:
         if sequence.ngrams is None:
@@ -229,10 +235,10 @@ class _Stretch:
 
 
 class Speculator:
-    """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft now and then,
-    to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the time.
-    To ask whether a draft would pay takes time as well, much where a step takes a fraction of a millisecond: while the
-    answer is no, and the host has no time to spare, it is asked that seldom too.
+    """Drafts for sequences that decode, as deep as measurement says it pays. Where it does not, one draft each now and
+    then, to notice when that changes: no more often than every `probe_every` steps, nor than costs a hundredth of the
+    time. To ask whether a draft would pay takes time as well, much where a step takes a fraction of a millisecond:
+    while the answer is no, and the host has no time to spare, it is asked that seldom too.
 
     On a device that works by itself a step with drafts is waited for, and the next one launched when it is done. What
     that costs beside a step that was launched ahead is measured too (`waited`). So nothing is drafted before it is
@@ -298,13 +304,12 @@ class Speculator:
         depths = self._depths(running)
         if not depths:
             return
-        resting = self._probed(depths)
-        probed = resting[self._num_probes % len(resting)] if resting else None
+        probed = self._probed(depths)
         wanted = []
         for sequence, depth in depths:
             sequence.drafts = []
             # The step itself gives one token.
-            depth = min(max(depth, int(sequence is probed)), sequence.limit - len(sequence.tokens) - 1)
+            depth = min(max(depth, int(sequence in probed)), sequence.limit - len(sequence.tokens) - 1)
             if depth > 0:
                 wanted.append((sequence, depth))
         if not wanted:
@@ -316,16 +321,20 @@ class Speculator:
         taken = time.perf_counter() - start
         if self.drafter.seconds(len(depths)) != 0:
             self._drafting = taken  # is reckoned by itself
-        if (
-            probed is not None
-        ):  # what it took counts, unless something may have been compiled: one of the first, or once
-            self._num_probes += 1
-            waiting, each, drafting = self._costs(len(depths))
-            taken, self._last_probe = min(taken, self._last_probe), taken
-            if not (drafting and self._num_probes <= _OUTLIER):
-                drafting = taken / step if step else 0
-            lost = waiting + each + drafting
-            self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
+        if probed:
+            self._plan_probe(taken, len(depths), len(probed))
+
+    def _plan_probe(self, taken: float, num_sequences: int, num_probed: int) -> None:
+        """When to try again, after drafts that took so many seconds. What may have been compiled on the way does not
+        count: in the first tries, or in one alone."""
+        self._num_probes += 1
+        taken, self._last_probe = min(taken, self._last_probe), taken
+        waiting, each, drafting = self._costs(num_sequences)
+        if not (drafting and self._num_probes <= _OUTLIER):
+            step = self.cost.seconds(num_sequences)
+            drafting = taken / step if step else 0
+        lost = waiting + each * num_probed + drafting
+        self._next_probe = self._num_steps + max(self.probe_every, int(_PROBE_SHARE * lost))
 
     def rests(self, running: list[Sequence]) -> bool:
         """Whether draft() would do nothing now, so that the next step need not wait for tokens. Counts as a step."""
@@ -353,11 +362,12 @@ class Speculator:
             lost = max(0.0, time.perf_counter() - start - self._idle) / usual
             self._next_look = step + 1 + min(_LONGEST_REST, int(_PROBE_SHARE * lost))
 
-    def _probed(self, depths: list[tuple[Sequence, int]], ahead: int = 0) -> list[Sequence]:
-        """Sequences that rest, one of which should try a draft in this step."""
+    def _probed(self, depths: list[tuple[Sequence, int]], ahead: int = 0) -> set[Sequence]:
+        """Sequences that rest and should try a draft in this step, all at once: what drafting costs depends on how many
+        do."""
         if self._num_steps + ahead < self._next_probe or not depths or self._measures(len(depths)):
-            return []
-        return [sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)]
+            return set()
+        return {sequence for sequence, depth in depths if depth == 0 and self.drafter.learns(sequence)}
 
     def _measures(self, num_sequences: int) -> bool:
         """Whether steps launched ahead are to be timed now."""
