@@ -85,7 +85,7 @@ def measure(text: str, work: Workload, ways: list[str], loaded: Any, rounds: int
     longest = len(work.prompts[0]) + work.num_tokens
     config = EngineConfig(
         vocab_size=spec.vocab_size, num_blocks=streams * (longest // BLOCK + 2), block_size=BLOCK, max_len=longest,
-        max_sequences=streams, max_step_tokens=2048, max_extra_rows=8 * streams,
+        max_sequences=streams, max_step_tokens=2048, max_extra_rows=15 * streams,
     )  # fmt: skip
     for backend in (main, *drafters.values()):
         backend.allocate(config.num_blocks, BLOCK, kv)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,47 @@ def test_a_drafter_that_rested_catches_up(overlapped: bool, monkeypatch: pytest.
     assert 8 <= sum(o.metrics.num_drafted for o in found) <= 14  # one each in 32 steps
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_sequences_that_share_blocks_catch_up_together(overlapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot model refuses a step in which two tokens write one slot."""
+    monkeypatch.setattr(speculate, "_PROBE_SHARE", 0)
+    wrap = Overlapped if overlapped else lambda backend: backend
+    engine = make(wrap(slots()), wrap(slots()), max_sequences=8)
+    assert engine.speculator is not None
+    engine.speculator.cost, engine.speculator.waited = Dear(), Unmeasured()
+    prompts = [[(7 * i) % EOS for i in range(47)] + [k] for k in range(2)]
+    for _ in range(2):
+        found = run(engine, prompts, SamplingParams(max_tokens=70, ignore_eos=True, n=2, temperature=0.5, seed=6))
+        assert sum(o.metrics.num_cached_tokens for o in found) > 0
+        assert sum(o.metrics.num_drafted for o in found) >= 4
+        assert [o.metrics.num_accepted for o in found] == [o.metrics.num_drafted for o in found]
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupted_catch_up_is_done_again(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = slots()
+    engine = make(slots(), drafter, max_step_tokens=16, max_sequences=4)
+    forward, calls = drafter.forward, iter(range(1000))
+
+    def interrupted(batch: Batch) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    monkeypatch.setattr(drafter, "forward", interrupted)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    for prompt in PROMPTS[1:3]:
+        engine.add(prompt * 3, params)
+    outputs = []
+    while engine.num_unfinished:
+        with suppress(KeyboardInterrupt):
+            outputs += [delta.output for delta in engine.step() if delta.output is not None]
+    assert next(calls) > call
+    for output in outputs:
+        assert results(output) == results(alone(list(output.prompt_token_ids), params))
+        assert output.metrics.num_accepted == output.metrics.num_drafted > 20
+
+
 class Dearer(StepCost):
     """A token more costs more than half a step: drafts at even odds do not pay, better ones do."""
 
@@ -220,6 +262,7 @@ def test_demo_with_its_int4_copy_as_the_drafter(int4: Path, params: dict[str, An
     plain = LLM("demo").generate(prompts, asked)
     llm = LLM("demo", drafter=str(int4))
     assert llm.engine.speculator is not None
+    llm.engine.speculator.max_depth = 8
     llm.engine.speculator.cost, llm.engine.speculator.drafter.seconds = Free(), lambda _: 0.0  # type: ignore[method-assign]
     drafted = llm.generate(prompts, asked)
     assert [output.outputs for output in drafted] == [output.outputs for output in plain]

@@ -39,7 +39,7 @@ class ModelDrafter:
     def __init__(self, backend: Backend, config: EngineConfig) -> None:
         self._backend = backend
         self._batches = BatchBuilder(config.block_size, config.max_sequences, config.max_blocks)
-        self._max_step_tokens = max(config.max_step_tokens, 2 * config.max_sequences)
+        self._max_step_tokens = config.max_step_tokens
         self._content: list[bytes | None] = [None] * config.num_blocks  # hash of what its cache has in each block
         self._cost = StepCost()
         self._acceptance = Acceptance()  # of all sequences, for those that have hardly shown theirs
@@ -63,8 +63,7 @@ class ModelDrafter:
         if not room:
             return
         sequences = [sequence for sequence, _ in room]
-        starts = [self._begin(sequence) for sequence in sequences]
-        self._catch_up(sequences, starts)
+        starts = self._catch_up(sequences)
         start = time.perf_counter()
         drafts = self._draft(room, starts)
         taken = (time.perf_counter() - start) / max(depth for _, depth in room)
@@ -74,9 +73,8 @@ class ModelDrafter:
             sequence.drafts = tokens
             self._end(sequence, tokens)
 
-    def _begin(self, sequence: Sequence) -> int:
-        """How many of the sequence's tokens are in the drafter's cache, at most all but the last. Until `_end`, what
-        follows is taken for lost."""
+    def _known(self, sequence: Sequence) -> int:
+        """How many of the sequence's tokens are in the drafter's cache, at most all but the last."""
         mirror, size = sequence.mirror, self._batches.block_size
         if mirror is not None and mirror.blocks is sequence.blocks:
             known = mirror.num_computed
@@ -90,42 +88,49 @@ class ModelDrafter:
                 if self._content[block] != name:
                     break
                 known += size
-        known = min(known, len(sequence.tokens) - 1)
-        sequence.mirror = None
-        for block in sequence.blocks[known // size :]:
-            self._content[block] = None
-        return known
+        return min(known, len(sequence.tokens) - 1)
+
+    def _write_down(self, sequence: Sequence, count: int) -> None:
+        """That the cache holds the sequence's first `count` tokens."""
+        num_full = min(count // self._batches.block_size, len(sequence.hashes))
+        for block, name in zip(sequence.blocks[:num_full], sequence.hashes, strict=False):
+            self._content[block] = name
 
     def _end(self, sequence: Sequence, drafts: list[int]) -> None:
         """Write down what the drafter's cache holds now. The last draft was drawn and not run."""
         sequence.mirror = Mirror(sequence.blocks, len(sequence.tokens), drafts[:-1])
-        num_full = min(len(sequence.tokens) // self._batches.block_size, len(sequence.hashes))
-        for block, name in zip(sequence.blocks[:num_full], sequence.hashes, strict=False):
-            self._content[block] = name
+        self._write_down(sequence, len(sequence.tokens))
 
-    def _catch_up(self, sequences: list[Sequence], starts: list[int]) -> None:
-        """Bring each that is further behind than accepted drafts leave it up to its last token; moves `starts` along.
-        Waited for: drafts are timed by themselves."""
-        members: list[Sequence] = []
-        firsts: list[int] = []
-        runs: list[list[int]] = []
-        room = self._max_step_tokens
-        for index, sequence in enumerate(sequences):
-            start, end = starts[index], len(sequence.tokens) - 1
-            if end - start < 2:
-                continue
-            while start < end:
-                members.append(sequence)
-                firsts.append(start)
-                runs.append(sequence.tokens[start : min(end, start + room)])
-                start += len(runs[-1])
-                room -= len(runs[-1])
-                if room == 0:
-                    self._step(members, firsts, runs, 0).result()
-                    members, firsts, runs, room = [], [], [], self._max_step_tokens
-            starts[index] = end
-        if members:
-            self._step(members, firsts, runs, 0).result()
+    def _catch_up(self, sequences: list[Sequence]) -> list[int]:
+        """Of each sequence how many tokens are in the cache: all but the last, after what was missing is run, or but
+        two, as drafts leave it that were all right. What follows is taken for lost until `_end`. Waited for, so that
+        drafts are timed by themselves. No step writes to a block twice, which sequences may share."""
+        starts: list[int] = []
+        missing: list[tuple[Sequence, int, list[int]]] = []
+        written: set[int] = set()  # by the first step of drafts, before the last tokens
+        for sequence in sequences:
+            start, end = self._known(sequence), len(sequence.tokens) - 1
+            later = sequence.blocks[start // self._batches.block_size :]
+            sequence.mirror = None
+            for block in later:
+                self._content[block] = None
+            if end - start == 1 and later[0] not in written:
+                written.add(later[0])
+            else:
+                for first in range(start, end, self._max_step_tokens):
+                    missing.append((sequence, first, sequence.tokens[first : min(end, first + self._max_step_tokens)]))
+                start = end
+                self._write_down(sequence, end)
+            starts.append(start)
+        try:
+            for sequence, first, run in missing[:-1]:
+                self._backend.forward(self._batches.pack([sequence], [first], [run], []))
+            for sequence, first, run in missing[-1:]:
+                self._step([sequence], [first], [run], 0).result()
+        except BaseException:
+            self._content = [None] * len(self._content)  # not all that was written down has run
+            raise
+        return starts
 
     def _draft(self, room: list[tuple[Sequence, int]], starts: list[int]) -> list[list[int]]:
         """Draw one token for each sequence, run it, draw the next, until its depth is reached. A device that works by

@@ -15,6 +15,7 @@ import numpy as np
 from hasten.engine.request import Sequence
 from hasten.engine.scheduler import Scheduler
 
+_MOST_DRAFTS = 15  # with the token that they follow a tile's 16 rows
 _BITS = 21  # of a token in an n-gram: three fit the 63 that numpy has
 _FORGET = 0.15  # weight of the last token in an n-gram's luck
 _CATCH_UP = 8  # tokens, the last ones, that are indexed after more have passed unseen
@@ -244,7 +245,7 @@ class Speculator:
     that costs beside a step that was launched ahead is measured too (`waited`). So nothing is drafted before it is
     known what those take, nor now and then while that is measured anew."""
 
-    def __init__(self, drafter: Drafter | None = None, max_depth: int = 8, probe_every: int = 32) -> None:
+    def __init__(self, drafter: Drafter | None = None, max_depth: int = _MOST_DRAFTS, probe_every: int = 32) -> None:
         self.drafter = drafter or NgramDrafter()
         self.max_depth = max_depth
         self.probe_every = probe_every
